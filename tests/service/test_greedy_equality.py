@@ -1,0 +1,75 @@
+"""Greedy output through gateway, scheduler and worker processes equals transformers' `generate` token for token."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from tests.service import service
+
+CONTEXT = 128
+"""Context of the tiny models, in tokens."""
+
+NUM_REQUESTS = 32
+
+ARCHITECTURES = {
+    # kind: (token budget, block size, preemption mode); together they cover every value the service must get right.
+    "llama": (64, 16, "swap"),
+    "mistral": (7, 4, "swap"),
+    "qwen2": (64, 4, "recompute"),
+    "qwen3": (7, 16, "swap"),
+    "opt": (64, 1, "recompute"),
+    "gpt2": (64, 4, "swap"),
+    "gpt_neox": (7, 4, "recompute"),
+    "gemma2": (64, 4, "swap"),
+    "phi": (64, 16, "recompute"),
+}
+
+
+def mixed_requests(seed: int, vocab_size: int) -> list[tuple[list[int], int]]:
+    """`NUM_REQUESTS` pairs of (prompt, max_tokens) of mixed lengths; a third of them share a prefix of 24 tokens."""
+    generator = random.Random(seed)
+    shared = [generator.randrange(4, vocab_size) for _ in range(24)]
+    requests = []
+    for number in range(NUM_REQUESTS):
+        own = [generator.randrange(4, vocab_size) for _ in range(generator.randint(1, 40))]
+        requests.append((shared + own if number % 3 == 0 else own, generator.randint(1, 32)))
+    return requests
+
+
+async def check_equality(folder: Path, kind: str, budget: int, block_size: int, mode: str) -> None:
+    """Runs 32 requests at once in a pool that holds about five of them, and compares every token."""
+    model = tiny_models.make_tiny_model(kind, folder / "model", max_position_embeddings=CONTEXT)
+    vocab_size = tiny_models.VOCAB_SIZE
+    requests = mixed_requests(seed=11, vocab_size=vocab_size)
+    expected = [tiny_models.reference_greedy(model, prompt, length) for prompt, length in requests]
+    arguments = ["--model", str(model), "--token-budget", str(budget), "--block-size", str(block_size)]
+    arguments += ["--num-blocks", str(320 // block_size), "--host-blocks", str(256 // block_size)]
+    arguments += ["--preemption-mode", mode, "--max-num-seqs", "16", "--dtype", "float32"]
+    async with service.running(folder / "up", *arguments) as up, up.channel() as channel:
+        calls = [service.generate(channel, service.greedy(prompt, length)) for prompt, length in requests]
+        completions = await asyncio.gather(*calls)
+        for (prompt, _), completion, tokens in zip(requests, completions, expected, strict=True):
+            assert completion.token_ids == tokens, f"prompt of {len(prompt)} tokens"
+        load = await service.wait_until_idle(channel)
+        preemptions = {"swap": load.preemptions_swap, "recompute": load.preemptions_recompute}
+        assert preemptions[mode] > 0, f"the pool was not small enough to preempt: {load}"
+        assert load.prefix_cache_hits > 0
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+async def test_greedy_output_equals_transformers(tmp_path: Path, kind: str) -> None:
+    await check_equality(tmp_path, kind, *ARCHITECTURES[kind])
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("budget", [7, 64])
+async def test_greedy_output_does_not_depend_on_budget_block_size_or_preemption(
+    tmp_path: Path, budget: int, block_size: int, mode: str
+) -> None:
+    await check_equality(tmp_path, "llama", budget, block_size, mode)
