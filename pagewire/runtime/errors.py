@@ -1,0 +1,87 @@
+"""How a role starts, stops and says that it cannot start.
+
+Exit codes of every role: 0 after SIGTERM or SIGINT, 2 with one clear line when it cannot start, 1 with a traceback for
+a defect (which a supervisor answers with a restart).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from types import FrameType
+from typing import Any
+
+EXIT_CANNOT_START = 2
+
+
+class StartError(Exception):
+    """The process cannot start. The message is one line that names the mend; no traceback is shown."""
+
+
+def run_role(role: str, target: Callable[[], Any] | Coroutine[Any, Any, None]) -> None:
+    """Runs a role until it ends or a SIGTERM or SIGINT arrives, which counts as a clean end.
+
+    Args:
+        role: name for the error line, such as "scheduler".
+        target: a coroutine; a function that makes one; or a synchronous function. On a signal the coroutine is
+            cancelled, and in a synchronous function `SystemExit(0)` is raised, so both clean up in `finally`. Further
+            signals are ignored while they do.
+
+    Raises:
+        SystemExit: with code 2 after the line `pagewire <role>: <message>` on stderr, if the target raises StartError.
+    """
+    try:
+        if inspect.iscoroutine(target):
+            _run_async(target)
+        else:
+            assert callable(target)
+            _run_sync(target)
+    except StartError as error:
+        line = " ".join(str(error).split())
+        print(f"pagewire {role}: {line}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CANNOT_START)
+
+
+def _run_sync(target: Callable[[], Any]) -> None:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    result = target()
+    if inspect.iscoroutine(result):
+        _run_async(result)
+
+
+def _run_async(coroutine: Awaitable[Any]) -> None:
+    import uvloop
+
+    async def main() -> None:
+        task = asyncio.ensure_future(coroutine)
+        loop = asyncio.get_running_loop()
+        stopping = False
+
+        def stop() -> None:
+            nonlocal stopping
+            if not stopping:
+                stopping = True
+                task.cancel()
+
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        loop.add_signal_handler(signal.SIGINT, stop)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not stopping:
+                raise
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+    # Closing the loop restored the default handlers; a late second signal must not turn a clean end into a kill.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
