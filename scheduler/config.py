@@ -1,0 +1,77 @@
+"""What an operator can set on the scheduler."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from pagewire.runtime.settings import RoleSettings
+
+
+class SchedulerSettings(RoleSettings):
+    """Runs the scheduler: owns every request, every block table and the queues; workers and gateways dial in."""
+
+    role: ClassVar[str] = "scheduler"
+
+    listen: str = "127.0.0.1:50052"
+    """Addresses for workers and gateways, separated by commas: HOST:PORT (port 0 picks a free one) or unix:PATH.
+    Loopback by default because the link carries no authentication yet."""
+    insecure: bool = False
+    """Allow addresses that other machines can reach, without TLS. For private networks only."""
+    metrics_port: int | None = Field(default=None, le=65535)
+    """Port of the Prometheus page, on metrics_host. 0 picks a free one; unset or negative: no page."""
+    metrics_host: str = "127.0.0.1"
+    """Host name or address that the Prometheus page listens on. Loopback because it needs no password."""
+
+    max_num_seqs: int = Field(default=256, ge=1, le=65536)
+    """Sequences that run at once on one worker; a worker with fewer rows lowers it. 256 keeps an 8B model on one large
+    GPU near its best throughput."""
+    token_budget: int = Field(default=2048, ge=1, le=1 << 20)
+    """Tokens that one step computes at most, decodes and prefill chunks together. Larger: faster prefill, longer pauses
+    of the streams that decode beside it."""
+    preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
+    """How a sequence group leaves GPU memory when it is full: by the cheaper of the two measured costs, or always one."""
+    prefix_cache: bool = True
+    """Keep the KV blocks of finished prompts for later prompts that begin alike, per tenant."""
+    max_waiting: int = Field(default=1024, ge=1, le=1 << 20)
+    """Requests that may wait before new ones are refused with RESOURCE_EXHAUSTED."""
+    watermark: float = Field(default=0.01, ge=0.0, lt=1.0)
+    """Share of the block pool that admission leaves free, so that running sequences can grow before anyone is preempted."""
+
+    retention_s: float = Field(default=60.0, ge=0.0, le=86400.0)
+    """Seconds for which a finished request can still be attached to."""
+    max_retained: int = Field(default=4096, ge=0, le=1 << 20)
+    """Finished requests kept for attaching, whatever their age; the oldest are forgotten first."""
+    orphan_s: float = Field(default=30.0, ge=0.0, le=86400.0)
+    """Seconds for which a request goes on after its gateway's session broke, waiting for an attach. Detached requests go
+    on without one."""
+
+    heartbeat_timeout_s: float = Field(default=2.5, gt=0.0, le=3600.0)
+    """Seconds without any message after which a worker is declared lost. Found within 3 s; gRPC's own keepalive alone
+    takes longer."""
+    step_timeout_s: float = Field(default=120.0, gt=0.0, le=86400.0)
+    """Seconds without progress in its heartbeats after which a worker that owes a result is declared lost."""
+    stall_s: float = Field(default=10.0, gt=0.0, le=86400.0)
+    """Seconds without progress after which a worker that owes a result no longer counts as ready in health and model
+    state. It is still waited for until step_timeout_s."""
+
+    max_workers: int = Field(default=256, ge=1, le=4096)
+    """Worker streams at once; more are refused."""
+    max_sessions: int = Field(default=256, ge=1, le=4096)
+    """Gateway sessions at once; more are refused."""
+    session_backlog_tokens: int = Field(default=4_000_000, ge=1024)
+    """Tokens (and attached snapshots' tokens) that may wait for one gateway's credit before its session is ended. Its
+    requests go on and can be attached to."""
+
+    @field_validator("listen")
+    @classmethod
+    def _at_least_one_address(cls, value: str) -> str:
+        if not [part for part in value.split(",") if part.strip()]:
+            raise ValueError("at least one address is needed, such as 127.0.0.1:50052")
+        return value
+
+    @property
+    def addresses(self) -> list[str]:
+        """`listen`, split."""
+        return [part.strip() for part in self.listen.split(",") if part.strip()]
