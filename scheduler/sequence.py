@@ -1,0 +1,214 @@
+"""Requests, sequences and sequence groups: who wants what, and how far each is.
+
+A request becomes one sequence group with `n` sequences that share the prompt. The group is what is admitted,
+preempted and resumed, all of it or nothing; the sequence is what has tokens, a row on the worker and a block table.
+All times are nanoseconds of a monotonic clock that the caller passes in.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from scheduler.step_plan import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What a gateway submitted, as far as scheduling needs to know it. The prompt is never changed."""
+
+    request_id: str  # unique among live requests
+    prompt: list[int]  # token ids, at least one
+    n: int = 1  # sequences sampled from the one prompt
+    max_tokens: int = 16  # output tokens at most, at least 1; prompt + max_tokens is within the model's context
+    min_tokens: int = 0  # stop_ids do not end a sequence before it has that many output tokens
+    stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence; the model's own are merged in by the edge
+    priority: int = 0  # higher runs first
+    tenant: str = ""  # salt of the prefix cache
+    deadline: int | None = None  # time after which nobody wants the answer
+    detached: bool = False  # lives on without a listener; read by the edge
+    logprobs: int | None = None  # top-N asked for per output token; None: none
+    prompt_logprobs: int | None = None  # top-N asked for per prompt token; None: none
+    payload: object = None  # the edge's own (the Submit message); the core never looks into it
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a sequence cost. Everything but completion_tokens is the request's, whichever sequence it is read from."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first admitted
+    preemptions: int = 0
+    swapped_bytes: int = 0  # copied to and from the host arena
+    recomputed_tokens: int = 0  # tokens whose KV was computed again
+    queue_ns: int = 0  # submit to the first plan that ran it
+    first_token_ns: int = 0  # submit to the first output token
+    total_ns: int = 0  # submit to the end
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How a sequence ended."""
+
+    reason: FinishReason
+    matched_stop: str = ""  # the stop string, when a gateway found one
+    matched_token_id: int | None = None  # the stop token, when one ended it
+    usage: Usage = field(default_factory=Usage)
+    cumulative_logprob: float = 0.0  # sum over the output; 0 unless log-probabilities were asked for
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is. A group's live sequences are all WAITING, all SWAPPED, all PREEMPTED, or all on the worker."""
+
+    WAITING = "waiting"  # has never run
+    PREFILLING = "prefilling"  # has blocks; some known tokens are not computed yet
+    RUNNING = "running"  # its next step is a decode step
+    ENDING = "ending"  # its last token by length is planned but not known yet
+    SWAPPED = "swapped"  # preempted, KV in the host arena
+    PREEMPTED = "preempted"  # preempted (or its worker was lost), KV to be recomputed
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One sequence: prompt (its group's), output so far, and its place on the worker."""
+
+    __slots__ = (
+        "base_step",
+        "blocks",
+        "computed",
+        "computed_before",
+        "end_step",
+        "finish",
+        "group",
+        "host_blocks",
+        "index",
+        "logprobs",
+        "output",
+        "slot",
+        "status",
+        "stop_ids",
+    )
+
+    def __init__(self, group: SequenceGroup, index: int) -> None:
+        self.group = group
+        self.index = index  # 0..n-1
+        self.output: list[int] = []  # accepted tokens
+        self.logprobs: list[TokenLogprobs] = []  # one per output token, if asked for
+        self.status = SequenceStatus.WAITING
+        self.finish: Finish | None = None
+        self.stop_ids = group.request.stop_ids  # here too: read once per sampled token
+        self.slot = -1  # the row on the worker; kept after release until the sequence gets another
+        self.blocks: list[int] = []  # block table: KV block ids, in order of the tokens
+        self.host_blocks: list[int] = []  # block table while SWAPPED: host block ids
+        self.computed = 0  # tokens whose KV is planned; while RUNNING it is derived from base_step instead
+        self.computed_before = 0  # tokens whose KV had been computed before the last preemption
+        self.base_step = 0  # while RUNNING: step s writes the KV of position s - base_step
+        self.end_step = 0  # while RUNNING: the step that samples its last token by length
+
+    @property
+    def request(self) -> Request:
+        return self.group.request
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output."""
+        return len(self.group.request.prompt) + len(self.output)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All known tokens. The prompt's own list when there is no output: do not change it."""
+        return self.group.request.prompt + self.output if self.output else self.group.request.prompt
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish is not None
+
+    def __repr__(self) -> str:
+        return f"<Sequence {self.group.request.request_id}/{self.index} {self.status.value} +{len(self.output)}>"
+
+
+class SequenceGroup:
+    """All sequences of one request, with what the request has cost so far."""
+
+    __slots__ = (
+        "accepted_at",
+        "arrival",
+        "cached_tokens",
+        "cache_allowed",
+        "failure",
+        "finished_at",
+        "first_token_at",
+        "listeners",
+        "preemptions",
+        "prompt_hashes",
+        "prompt_logprobs",
+        "rank",
+        "recomputed_tokens",
+        "request",
+        "resumable_after",
+        "sequences",
+        "started_at",
+        "swapped_bytes",
+        "worker_id",
+    )
+
+    def __init__(self, request: Request, arrival: int, now: int) -> None:
+        self.request = request
+        self.arrival = arrival  # number of this request among all ever accepted
+        self.rank = (-request.priority, arrival)  # smaller runs first; the total order of groups
+        self.sequences = [Sequence(self, index) for index in range(request.n)]
+        self.listeners: list[Any] = []  # the edge's own
+        self.worker_id: str | None = None  # who it is assigned to; None: no worker
+        self.failure: Any = None  # the dispatcher's Failed event, when the request failed
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt positions 1, 2, ..., if asked for
+        self.prompt_hashes: list[bytes] | None = None  # prefix-cache chain of the prompt's full blocks, once needed
+        self.cache_allowed = True  # False: do not look its prompt up (again)
+        self.resumable_after = 0  # the step whose result must be in before it may be resumed
+        self.accepted_at = now
+        self.started_at: int | None = None  # first plan that ran it
+        self.first_token_at: int | None = None
+        self.finished_at: int | None = None
+        self.cached_tokens = 0
+        self.preemptions = 0
+        self.swapped_bytes = 0
+        self.recomputed_tokens = 0
+
+    @property
+    def live(self) -> list[Sequence]:
+        """Sequences that have not finished, in index order."""
+        return [sequence for sequence in self.sequences if sequence.finish is None]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finished_at is not None
+
+    def usage(self, sequence: Sequence, now: int) -> Usage:
+        """What `sequence` has cost, if it ended `now`."""
+        accepted = self.accepted_at
+        started, first = self.started_at, self.first_token_at
+        return Usage(
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=len(sequence.output),
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
+            swapped_bytes=self.swapped_bytes,
+            recomputed_tokens=self.recomputed_tokens,
+            queue_ns=(now if started is None else started) - accepted,
+            first_token_ns=0 if first is None else first - accepted,
+            total_ns=now - accepted,
+        )
+
+    def __repr__(self) -> str:
+        return f"<SequenceGroup {self.request.request_id} {[s.status.value for s in self.sequences]}>"
