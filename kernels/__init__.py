@@ -1,4 +1,4 @@
-"""PagedAttention kernels: CUDA source in `csrc/`, one checked Python wrapper per family, torch twins in `reference.py`."""
+"""PagedAttention kernels: CUDA source in `csrc/`, a checked wrapper per family, torch twins in `reference/`."""
 
 # transformers probes for a package of this name; this version makes it decide "not installed".
 __version__ = "0.0.0"

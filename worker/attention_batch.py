@@ -1,0 +1,91 @@
+"""One step's attention: where its tokens are written and what they see. Models call `attend` once per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels.backend import PagedKernels
+from kernels.kv_layout import KvLayout
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """The metadata of one step's T tokens: `num_decode` decode rows first, one token each, then S chunks.
+
+    All tensors are on the pool's device. Block table rows are as wide as the longest needs; what lies behind a row's
+    last block is not read.
+    """
+
+    layout: KvLayout
+    """Layout of the pool."""
+    pool: torch.Tensor
+    """The KV pool, [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
+    kernels: PagedKernels
+    """The paged operations for the pool's device."""
+    slot_mapping: torch.Tensor
+    """int64 [T]: block * block_size + offset at which each token's key and value are stored."""
+    num_decode: int
+    """D, the number of decode rows."""
+    decode_block_tables: torch.Tensor
+    """int32 [D, M]."""
+    decode_context_lens: torch.Tensor
+    """int32 [D]: tokens in the cache, the step's own included."""
+    chunk_block_tables: torch.Tensor
+    """int32 [S, M]."""
+    chunk_context_lens: torch.Tensor
+    """int32 [S]: tokens in the cache, the chunk's own included."""
+    chunk_query_start: torch.Tensor
+    """int32 [S + 1]: chunk s is tokens chunk_query_start[s] to chunk_query_start[s + 1] after the decode rows."""
+    on_progress: Callable[[], None]
+    """Called once per layer; feeds the heartbeat."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """Stores the tokens' keys and values in `layer`, then attends causally over each sequence's whole context.
+
+        query is [T, Hq, D], key and value [T, Hkv, D], of the pool's dtype. Scores are `scale * q.k`, soft-capped to
+        `soft_cap * tanh(score / soft_cap)` if given; with sliding_window = w position p sees p-w+1..p.
+        Returns [T, Hq, D].
+        """
+        kv_layer = self.layout.layer_view(self.pool, layer)
+        self.kernels.write_kv(key, value, kv_layer, self.slot_mapping)
+        parts = []
+        if self.num_decode:
+            parts.append(
+                self.kernels.paged_attention_decode(
+                    query[: self.num_decode],
+                    kv_layer,
+                    self.decode_block_tables,
+                    self.decode_context_lens,
+                    scale,
+                    sliding_window,
+                    soft_cap,
+                )
+            )
+        if self.num_decode < query.shape[0]:
+            parts.append(
+                self.kernels.paged_attention_prefill(
+                    query[self.num_decode :],
+                    kv_layer,
+                    self.chunk_block_tables,
+                    self.chunk_context_lens,
+                    self.chunk_query_start,
+                    scale,
+                    sliding_window,
+                    soft_cap,
+                )
+            )
+        self.on_progress()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
