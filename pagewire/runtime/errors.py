@@ -12,7 +12,9 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+from pagewire.runtime import ready
 
 EXIT_CANNOT_START = 2
 
@@ -21,7 +23,19 @@ class StartError(Exception):
     """The process cannot start. The message is one line that names the mend; no traceback is shown."""
 
 
-def run_role(role: str, target: Callable[[], Any] | Coroutine[Any, Any, None]) -> None:
+def fail_start(role: str, error: Exception | str, ready_fd: int | None = None) -> NoReturn:
+    """Says in one line why a process cannot start and exits with code 2.
+
+    A supervised process tells its supervisor, which prints the line once however many processes stumble over it; any
+    other prints `pagewire <role>: <line>` on stderr.
+    """
+    line = f"pagewire {role}: " + " ".join(str(error).split())
+    if not ready.refuse(ready_fd, line):
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(EXIT_CANNOT_START)
+
+
+def run_role(role: str, target: Callable[[], Any] | Coroutine[Any, Any, None], ready_fd: int | None = None) -> None:
     """Runs a role until it ends or a SIGTERM or SIGINT arrives, which counts as a clean end.
 
     Args:
@@ -29,9 +43,10 @@ def run_role(role: str, target: Callable[[], Any] | Coroutine[Any, Any, None]) -
         target: a coroutine; a function that makes one; or a synchronous function. On a signal the coroutine is
             cancelled, and in a synchronous function `SystemExit(0)` is raised, so both clean up in `finally`. Further
             signals are ignored while they do.
+        ready_fd: where a supervisor waits for the role, for `fail_start`.
 
     Raises:
-        SystemExit: with code 2 after the line `pagewire <role>: <message>` on stderr, if the target raises StartError.
+        SystemExit: with code 2 through `fail_start`, if the target raises StartError.
     """
     try:
         if inspect.iscoroutine(target):
@@ -40,9 +55,7 @@ def run_role(role: str, target: Callable[[], Any] | Coroutine[Any, Any, None]) -
             assert callable(target)
             _run_sync(target)
     except StartError as error:
-        line = " ".join(str(error).split())
-        print(f"pagewire {role}: {line}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CANNOT_START)
+        fail_start(role, error, ready_fd)
 
 
 def _run_sync(target: Callable[[], Any]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 import tomllib
 import types
 from collections.abc import Callable, Coroutine, Mapping
@@ -28,7 +27,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pagewire.runtime import logs
-from pagewire.runtime.errors import EXIT_CANNOT_START, StartError, run_role
+from pagewire.runtime.errors import StartError, fail_start, run_role
 
 ENV_PREFIX = "PAGEWIRE_"
 CONFIG_VARIABLE = "PAGEWIRE_CONFIG"
@@ -167,11 +166,11 @@ def role_command(
         try:
             settings = load(settings_class, options, Path(config) if config else None)
         except StartError as error:
-            print(f"pagewire {settings_class.role}: {error}", file=sys.stderr)
-            raise SystemExit(EXIT_CANNOT_START) from None
+            given = options.get("ready_fd")
+            fail_start(settings_class.role, error, int(given) if given and given.isdecimal() else None)
         logs.configure(settings_class.role, settings.log_level)
         logs.get_logger("pagewire.settings").info("configuration", **settings.model_dump(mode="json"))
-        run_role(settings_class.role, lambda: serve(settings))
+        run_role(settings_class.role, lambda: serve(settings), settings.ready_fd)
 
     parameters = [_option_parameter(name, field) for name, field in settings_class.model_fields.items()]
     parameters.append(

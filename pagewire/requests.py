@@ -1,0 +1,118 @@
+"""Makes protocol requests from Python arguments. Ranges are the server's to check: it has the one table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from pagewire.v1 import inference_pb2
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+Message = Mapping[str, str]
+"""One turn of a chat: {"role": ..., "content": ...}."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `generate` and `chat`. What is left out is the server's default (see inference.proto)."""
+
+    model: str
+    """Served name; default: the only model."""
+    request_id: str
+    """At most 128 printable ASCII characters; default: a random one."""
+    max_tokens: int
+    """Output tokens per sequence at most."""
+    min_tokens: int
+    """No end-of-sequence or stop token before that many output tokens."""
+    temperature: float
+    """0: greedy; default 1."""
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    """Makes sampling reproducible."""
+    n: int
+    """Sequences sampled from the one prompt."""
+    beam_width: int
+    length_penalty: float
+    logit_bias: Mapping[int, float]
+    stop: str | Sequence[str]
+    """Stop strings; a single one may be given as it is."""
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    include_stop: bool
+    echo: bool
+    logprobs: int
+    """Top-N beside the chosen token; 0: the chosen token only."""
+    prompt_logprobs: int
+    token_ids_only: bool
+    priority: int
+    tenant: str
+
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "n",
+    "beam_width",
+    "length_penalty",
+    "logit_bias",
+)
+_STOP = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop")
+_OUTPUT = ("echo", "logprobs", "prompt_logprobs", "token_ids_only")
+_REQUEST = ("model", "request_id", "priority", "tenant")
+
+
+def generate_request(prompt: Prompt | Sequence[Message], options: Options) -> inference_pb2.GenerateRequest:
+    """Builds a request.
+
+    Args:
+        prompt: text, token ids, or the messages of a chat.
+        options: see `Options`.
+
+    Raises:
+        TypeError: an option is unknown or of a wrong type.
+        ValueError: a number does not fit its field at all (a negative count, for example).
+    """
+    given = dict(options)
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    unknown = given.keys() - {*_SAMPLING, *_STOP, *_OUTPUT, *_REQUEST}
+    if unknown:
+        raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
+
+    def pick(names: Sequence[str]) -> dict[str, object]:
+        return {name: given[name] for name in names if given.get(name) is not None}
+
+    request = inference_pb2.GenerateRequest(
+        sampling=inference_pb2.SamplingParams(**pick(_SAMPLING)),  # type: ignore[arg-type]
+        stop=inference_pb2.StopParams(**pick(_STOP)),  # type: ignore[arg-type]
+        output=inference_pb2.OutputOptions(**pick(_OUTPUT)),  # type: ignore[arg-type]
+        **pick(_REQUEST),  # type: ignore[arg-type]
+    )
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        request.chat.CopyFrom(chat_prompt(prompt))  # type: ignore[arg-type]
+    else:
+        request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
+    return request
+
+
+def chat_prompt(messages: Sequence[Message]) -> inference_pb2.ChatPrompt:
+    """Builds a chat. Raises TypeError for a message that is not {"role": ..., "content": ...}."""
+    chat = inference_pb2.ChatPrompt()
+    for message in messages:
+        if set(message) != {"role", "content"}:
+            raise TypeError(f'a chat message has "role" and "content", not {sorted(message)}')
+        chat.messages.add(role=message["role"], content=message["content"])
+    return chat
