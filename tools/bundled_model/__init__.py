@@ -1,0 +1,1 @@
+"""How the language model that ships with Pagewire is made: its text, its tokenizer and its training."""
