@@ -33,7 +33,7 @@ INITIALIZER_RANGE = 0.2
 
 TIED_EMBEDDING_SCALE = 0.3
 
-MIN_GAP = 1e-4
+MIN_GAP = 1e-5
 """A smaller lead of the best logit over the second is a near-tie: float32 rounding may decide it either way."""
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -254,7 +254,7 @@ def reference_greedy(folder: Path, prompt_ids: list[int], max_new_tokens: int, *
 
 
 def reference(folder: Path, prompt_ids: list[int], max_new_tokens: int, *, ignore_eos: bool = True) -> Reference:
-    """Greedy output of transformers' `generate` in float32 on the CPU, alone in its batch, with its own eager attention.
+    """Greedy output of transformers' `generate` in float32 on the CPU, alone in its batch, with eager attention.
 
     Returns exactly max_new_tokens tokens unless ignore_eos is false and the model ends before.
     """

@@ -12,8 +12,10 @@ from typing import Protocol
 
 import torch
 
+from pagewire.runtime.errors import StartError
 
-class ModelError(Exception):
+
+class ModelError(StartError):
     """A model cannot be served. The message is one line that names the reason and, where there is one, the mend."""
 
 
