@@ -206,8 +206,8 @@ def places(shape: LlamaShape, weights: LlamaWeights) -> dict[str, torch.Tensor]:
 
 
 def _layer_places(shape: LlamaShape, layer: LlamaLayer) -> dict[str, torch.Tensor]:
-    heads = (shape.query_size, shape.kv_size, shape.kv_size)
-    inner = (shape.intermediate_size, shape.intermediate_size)
+    heads = [shape.query_size, shape.kv_size, shape.kv_size]
+    inner = [shape.intermediate_size, shape.intermediate_size]
     query, key, value = torch.split(layer.qkv, heads)
     gate, up = torch.split(layer.gate_up, inner)
     found: dict[str, torch.Tensor | None] = {
@@ -273,7 +273,7 @@ class LlamaModel:
         """Self-attention of one layer: normed hidden [T, hidden_size] to [T, hidden_size]."""
         shape, ops = self._shape, self._ops
         qkv = functional.linear(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, shape.head_dim)
-        query, key, value = torch.split(qkv, (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
+        query, key, value = torch.split(qkv, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             query = ops.rms_norm(query, layer.query_norm, shape.norm_epsilon)
             key = ops.rms_norm(key, layer.key_norm, shape.norm_epsilon)

@@ -11,6 +11,7 @@ A model is served only if a probe at load time shows that this computes what the
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -187,7 +188,10 @@ def _check_call(
 
 
 def check_config(config: Any) -> str:
-    """The name of the class that runs a config, or ModelError by name for what is known not to work, before weights are read."""
+    """The name of the class that runs a config.
+
+    Raises ModelError, before weights are read, for what is known not to work.
+    """
     kind = config.model_type
     name = (getattr(config, "architectures", None) or [kind])[0]
     if getattr(config, "is_encoder_decoder", False):
@@ -393,7 +397,7 @@ def _draw(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 def _quiet() -> Iterator[None]:
     """Without transformers' log lines: what they would report is raised or intended here. Its progress bar stays."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
