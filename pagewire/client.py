@@ -211,14 +211,20 @@ class Stream:
 
     def close(self) -> None:
         """Ends the stream; cancels the request unless it has ended. Waits for the server's answer for a short time."""
+        self._end(wait=True)
+
+    def _end(self, *, wait: bool) -> None:
         if self._closed:
             return
         self._closed = True
         self._call.cancel()
         if self._cancel_on_close and not self._state.done:
+            request = inference_pb2.CancelRequest(request_id=self.request_id)
             # A failure means that the server or the channel has gone, and the request with it or soon after.
             with contextlib.suppress(grpc.RpcError, ValueError):
-                self._stub.Cancel(inference_pb2.CancelRequest(request_id=self.request_id), timeout=CANCEL_LIMIT_S)
+                answer = self._stub.Cancel.future(request, timeout=CANCEL_LIMIT_S)
+                if wait:
+                    answer.result()
 
     def __enter__(self) -> Stream:
         return self
@@ -229,9 +235,9 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        # A constructor that failed leaves no call to end.
+        # Without waiting: this may run in any thread. A constructor that failed leaves no call to end.
         if getattr(self, "_call", None) is not None:
-            self.close()
+            self._end(wait=False)
 
     def _start(self) -> Any:
         timeout = None

@@ -29,9 +29,9 @@ def fail_start(role: str, error: Exception | str, ready_fd: int | None = None) -
     A supervised process tells its supervisor, which prints the line once however many processes stumble over it; any
     other prints `pagewire <role>: <line>` on stderr.
     """
-    line = f"pagewire {role}: " + " ".join(str(error).split())
-    if not ready.refuse(ready_fd, line):
-        print(line, file=sys.stderr, flush=True)
+    line = " ".join(str(error).split())
+    if not ready.refuse(ready_fd, f"{role}: {line}"):
+        print(f"{' '.join(['pagewire', role]).rstrip()}: {line}", file=sys.stderr, flush=True)
     sys.exit(EXIT_CANNOT_START)
 
 
