@@ -1,0 +1,126 @@
+"""The gateway process: one gRPC server for clients, one session to the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+
+import grpc.aio
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from gateway import control, native
+from gateway.chat import ChatTemplate
+from gateway.config import GatewaySettings
+from gateway.health import Health
+from gateway.requests import RequestPath
+from gateway.session import SchedulerLink
+from gateway.tokenizer import Tokenizer, keep_torch_out, load_tokenizer
+from pagewire.runtime import ready
+from pagewire.runtime.channel import bind, server_options
+from pagewire.runtime.logs import get_logger
+
+log = get_logger(__name__)
+
+
+class Gateway:
+    """Everything a gateway runs. `start` returns once the port is bound; `wait_ready` once requests can be served."""
+
+    def __init__(self, settings: GatewaySettings, tokenizer: Tokenizer | None) -> None:
+        """
+        Args:
+            settings: the role's.
+            tokenizer: the model's; None: token ids only.
+        """
+        self._settings = settings
+        self._tokenizer = tokenizer
+        template = tokenizer.chat_template if tokenizer is not None else None
+        self._chat = (
+            ChatTemplate(template, tokenizer.special_tokens, settings.chat_render_timeout_s)
+            if tokenizer is not None and template is not None
+            else None
+        )
+        gateway_id = f"{socket.gethostname()}-{os.getpid()}"
+        self.link = SchedulerLink(settings.scheduler, gateway_id, settings.reattach_timeout_s)
+        self.path = RequestPath(settings, self.link, tokenizer, self._chat)
+        self._server = grpc.aio.server(options=server_options(internal=False))
+        self._health = Health(self.link)
+        self._changed = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.address = ""
+        """Where clients connect, once started."""
+
+    async def start(self) -> None:
+        """Binds the port and opens the session. Raises StartError for an address or a chat template that cannot be."""
+        if self._chat is not None:
+            await self._chat.start()
+        servicer = native.InferenceServicer(self.path, self._settings.write_timeout_s)
+        self._server.add_generic_rpc_handlers((servicer.handlers(), control.handlers(self.link)))
+        await self._health.add_to(self._server)
+        if self._settings.reflection:
+            health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+            names = (native.SERVICE, control.SERVICE, health_name, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self.address = await bind(self._server, self._settings.listen, insecure=self._settings.insecure)
+        await self._server.start()
+        self.link.on_state(self._changed.set)
+        self._tasks = [asyncio.create_task(self.link.run()), asyncio.create_task(self._follow_state())]
+
+    async def wait_ready(self) -> None:
+        """Returns when the scheduler has welcomed this gateway and a worker is ready."""
+        await self._ready.wait()
+
+    async def run(self) -> None:
+        """Runs until cancelled, or until a part of it breaks, which it raises."""
+        await asyncio.gather(*self._tasks)
+
+    async def stop(self) -> None:
+        """Says NOT_SERVING, gives calls their grace, and ends everything."""
+        await self._health.stop()
+        await self._server.stop(self._settings.stop_grace_s)
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        if self._chat is not None:
+            await self._chat.close()
+        if self._tokenizer is not None:
+            self._tokenizer.close()
+
+    async def _follow_state(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._health.update()
+            if self.link.ready:
+                self._ready.set()
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Runs the gateway until cancelled. Announces its address once it can serve requests.
+
+    Raises:
+        StartError: wrong tokenizer directory, port in use, bad chat template.
+    """
+    keep_torch_out()
+    tokenizer = await asyncio.to_thread(load_tokenizer, settings.model)
+    if tokenizer is None:
+        log.warning("no tokenizer: token ids only", model=settings.model)
+    gateway = Gateway(settings, tokenizer)
+    try:
+        await gateway.start()
+        log.info("listening", grpc=gateway.address)
+        running = asyncio.create_task(gateway.run())
+        waiting = asyncio.create_task(gateway.wait_ready())
+        await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            log.info("ready", grpc=gateway.address)
+            ready.announce(settings.ready_fd, grpc=gateway.address, http=None)
+        waiting.cancel()
+        await running
+    finally:
+        await gateway.stop()
