@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pagewire.v1 import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
-from scheduler.dispatcher import Failed, Loads, TransferRates, WorkerCapacity
+from scheduler.events import Failed
+from scheduler.loads import Loads
+from scheduler.policy import TransferRates, WorkerCapacity
 from scheduler.sequence import Finish, FinishReason, Request, Sequence, SequenceGroup
 from scheduler.step_plan import (
     NO_TIMINGS,

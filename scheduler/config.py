@@ -31,21 +31,21 @@ class SchedulerSettings(RoleSettings):
     """Tokens that one step computes at most, decodes and prefill chunks together. Larger: faster prefill, longer pauses
     of the streams that decode beside it."""
     preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
-    """How a sequence group leaves GPU memory when it is full: by the cheaper of the two measured costs, or always one."""
+    """How a sequence group leaves GPU memory when that is full: by the cheaper of two measured costs, or always one."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts for later prompts that begin alike, per tenant."""
     max_waiting: int = Field(default=1024, ge=1, le=1 << 20)
     """Requests that may wait before new ones are refused with RESOURCE_EXHAUSTED."""
     watermark: float = Field(default=0.01, ge=0.0, lt=1.0)
-    """Share of the block pool that admission leaves free, so that running sequences can grow before anyone is preempted."""
+    """Share of the block pool that admission leaves free, so that running sequences can grow without preemptions."""
 
     retention_s: float = Field(default=60.0, ge=0.0, le=86400.0)
     """Seconds for which a finished request can still be attached to."""
     max_retained: int = Field(default=4096, ge=0, le=1 << 20)
     """Finished requests kept for attaching, whatever their age; the oldest are forgotten first."""
     orphan_s: float = Field(default=30.0, ge=0.0, le=86400.0)
-    """Seconds for which a request goes on after its gateway's session broke, waiting for an attach. Detached requests go
-    on without one."""
+    """Seconds for which a request goes on after its gateway's session broke, waiting for an attach. Detached requests
+    go on without one."""
 
     heartbeat_timeout_s: float = Field(default=2.5, gt=0.0, le=3600.0)
     """Seconds without any message after which a worker is declared lost. Found within 3 s; gRPC's own keepalive alone

@@ -1,11 +1,11 @@
 """Named places where a test makes a process stall or die: `FAULT_POINTS=step.after_launch:sleep=2,emit.before:kill@7`.
 
-Each entry is `NAME:ACTION[@N]`: `sleep=SECONDS` stalls the calling thread every time, `kill` ends the process as SIGKILL
-does (no cleanup runs). With `@N` only the N-th visit acts, counted from 1. A place that acts says so on stderr with one
-line, `fault point NAME: ACTION (visit N)`, so that a test can prove it was hit. When the variable is unset a visit costs
-one call and one look at an empty dict.
+Each entry is `NAME:ACTION[@N]`: `sleep=SECONDS` stalls the calling thread every time, `kill` ends the process as
+SIGKILL does (no cleanup runs). With `@N` only the N-th visit acts, counted from 1. A place that acts says so on stderr
+with one line, `fault point NAME: ACTION (visit N)`, so that a test can prove it was hit. When the variable is unset a
+visit costs one call and one look at an empty dict.
 
-Names in use are `link.after_join` and the like: `<module>.<moment>`, listed where they are called.
+A name is `<role or module>.<moment>`, such as `scheduler.after_apply`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def parse(text: str) -> dict[str, _Fault]:
 
 
 def _from_environment() -> dict[str, _Fault]:
-    """Read once, at import, so that a visit costs nothing; a malformed text ends the process like any start-up error."""
+    """Read once, at import, so that visits cost nothing; a malformed text ends the process like any start-up error."""
     try:
         return parse(os.environ.get(VARIABLE, ""))
     except StartError as error:
@@ -73,7 +73,7 @@ _faults = _from_environment()
 
 
 def fault_point(name: str) -> None:
-    """Stalls or kills here if the environment asks for it. Blocks the thread: for event loops see `async_fault_point`."""
+    """Stalls or kills here if the environment asks for it. A stall blocks the whole thread."""
     if _faults and (fault := _faults.get(name)) is not None and fault.due(name):
         if fault.sleep_s < 0:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,532 @@
+"""The engine: where links meet the core. Every event of every link passes here, and nothing here waits.
+
+One turn is: let the workers have their next plans, then tell the sessions what is new. A result causes its own turn at
+once, plans first, because the worker must not wait for the clients' tokens; submissions, aborts and joins are collected
+until the event loop has read what else has arrived.
+
+A defect of the core cannot be confined to one request: it is logged, and `failed` ends the process, whose supervisor
+starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import grpc
+
+from pagewire.runtime import logs
+from pagewire.runtime.fault_points import fault_point
+from pagewire.v1 import control_pb2, scheduler_pb2, worker_pb2
+from scheduler import codec
+from scheduler.codec import SubmitError
+from scheduler.config import SchedulerSettings
+from scheduler.dispatcher import Admission, Dispatcher, ResultError, StepOutput
+from scheduler.duplex import Refusal
+from scheduler.events import Admitted, Failed, Finished
+from scheduler.fanout import Fanout
+from scheduler.gateway_link import Listener, Session
+from scheduler.metrics import NS_PER_S, Metrics
+from scheduler.policy import SchedulerConfig
+from scheduler.sequence import FinishReason, Request, SequenceGroup
+from scheduler.step_plan import StepPlan, StepResult
+from scheduler.worker_link import WorkerLink
+
+QUEUE_FULL_RETRY_NS = 1 * NS_PER_S
+NO_WORKER_RETRY_NS = 2 * NS_PER_S
+DRAINING_RETRY_NS = 5 * NS_PER_S
+MIN_TIMER_NS = 1_000_000
+
+log = logs.get_logger("scheduler.engine")
+
+
+class Engine:
+    """Owns the dispatcher, the workers' links and the gateways' sessions. Lives on one event loop."""
+
+    def __init__(
+        self, settings: SchedulerSettings, *, clock: Callable[[], int] = time.monotonic_ns, wall_ms: int | None = None
+    ) -> None:
+        """Makes an engine without workers.
+
+        Args:
+            settings: the process's.
+            clock: nanoseconds of a monotonic clock.
+            wall_ms: milliseconds of the wall clock, from which epochs are counted on; None: now. Later starts have
+                larger ones, so epochs grow over restarts too.
+        """
+        self.settings = settings
+        self.clock = clock
+        self.metrics = Metrics()
+        self.dispatcher = Dispatcher(
+            SchedulerConfig(
+                max_num_seqs=settings.max_num_seqs,
+                token_budget=settings.token_budget,
+                preemption_mode=settings.preemption_mode,
+                prefix_cache=settings.prefix_cache,
+                max_waiting=settings.max_waiting,
+                watermark=settings.watermark,
+                retention_ns=int(settings.retention_s * NS_PER_S),
+                max_retained=settings.max_retained,
+            )
+        )
+        self.workers: dict[str, WorkerLink] = {}
+        self.sessions: dict[str, Session] = {}
+        self.model: worker_pb2.ModelInfo | None = None
+        """What the first worker ever has loaded; every later one must agree."""
+        self.block_size = 0
+        self.draining = False
+        self.started_at = clock()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Gets the exception when the core is broken."""
+        self.on_state: Callable[[scheduler_pb2.ModelState], None] = lambda _state: None
+        """Called at every change of the model state."""
+        self._limits: codec.ModelLimits | None = None
+        self._epoch = int(time.time() * 1000) if wall_ms is None else wall_ms
+        self._state = scheduler_pb2.ModelState()
+        self._fanout = Fanout()
+        self._touched: dict[Session, None] = {}
+        self._turn_due = False
+        self._expiry_at: int | None = None
+        self._expiry_timer: asyncio.TimerHandle | None = None
+        self._orphans: dict[str, asyncio.TimerHandle] = {}
+        self._awaiting_first_token: list[SequenceGroup] = []
+
+    # Workers
+
+    def next_epoch(self) -> int:
+        """An epoch larger than all before it."""
+        self._epoch += 1
+        return self._epoch
+
+    def check_pool(self, hello: worker_pb2.WorkerHello) -> None:
+        """Refuses a worker that this pool cannot take: another model, or one too many."""
+        if self.model is not None and hello.model.fingerprint != self.model.fingerprint:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the worker has loaded {hello.model.name!r} with fingerprint {hello.model.fingerprint}, "
+                f"this scheduler serves {self.model.name!r} with fingerprint {self.model.fingerprint}",
+                reason="MODEL_MISMATCH",
+                metadata={"worker": hello.model.fingerprint, "scheduler": self.model.fingerprint},
+            )
+        if len(self.workers) >= self.settings.max_workers and hello.worker_id not in self.workers:
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{len(self.workers)} workers have joined, which is the limit (max_workers)",
+                reason="TOO_MANY_WORKERS",
+            )
+
+    def join(self, link: WorkerLink) -> None:
+        """Makes a worker ready. One of the same name is taken for its own past and ended."""
+        before = self.workers.get(link.worker_id)
+        if before is not None:
+            before.end(Refusal(grpc.StatusCode.ABORTED, "the worker has joined again", reason="SUPERSEDED"))
+            self.leave(before, "it has joined again")
+        if self.model is None:
+            self.model = worker_pb2.ModelInfo()
+            self.model.CopyFrom(link.hello.model)
+            self._limits = codec.limits_of(self.model)
+            self.block_size = link.hello.capacity.block_size
+        self.workers[link.worker_id] = link
+        capacity, rates = codec.capacity_of(link.hello), codec.rates_of(link.hello)
+        self.dispatcher.add_worker(link.worker_id, capacity, rates, link.epoch, self.clock())
+        log.info("worker joined", worker=link.worker_id, epoch=link.epoch, device=link.hello.device)
+        self.state_changed()
+        self._wake()
+
+    def leave(self, link: WorkerLink, why: str) -> None:
+        """Takes a worker's sequences back; they go on elsewhere or wait. A link that has left already is ignored."""
+        if self.workers.get(link.worker_id) is not link:
+            return
+        self.metrics.retire(link.worker_id, self.dispatcher.loads())
+        del self.workers[link.worker_id]
+        self._fanout.forget(link.worker_id)
+        self.dispatcher.remove_worker(link.worker_id, self.clock())
+        log.warning("worker lost", worker=link.worker_id, epoch=link.epoch, last_step=link.last_step, why=why)
+        self.state_changed()
+        self._wake()
+
+    def result(self, link: WorkerLink, message: worker_pb2.StepResult) -> None:
+        """Applies a result, sends the worker its next plan, then tells the sessions.
+
+        Raises:
+            Refusal: the result contradicts its plan; the worker's stream must end.
+        """
+        if self.workers.get(link.worker_id) is not link:
+            self.metrics.stale_results += 1
+            return
+        result = codec.decode_result(message)
+        arrived = link.heard_at
+        self._check_result(result)
+        try:
+            output = self._apply(link, result, arrived)
+            fault_point("scheduler.after_apply")
+            if output.accepted:
+                self._measure(link, result, output, arrived)
+            self._pump(link)
+            fault_point("scheduler.before_emit")
+            self._touch(self._fanout.deliver(link.worker_id, output))
+            self._settle()
+        except Refusal:
+            raise
+        except Exception as error:
+            self.fail(error)
+        if len(self.workers) > 1:
+            self._wake()
+
+    def _check_result(self, result: StepResult) -> None:
+        assert self._limits is not None
+        too_large = result.token_ids and max(result.token_ids) >= self._limits.vocab_size
+        if too_large and not result.nonfinite_rows:
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"step {result.step} sampled an id that is not below the vocabulary size {self._limits.vocab_size}",
+                reason="BAD_RESULT",
+            )
+
+    def _apply(self, link: WorkerLink, result: StepResult, now: int) -> StepOutput:
+        """The one place where results pass."""
+        try:
+            return self.dispatcher.apply(link.worker_id, result, now)
+        except ResultError as error:
+            log.error("a result contradicts its plan", worker=link.worker_id, step=result.step, what=str(error))
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error), reason="BAD_RESULT") from None
+
+    def _pump(self, link: WorkerLink) -> None:
+        """Sends plans for as long as there is something to do and the core allows another in flight."""
+        while True:
+            begun = self.clock()
+            plan = self.dispatcher.schedule(link.worker_id, begun)
+            if plan is None:
+                return
+            self._send(link, plan)
+            self.metrics.step_time["plan"].observe((self.clock() - begun) / NS_PER_S)
+
+    def _send(self, link: WorkerLink, plan: StepPlan) -> None:
+        """The one place where plans pass."""
+        raw = codec.encode_plan(plan)
+        fault_point("scheduler.before_plan_sent")
+        link.send(raw)
+        link.plan_sent(plan.step)
+        block_bytes = link.hello.capacity.block_bytes
+        self.metrics.swap_bytes["out"] += len(plan.swap_out.sources) * block_bytes
+        self.metrics.swap_bytes["in"] += len(plan.swap_in.sources) * block_bytes
+
+    # Sessions
+
+    def open(self, session: Session) -> None:
+        """Takes a session in and tells it the model state. Raises Refusal when there are too many."""
+        if len(self.sessions) >= self.settings.max_sessions:
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{len(self.sessions)} sessions are open, which is the limit (max_sessions)",
+                reason="TOO_MANY_SESSIONS",
+            )
+        self.sessions[session.session_id] = session
+        session.tell(self.model_state())
+        log.info("session opened", session=session.session_id, gateway=session.gateway_id)
+
+    def close(self, session: Session) -> None:
+        """Lets go of a session. Its requests go on for a while, so that somebody can attach to them."""
+        if self.sessions.pop(session.session_id, None) is None:
+            return
+        listeners = list(session.listeners.values())
+        for listener in listeners:
+            group = listener.group
+            self._unlisten(listener)
+            if not group.listeners and not group.request.detached:
+                self._orphan(group.request.request_id)
+        self._touched.pop(session, None)
+        log.info("session closed", session=session.session_id, gateway=session.gateway_id, listeners=len(listeners))
+
+    def submit(self, session: Session, message: scheduler_pb2.Submit) -> None:
+        """Starts a request, or answers it with StreamFailed."""
+        stream = message.stream
+        try:
+            group = self._accept(session, message)
+        except SubmitError as error:
+            self._refuse(session, stream, error)
+            return
+        except AssertionError as error:
+            self.fail(error)
+            return
+        except Refusal:
+            raise
+        except Exception:
+            log.exception("a submission failed", request_id=message.request_id)
+            self._refuse(session, stream, SubmitError(codec.INTERNAL, "INTERNAL", "the scheduler failed here"))
+            return
+        group.listeners.append(session.listen(group, stream))
+        self._fanout.listeners_changed()
+        self._wake()
+
+    def _accept(self, session: Session, message: scheduler_pb2.Submit) -> SequenceGroup:
+        if self.draining:
+            raise SubmitError(
+                codec.UNAVAILABLE, "DRAINING", "the scheduler takes no new requests: it drains", DRAINING_RETRY_NS
+            )
+        if self._limits is None:
+            raise SubmitError(codec.UNAVAILABLE, "NO_WORKER", "no worker has joined yet", NO_WORKER_RETRY_NS)
+        now = self.clock()
+        request: Request = codec.decode_submit(message, self._limits, now)
+        session.check_free(message.stream, request.n)
+        submitted = self.dispatcher.submit(request, now)
+        verdict = submitted.admission
+        if verdict is Admission.LATER:
+            raise SubmitError(codec.RESOURCE_EXHAUSTED, "QUEUE_FULL", submitted.reason, QUEUE_FULL_RETRY_NS)
+        if verdict is Admission.DUPLICATE:
+            raise SubmitError(codec.ALREADY_EXISTS, "REQUEST_EXISTS", "a live request has this request_id")
+        if verdict is Admission.NEVER:
+            raise SubmitError(codec.INVALID_ARGUMENT, "NEVER_FITS", submitted.reason)
+        assert submitted.group is not None
+        return submitted.group
+
+    def _refuse(self, session: Session, stream: int, error: SubmitError) -> None:
+        session.failed.append(codec.encode_refusal(stream, error))
+        session.flush()
+
+    def attach(self, session: Session, stream: int, request_id: str) -> None:
+        """Sends everything so far of a request and listens to the rest."""
+        self._settle()  # what has happened before must not be told again after the snapshot
+        group = self.dispatcher.find(request_id)
+        if group is None:
+            error = SubmitError(codec.NOT_FOUND, "REQUEST_NOT_FOUND", "no live or recent request has this name")
+            self._refuse(session, stream, error)
+            return
+        session.check_free(stream, len(group.sequences))
+        session.snapshot(codec.encode_attached(stream, group))
+        if isinstance(group.failure, Failed):
+            session.failed.append(codec.encode_failed(stream, group.failure))
+            session.flush()
+        elif not group.is_finished:
+            group.listeners.append(session.listen(group, stream))
+            self._fanout.listeners_changed()
+            self._adopt(request_id)
+
+    def detach(self, session: Session, stream: int) -> None:
+        """Stops listening. A request that nobody listens to any more is cancelled, unless it is detached."""
+        listener = session.listeners.get(stream)
+        if listener is None:
+            return  # it has ended meanwhile
+        group = listener.group
+        self._unlisten(listener)
+        if not group.listeners and not group.request.detached:
+            self.abort(group.request.request_id)
+
+    def stop(self, session: Session, stream: int, num_tokens: int, matched_stop: str) -> None:
+        """Ends a sequence at a stop string."""
+        found = session.sequence(stream)
+        if found is None:
+            return  # it has ended meanwhile
+        group, index = found
+        if num_tokens > len(group.sequences[index].output):
+            log.error("a stop string behind the last token", request_id=group.request.request_id, num_tokens=num_tokens)
+            return
+        now = self.clock()
+        if self.dispatcher.stop_sequence(group.request.request_id, index, num_tokens, matched_stop, now):
+            self._wake()
+
+    def abort(self, request_id: str) -> bool:
+        """Cancels a request. False: no live one has that name."""
+        found = self.dispatcher.abort(request_id, FinishReason.CANCELLED, self.clock())
+        self._wake()
+        return found
+
+    def _unlisten(self, listener: Listener) -> None:
+        listener.session.forget(listener)
+        listener.group.listeners.remove(listener)
+        self._fanout.listeners_changed()
+
+    def _orphan(self, request_id: str) -> None:
+        self._adopt(request_id)
+        timer = asyncio.get_running_loop().call_later(self.settings.orphan_s, self._end_orphan, request_id)
+        self._orphans[request_id] = timer
+
+    def _adopt(self, request_id: str) -> None:
+        timer = self._orphans.pop(request_id, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _end_orphan(self, request_id: str) -> None:
+        del self._orphans[request_id]
+        log.info("nobody came back for a request", request_id=request_id)
+        self.abort(request_id)
+
+    # State
+
+    def model_state(self) -> scheduler_pb2.ModelState:
+        """What is served, and whether it is ready."""
+        ready = [link for link in self.workers.values() if not link.stalled]
+        return scheduler_pb2.ModelState(
+            model=self.model,
+            block_size=self.block_size,
+            kv_blocks=sum(link.hello.capacity.num_blocks for link in ready),
+            ready=bool(ready),
+            workers=len(ready),
+            draining=self.draining,
+        )
+
+    def state_changed(self) -> None:
+        """Tells everyone the model state if it differs from what they were told last."""
+        state = self.model_state()
+        if state == self._state:
+            return
+        self._state = state
+        for session in self.sessions.values():
+            session.tell(state)
+        self.on_state(state)
+
+    def drain(self, *, resume: bool) -> int:
+        """Stops (or resumes) the admission of new requests; returns how many live ones there are."""
+        self.draining = not resume
+        self.state_changed()
+        return self.live_requests()
+
+    def live_requests(self) -> int:
+        """Requests that have not ended."""
+        loads = self.dispatcher.loads()
+        return loads.waiting + loads.running + loads.swapped + loads.preempted
+
+    def loads(self) -> control_pb2.GetLoadsResponse:
+        """What every worker carries."""
+        steps = {link.worker_id: link.last_step for link in self.workers.values()}
+        return codec.encode_loads(self.dispatcher.loads(), steps)
+
+    def fail(self, error: Exception) -> None:
+        """The core is broken: ends the process."""
+        log.critical("the scheduler's core has failed", exc_info=error)
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+    # Turns
+
+    def _wake(self) -> None:
+        """Has a turn made once the event loop has read what else has arrived."""
+        if not self._turn_due:
+            self._turn_due = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        if self.failed.done():
+            return
+        try:
+            for link in list(self.workers.values()):
+                self._pump(link)
+            self._settle()
+        except Exception as error:
+            self.fail(error)
+
+    def _touch(self, sessions: list[Session]) -> None:
+        for session in sessions:
+            self._touched[session] = None
+
+    def _settle(self) -> None:
+        """Tells the sessions what has happened: one message each, events after tokens."""
+        ended: dict[SequenceGroup, None] = {}
+        for event in self.dispatcher.take_events():
+            if isinstance(event, Admitted):
+                self._admitted(event.group)
+            elif isinstance(event, Finished):
+                self._finished(event)
+                if event.sequence.group.is_finished:
+                    ended[event.sequence.group] = None
+            else:
+                self._failed(event)
+                ended[event.group] = None
+        for group in ended:  # only now: further sequences of a group may have ended in the same step
+            self._ended(group)
+        if self._touched:
+            touched, self._touched = self._touched, {}
+            for session in touched:
+                session.flush()
+        self._arm_expiry()
+
+    def _admitted(self, group: SequenceGroup) -> None:
+        self.metrics.prompt_tokens += len(group.request.prompt)
+        self._awaiting_first_token.append(group)
+        if group.started_at is not None:
+            self.metrics.queue_time.observe((group.started_at - group.accepted_at) / NS_PER_S)
+        for listener in group.listeners:
+            listener.session.admitted.append(codec.encode_admitted(listener.stream, group))
+            self._touched[listener.session] = None
+
+    def _finished(self, event: Finished) -> None:
+        sequence = event.sequence
+        group = sequence.group
+        assert sequence.finish is not None
+        self.metrics.finished[sequence.finish.reason.value] += 1
+        for listener in group.listeners:
+            finished = codec.encode_finished(listener.stream + sequence.index, sequence)
+            listener.session.finished.append(finished)
+            self._touched[listener.session] = None
+
+    def _failed(self, event: Failed) -> None:
+        group = event.group
+        self.metrics.finished[FinishReason.ERROR.value] += len(group.sequences)
+        for listener in group.listeners:
+            listener.session.failed.append(codec.encode_failed(listener.stream, event))
+            self._touched[listener.session] = None
+        log.warning("request failed", request_id=group.request.request_id, reason=event.reason)
+
+    def _ended(self, group: SequenceGroup) -> None:
+        if group.finished_at is not None:
+            self.metrics.e2e_latency.observe((group.finished_at - group.accepted_at) / NS_PER_S)
+        for listener in list(group.listeners):
+            self._unlisten(listener)
+        self._adopt(group.request.request_id)
+
+    def _measure(self, link: WorkerLink, result: StepResult, output: StepOutput, arrived: int) -> None:
+        """Counts a step. Nothing here loops over the tokens."""
+        metrics, timings = self.metrics, result.timings
+        before = link.result_at
+        sent_at = link.result_arrived(result.step)
+        link.result_at = arrived
+        num_tokens = len(output.token_ids)
+        metrics.generation_tokens += num_tokens
+        num_first = self._first_tokens(num_tokens)
+        if before and num_tokens > num_first:
+            metrics.inter_token_latency.observe((arrived - before) / NS_PER_S, num_tokens - num_first)
+        metrics.idle_ns[link.worker_id] += timings.idle_ns
+        metrics.swap_ns["out"] += timings.swap_out_ns
+        metrics.swap_ns["in"] += timings.swap_in_ns
+        metrics.step_time["forward"].observe(timings.forward_ns / NS_PER_S)
+        metrics.step_time["sample"].observe(timings.sample_ns / NS_PER_S)
+        if sent_at is not None:
+            worked = timings.swap_out_ns + timings.swap_in_ns + timings.copy_ns + timings.forward_ns + timings.sample_ns
+            metrics.step_time["wire"].observe(max(0, arrived - max(sent_at, before) - worked) / NS_PER_S)
+
+    def _first_tokens(self, num_tokens: int) -> int:
+        """Observes requests that have just got their first token; returns for how many sequences it was the first."""
+        if not self._awaiting_first_token:
+            return 0
+        waiting, count = [], 0
+        for group in self._awaiting_first_token:
+            if group.first_token_at is not None:
+                self.metrics.time_to_first_token.observe((group.first_token_at - group.accepted_at) / NS_PER_S)
+                count += len(group.sequences)
+            elif not group.is_finished:
+                waiting.append(group)
+        self._awaiting_first_token = waiting
+        return min(count, num_tokens)
+
+    def _arm_expiry(self) -> None:
+        due = self.dispatcher.next_expiry()
+        if due == self._expiry_at:
+            return
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+            self._expiry_timer = None
+        self._expiry_at = due
+        if due is not None:
+            wait_ns = max(due - self.clock(), MIN_TIMER_NS)
+            self._expiry_timer = asyncio.get_running_loop().call_later(wait_ns / NS_PER_S, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry_timer, self._expiry_at = None, None
+        try:
+            self.dispatcher.expire(self.clock())
+        except Exception as error:
+            self.fail(error)
+            return
+        self._wake()
