@@ -1,0 +1,165 @@
+"""The worker process: loads a model, takes its memory, joins the scheduler, executes plans until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from kernels.kv_layout import KvLayout
+from pagewire.runtime.errors import StartError
+from pagewire.runtime.logs import get_logger
+from pagewire.runtime.ready import announce
+from pagewire.v1 import worker_pb2
+from worker import kv_pool
+from worker.config import WorkerSettings
+from worker.executor import Executor
+from worker.link import SchedulerLink
+from worker.models.base import ModelError, ModelSpec, PagedModel
+from worker.models.loader import load_model
+from worker.step import PlanError
+
+PROTOCOL_VERSION = 1
+EXIT_STEP_FAILED = 1
+"""A supervisor answers it with a restart; the scheduler recovers the sequences by recompute."""
+
+log = get_logger("worker.main")
+
+
+def run(settings: WorkerSettings) -> None:
+    """Runs the worker until a signal ends it. StartError: it cannot start, or the scheduler refuses it."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
+    try:
+        model = load_model(
+            settings.model,
+            device=device,
+            dtype=settings.dtype,
+            load_format=settings.load_format,
+            max_model_len=settings.max_model_len,
+        )
+    except ModelError as error:
+        raise StartError(str(error)) from None
+    except torch.OutOfMemoryError:
+        free = kv_pool.free_bytes(device) / kv_pool.GIB
+        raise StartError(f"the model's weights do not fit on {device}: {free:.2f} GiB are still free") from None
+    executor = make_executor(settings, model, device)
+    hello = make_hello(settings, model.spec, executor)
+    link = SchedulerLink(
+        settings.scheduler,
+        hello,
+        executor,
+        on_welcome=lambda: announce(settings.ready_fd, worker_id=hello.worker_id),
+        on_failure=fail,
+    )
+    link.run()
+
+
+def make_executor(settings: WorkerSettings, model: PagedModel, device: torch.device) -> Executor:
+    """Takes the memory for KV blocks, and says how much it is."""
+    spec = model.spec
+    try:
+        layout = KvLayout(spec.num_layers, spec.num_kv_heads, settings.block_size, spec.head_dim, spec.dtype)
+    except ValueError as error:
+        raise StartError(f"--block-size: {error}") from None
+    num_blocks = kv_pool.pool_size(
+        layout,
+        wanted_blocks=settings.num_blocks,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        free=kv_pool.free_bytes(device),
+        device=device,
+    )
+    host_blocks = kv_pool.arena_size(
+        layout,
+        wanted_blocks=settings.host_blocks,
+        num_blocks=num_blocks,
+        free_ram=kv_pool.free_bytes(torch.device("cpu")),
+    )
+    pool = kv_pool.allocate(layout, num_blocks=num_blocks, host_blocks=host_blocks, device=device)
+    log.info(
+        "memory",
+        block_size=layout.block_size,
+        block_bytes=layout.block_bytes,
+        num_blocks=num_blocks,
+        pool_bytes=num_blocks * layout.block_bytes,
+        pool_tokens=num_blocks * layout.block_size,
+        host_blocks=host_blocks,
+        arena_bytes=host_blocks * layout.block_bytes,
+        threads=torch.get_num_threads(),
+    )
+    return Executor(
+        model,
+        pool,
+        max_slots=settings.max_num_seqs,
+        max_step_tokens=settings.token_budget,
+        max_model_len=spec.max_model_len,
+    )
+
+
+def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) -> worker_pb2.WorkerHello:
+    """Introduces the worker; measures its swap rates first, which overwrites KV blocks."""
+    swap_out, swap_in = executor.swapper.measure()
+    pool = executor.pool
+    log.info("swap rates", swap_out_bytes_per_second=swap_out, swap_in_bytes_per_second=swap_in)
+    return worker_pb2.WorkerHello(
+        protocol_version=PROTOCOL_VERSION,
+        worker_id=f"{socket.gethostname()[:64]}-{os.getpid()}-{secrets.token_hex(4)}",
+        kernel_version=f"torch-{torch.__version__}",
+        device=device_name(pool.device_blocks.device),
+        model=worker_pb2.ModelInfo(
+            name=settings.served_model_name or default_name(settings.model),
+            fingerprint=spec.fingerprint,
+            architecture=spec.architecture,
+            vocab_size=spec.vocab_size,
+            max_model_len=spec.max_model_len,
+            dtype=str(spec.dtype).removeprefix("torch."),
+            eos_token_ids=spec.eos_token_ids,
+        ),
+        capacity=worker_pb2.WorkerCapacity(
+            block_size=pool.layout.block_size,
+            num_blocks=pool.num_blocks,
+            host_blocks=pool.num_host_blocks,
+            block_bytes=pool.layout.block_bytes,
+            max_slots=settings.max_num_seqs,
+            max_step_tokens=settings.token_budget,
+        ),
+        swap_out_bytes_per_second=swap_out,
+        swap_in_bytes_per_second=swap_in,
+    )
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for a setting of auto, cpu or cuda. StartError: cuda is wanted and there is none."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "sees no usable GPU: check `nvidia-smi`" if torch.version.cuda else "is a build without CUDA"
+        raise StartError(f"--device cuda, but torch {torch.__version__} {built}; or use --device cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu` or `cuda`, with the device's own name behind a colon."""
+    if device.type == "cuda":
+        return f"cuda:{torch.cuda.get_device_name(device)}"
+    return f"cpu:{torch.get_num_threads()} threads"
+
+
+def default_name(model: str) -> str:
+    """The name a model is served under: a directory's last part, or the hub id."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Ends the process at once: after a failed step nothing it computes can be trusted."""
+    what = "plan refused" if isinstance(error, PlanError) else "step failed"
+    log.error(what, error=f"{type(error).__name__}: {error}", exc_info=error)
+    sys.stderr.flush()
+    os._exit(EXIT_STEP_FAILED)
