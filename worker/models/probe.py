@@ -39,6 +39,8 @@ class Expected:
 
     token_ids: torch.Tensor
     """int64 [2, T]."""
+    positions: torch.Tensor
+    """int64 [2, T]: the first sequence at the beginning of the context, the second at its end."""
     logits: torch.Tensor
     """float32 [2, T, vocab_size]."""
 
@@ -46,16 +48,21 @@ class Expected:
 def eager(model: Any, max_model_len: int) -> Expected:
     """Run the probe's sequences through the model's own eager attention."""
     token_ids = _sequences(model.config, max_model_len).to(model.device)
+    count = token_ids.shape[1]
+    positions = torch.stack([torch.arange(count), torch.arange(max_model_len - count, max_model_len)]).to(model.device)
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
         with torch.inference_mode():
-            logits = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits for row in token_ids])
+            rows = [
+                model(input_ids=token_ids[[row]], position_ids=positions[[row]], use_cache=False).logits
+                for row in range(2)
+            ]
     except Exception as error:  # whatever a foreign model stumbles over
         raise ModelError(f"its own attention does not run: {one_line(error)}") from error
     finally:
         model.set_attn_implementation(before)
-    return Expected(token_ids, logits.float())
+    return Expected(token_ids, positions, torch.cat(rows).float())
 
 
 @torch.inference_mode()
@@ -68,7 +75,7 @@ def paged(trunk: nn.Module, head: nn.Module, expected: Expected, max_model_len: 
     for sizes in _schedule(count):
         spans = [(sequence, done[sequence], done[sequence] + size) for sequence, size in enumerate(sizes) if size]
         token_ids = torch.cat([expected.token_ids[sequence, start:end] for sequence, start, end in spans])
-        positions = torch.cat([torch.arange(start, end, device=token_ids.device) for _, start, end in spans])
+        positions = torch.cat([expected.positions[sequence, start:end] for sequence, start, end in spans])
         batch = cache.batch([(sequence, end - start) for sequence, start, end in spans])
         # Masks can be read off only where positions do not jump, so the first step is one sequence alone.
         step = Step(batch, max_model_len, layers)

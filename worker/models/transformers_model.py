@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -114,31 +115,35 @@ def attention(
     return attended.unsqueeze(0), None
 
 
-def attention_mask(*, mask_function: Callable[..., torch.Tensor] | None = None, **_: Any) -> MaskShape | None:
+def attention_mask(
+    *, mask_function: Callable[..., torch.Tensor] | None = None, device: torch.device | str = "cpu", **_: Any
+) -> MaskShape | None:
     """transformers' mask function: builds no mask. While probing, says what kind of mask the model wanted."""
     step = _current.get()
     if step.layers is not None:
         return None
     if mask_function is None:
         raise ModelError("its attention masks are not causal")
-    return MaskShape(window_of(mask_function, step.max_model_len))
+    return MaskShape(window_of(mask_function, step.max_model_len, device))
 
 
 AttentionInterface.register(INTERFACE, attention)
 AttentionMaskInterface.register(INTERFACE, attention_mask)
 
 
-def window_of(mask_function: Callable[..., torch.Tensor], length: int) -> int | None:
+def window_of(
+    mask_function: Callable[..., torch.Tensor], length: int, device: torch.device | str = "cpu"
+) -> int | None:
     """The sliding window of a mask function over `length` positions, None for plain causal.
 
     mask_function(batch, head, query, key) says elementwise what is visible. Raises ModelError for any other pattern
     (chunks, prefixes that see their own future).
     """
-    queries = torch.tensor(sorted({0, 1 % length, length // 3, length // 2, length - 1}))[:, None]
-    keys = torch.arange(length)[None, :]
-    zero = torch.zeros(1, 1, dtype=torch.int64)
+    queries = torch.tensor(sorted({0, 1 % length, length // 3, length // 2, length - 1}), device=device)[:, None]
+    keys = torch.arange(length, device=device)[None, :]
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     try:
-        visible = torch.as_tensor(mask_function(zero, zero, queries, keys)).cpu().broadcast_to(len(queries), length)
+        visible = torch.as_tensor(mask_function(zero, zero, queries, keys)).broadcast_to(len(queries), length)
     except Exception as error:  # whatever a foreign mask function stumbles over outside of its own tensors
         raise ModelError("its attention masks depend on more than positions") from error
     width = int(visible[-1].sum())
@@ -395,10 +400,14 @@ def _draw(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' log lines: what they would report is raised or intended here. Its progress bar stays."""
-    verbosity = transformers_logging.get_verbosity()
+    """Without transformers' log lines, whose reasons are raised or intended here; with its bars on terminals only."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
+    if bars and not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
