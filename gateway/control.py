@@ -31,7 +31,8 @@ def handlers(link: SchedulerLink) -> grpc.GenericRpcHandler[Any, Any]:
 
 def _unary(link: SchedulerLink, path: str) -> Any:
     async def handler(data: bytes, context: Any) -> bytes:
-        call: Any = link.channel.unary_unary(path)
+        channel: Any = link.channel
+        call = channel.unary_unary(path)
         try:
             answer: bytes = await call(data, timeout=UNARY_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
@@ -44,8 +45,8 @@ def _unary(link: SchedulerLink, path: str) -> Any:
 
 def _streaming(link: SchedulerLink, path: str) -> Any:
     async def handler(data: bytes, context: Any) -> None:
-        method: Any = link.channel.unary_stream(path)
-        call = method(data)
+        channel: Any = link.channel
+        call = channel.unary_stream(path)(data)
         try:
             async for message in call:
                 await context.write(message)
@@ -59,7 +60,8 @@ def _streaming(link: SchedulerLink, path: str) -> Any:
 
 async def _pass_on(context: Any, error: grpc.aio.AioRpcError) -> None:
     """Ends the call as the scheduler ended it; a broken connection becomes our own UNAVAILABLE. Does not return."""
-    details = [(key, value) for key, value in error.trailing_metadata() or () if key == DETAILS_KEY]
+    trailing: Any = error.trailing_metadata() or ()
+    details = [(key, value) for key, value in trailing if key == DETAILS_KEY]
     if not details and error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         await abort(context, unavailable(Reason.NO_SCHEDULER, "the scheduler cannot be reached"))
     known = details or error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT)

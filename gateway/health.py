@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio
+from grpc_health.v1.health import aio  # type: ignore[attr-defined]
 
 from gateway import native
 from gateway.session import SchedulerLink

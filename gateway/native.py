@@ -147,7 +147,7 @@ class InferenceServicer:
             # Before the status goes out: a client that does not read would hold the request's memory with it.
             generation.close()
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         """The service for `server.add_generic_rpc_handlers`."""
 
         def serialize(message: Message) -> bytes:
@@ -161,11 +161,11 @@ class InferenceServicer:
             "ListModels": self.list_models,
         }
         methods: dict[str, Any] = {
-            name: grpc.unary_stream_rpc_method_handler(handler, response_serializer=serialize)  # type: ignore[arg-type]
+            name: grpc.unary_stream_rpc_method_handler(handler, response_serializer=serialize)
             for name, handler in streams.items()
         }
         methods |= {
-            name: grpc.unary_unary_rpc_method_handler(handler, response_serializer=serialize)  # type: ignore[arg-type]
+            name: grpc.unary_unary_rpc_method_handler(handler, response_serializer=serialize)
             for name, handler in calls.items()
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)

@@ -26,6 +26,7 @@ PROTOCOL_VERSION = 1
 # Step messages that may be under way. Two would do for a quick gateway; 64 ride out a pause of a second at 15 ms steps.
 CREDIT = 64
 WELCOME_TIMEOUT_S = 10.0
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 1.0
 ABORT_TIMEOUT_S = 5.0
@@ -188,7 +189,7 @@ class SchedulerLink:
         finally:
             if self._give_up is not None:
                 self._give_up.cancel()
-            await self.channel.close()
+            await self.channel.close(None)
 
     async def _session(self) -> None:
         """One session, from hello to its end; ends with an exception."""
@@ -201,11 +202,11 @@ class SchedulerLink:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
                 await call.write(scheduler_pb2.SessionRequest(hello=hello))
                 first = await call.read()
-            if first is grpc.aio.EOF or first.WhichOneof("message") != "welcome":
+            if first is EOF or first.WhichOneof("message") != "welcome":
                 raise EOFError
             self._connected(first.welcome.session_id)
             writer = asyncio.create_task(self._write(call))
-            while (message := await call.read()) is not grpc.aio.EOF:
+            while (message := await call.read()) is not EOF:
                 kind = message.WhichOneof("message")
                 if kind == "step":
                     await self._apply(message.step)

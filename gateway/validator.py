@@ -1,7 +1,7 @@
 """The one validator behind every front door: a GenerateRequest in, a resolved request or a list of violations out.
 
 It raises nothing, looks at lengths before it looks at elements, and copies no list before its length is known to be
-within bounds. Text is checked here for size only; `prompt_violations` checks the length in tokens once there are tokens.
+within bounds. Text is checked here for size only; `prompt_violations` checks its length once it has been tokenized.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def cut_to_context(
 
 
 def beam_search_wanted(sampling: inference_pb2.SamplingParams) -> bool:
-    """Whether the request asks for what is not built yet; asked after `validate`, so that wrong requests say what is wrong."""
+    """Whether the request asks for beams. Asked after `validate`, so that wrong requests learn what is wrong."""
     return sampling.beam_width > 1
 
 
@@ -204,7 +204,7 @@ def _count(field: str, value: int, key: str | None = None) -> list[Violation]:
 def _sampling(sampling: inference_pb2.SamplingParams, model: ModelLimits) -> list[Violation]:
     found: list[Violation] = []
     for name in FLOAT_FIELDS:
-        if sampling.HasField(name):  # type: ignore[arg-type]
+        if sampling.HasField(name):
             found += _number(f"sampling.{name}", getattr(sampling, name))
     if sampling.HasField("top_p") and sampling.top_p == 0.0:
         found.append(Violation("sampling.top_p", "must be above 0"))

@@ -1,0 +1,1 @@
+"""Tests of the gateway, against a scheduler that the tests play themselves."""
