@@ -6,47 +6,35 @@ Pure: no clock, no sockets, no threads. Every time is `now`, nanoseconds of a mo
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import Literal
+from collections import OrderedDict
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
-from scheduler.sequence import FinishReason, Request, Sequence, SequenceGroup
-from scheduler.step_plan import StepPlan, StepResult, TokenLogprobs
+from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
+from scheduler.loads import Loads, WorkerLoads
+from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
+from scheduler.scheduler import ResultError, Scheduler, StepOutput
+from scheduler.sequence import FinishReason, Request, SequenceGroup, SequenceStatus
+from scheduler.step_plan import StepPlan, StepResult
 
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Policy settings; sizes come from the workers."""
-
-    max_num_seqs: int = 256  # sequences that run at once per worker, bounded by the worker's rows as well
-    token_budget: int = 2048  # tokens computed per step, decodes first, bounded by the worker's own limit as well
-    preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
-    prefix_cache: bool = True
-    max_waiting: int = 1024  # requests that have not started; more are answered LATER
-    watermark: float = 0.01  # fraction of the KV pool that admission leaves free
-    retention_ns: int = 60_000_000_000  # how long a finished request can be found
-    max_retained: int = 4096  # finished requests kept at most
-    max_plans_in_flight: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerCapacity:
-    """What a worker can hold; as in worker.proto."""
-
-    block_size: int
-    num_blocks: int
-    host_blocks: int
-    block_bytes: int
-    max_slots: int
-    max_step_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class TransferRates:
-    """What a worker measured at its start; 0: unknown. The scheduler goes on learning from step results."""
-
-    swap_out_bytes_per_second: int = 0
-    swap_in_bytes_per_second: int = 0
-    prefill_tokens_per_second: int = 0
+__all__ = [
+    "Admission",
+    "Admitted",
+    "Dispatcher",
+    "Event",
+    "Failed",
+    "FinishReason",
+    "Finished",
+    "Loads",
+    "ResultError",
+    "SchedulerConfig",
+    "StatusCode",
+    "StepOutput",
+    "Submitted",
+    "TransferRates",
+    "WorkerCapacity",
+    "WorkerLoads",
+]
 
 
 class Admission(enum.Enum):
@@ -67,148 +55,244 @@ class Submitted:
     group: SequenceGroup | None = None  # for OK
 
 
-class StatusCode(enum.IntEnum):
-    """The gRPC status codes that the core answers with."""
-
-    RESOURCE_EXHAUSTED = 8
-    INTERNAL = 13
-    UNAVAILABLE = 14
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The request's first sequence has begun to run (with prompt_logprobs: its prompt has been computed)."""
-
-    group: SequenceGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """One sequence has ended; sequence.finish says how."""
-
-    sequence: Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The whole request has ended with an error; all its unfinished sequences have finish.reason ERROR."""
-
-    group: SequenceGroup
-    code: StatusCode
-    reason: str  # ErrorInfo.reason, e.g. NONFINITE_LOGITS
-    message: str  # one clear line
-    retry_after_ns: int = 0  # 0: a retry does not help
-
-
-Event = Admitted | Finished | Failed
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step result brought: accepted tokens only, dropped ones are not in it. Do not change the lists."""
-
-    accepted: bool = True  # False: the result was stale and has been ignored
-    sequences: list[Sequence] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)  # parallel to sequences
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in token_ids
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLoads:
-    """One worker's figures; counters (_total, _ns) grow for as long as the worker's epoch lasts."""
-
-    worker_id: str
-    epoch: int
-    step: int  # last plan made
-    plans_in_flight: int
-    running_groups: int
-    running_sequences: int
-    waiting_groups: int
-    swapped_groups: int
-    preempted_groups: int  # waiting to be recomputed
-    kv_blocks_free: int  # free or only cached
-    kv_blocks_used: int
-    kv_blocks_cached: int  # of the free ones, those that hold a reusable prefix
-    host_blocks_free: int
-    host_blocks_used: int
-    kv_waste_ratio: float  # allocated slots that hold no token / allocated slots
-    preemptions_total: dict[str, int]  # by mode: swap, recompute
-    preemption_cost_predicted_ns: dict[str, int]  # by mode
-    preemption_cost_actual_ns: dict[str, int]  # by mode
-    swap_out_bytes_total: int
-    swap_in_bytes_total: int
-    prefix_cache_query_tokens_total: int
-    prefix_cache_hit_tokens_total: int
-    prompt_tokens_total: int
-    generation_tokens_total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Loads:
-    """Figures for metrics and ListWorkers. Costs time linear in the running sequences: read it per scrape, not per step."""
-
-    workers: list[WorkerLoads]
-    waiting: int  # groups that have not started, with those that have no worker
-    unassigned: int  # groups without a worker
-    running: int  # groups on a worker's batch
-    swapped: int  # groups preempted by swap
-    preempted: int  # groups preempted by recompute
-    retained: int  # finished groups that can still be found
-    stale_results_total: int
-
-
-class ResultError(ValueError):
-    """A step result contradicts its plan; the caller should drop the worker."""
-
-
 class Dispatcher:
     """Requests in, step plans out, step results in, tokens out."""
 
-    def __init__(self, config: SchedulerConfig) -> None: ...
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._schedulers: dict[str, Scheduler] = {}  # by worker id, in order of joining
+        self._groups: dict[str, SequenceGroup] = {}  # live, by request id
+        self._retained: OrderedDict[str, SequenceGroup] = OrderedDict()  # finished, oldest first
+        self._unassigned: list[SequenceGroup] = []  # live without a worker; by rank when distributed
+        self._deadlines: list[tuple[int, int, str]] = []  # heap of deadline, arrival, request id; some are outdated
+        self._arrivals = 0
+        self._last_epoch = 0
+        self._stale_results = 0
+        self._events: list[Event] = []
 
-    def add_worker(
-        self, worker_id: str, capacity: WorkerCapacity, rates: TransferRates, epoch: int, now: int
-    ) -> None:
-        """Makes a worker ready. A worker of the same id is removed first. `epoch` must be larger than any before."""
+    # ------------------------------------------------------------------ workers
+
+    def add_worker(self, worker_id: str, capacity: WorkerCapacity, rates: TransferRates, epoch: int, now: int) -> None:
+        """Makes a worker ready. A worker of the same id is removed first. Raises ValueError unless `epoch` is larger
+        than every epoch before it."""
+        if epoch <= self._last_epoch:
+            raise ValueError(f"epoch {epoch} is not above {self._last_epoch}")
+        self.remove_worker(worker_id, now)
+        self._last_epoch = epoch
+        # Waiting groups are distributed anew, so that a worker that comes late gets its share.
+        for scheduler in self._schedulers.values():
+            self._unassigned.extend(scheduler.give_up_waiting())
+        self._schedulers[worker_id] = Scheduler(worker_id, self._config, capacity, rates, epoch, self._record)
+        self._distribute(now)
 
     def remove_worker(self, worker_id: str, now: int) -> None:
         """Takes a lost worker's groups back: they go on elsewhere by recompute, or wait for a worker."""
+        scheduler = self._schedulers.pop(worker_id, None)
+        if scheduler is not None:
+            self._unassigned.extend(scheduler.give_up_all())
+            self._distribute(now)
+
+    def workers(self) -> list[str]:
+        """Ids of the ready workers, in order of joining."""
+        return list(self._schedulers)
+
+    # ------------------------------------------------------------------ requests
 
     def submit(self, request: Request, now: int) -> Submitted:
-        """Accepts a request, or says why not: LATER (queue full), NEVER (cannot fit), DUPLICATE (id is live)."""
-        raise NotImplementedError
+        """Accepts a request, or says why not. Raises ValueError for a request that makes no sense at all."""
+        if not request.prompt or request.n < 1 or request.max_tokens < 1:
+            raise ValueError("a request needs a prompt, n >= 1 and max_tokens >= 1")
+        if request.request_id in self._groups:
+            return Submitted(Admission.DUPLICATE, f"request {request.request_id!r} is live")
+        group = SequenceGroup(request, self._arrivals, now)
+        verdicts = [scheduler.why_never(group) for scheduler in self._schedulers.values()]
+        if verdicts and None not in verdicts:
+            return Submitted(Admission.NEVER, verdicts[0] or "")
+        if self._num_waiting() >= self._config.max_waiting:
+            return Submitted(Admission.LATER, f"{self._config.max_waiting} requests are waiting already")
+        self._arrivals += 1
+        self._retained.pop(request.request_id, None)
+        self._groups[request.request_id] = group
+        if request.deadline is not None:
+            self._note_deadline(request.deadline, group)
+        self._unassigned.append(group)
+        if self._schedulers:
+            self._distribute(now)
+        return Submitted(Admission.OK, group=group)
 
     def abort(self, request_id: str, reason: FinishReason, now: int) -> bool:
         """Ends a request in whatever state it is. False: no live request has that name."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return False
+        scheduler = self._scheduler_of(group)
+        if scheduler is not None:
+            scheduler.end_group(group, reason, now)
+        else:
+            self._unassigned.remove(group)
+            for sequence in group.live:
+                sequence.end(reason, now)
+                self._record(Finished(sequence))
+        return True
 
-    def fail(self, request_id: str, code: StatusCode, reason: str, message: str, now: int) -> bool:
+    def fail(
+        self, request_id: str, code: StatusCode, reason: str, message: str, now: int, retry_after_ns: int = 0
+    ) -> bool:
         """Ends a request with an error. False: no live request has that name."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return False
+        scheduler = self._scheduler_of(group)
+        if scheduler is not None:
+            scheduler.fail(group, code, reason, message, now, retry_after_ns)
+        else:
+            self._unassigned.remove(group)
+            self._fail_unassigned(group, Failed(group, code, reason, message, retry_after_ns), now)
+        return True
 
     def stop_sequence(self, request_id: str, index: int, num_tokens: int, matched_stop: str, now: int) -> bool:
-        """Ends one sequence at a stop string, keeping num_tokens of its output. False: it is not live."""
+        """Ends one sequence at a stop string, keeping num_tokens of its output. False: it is not live, or has fewer."""
+        group = self._groups.get(request_id)
+        if group is None or not 0 <= index < len(group.sequences):
+            return False
+        sequence = group.sequences[index]
+        if sequence.is_finished or not 0 <= num_tokens <= len(sequence.output):
+            return False
+        scheduler = self._scheduler_of(group)
+        if scheduler is not None:
+            scheduler.stop(sequence, num_tokens, matched_stop, now)
+        else:
+            sequence.keep_output(num_tokens)
+            sequence.end(FinishReason.STOP, now, matched_stop=matched_stop)
+            if group.is_finished:
+                self._unassigned.remove(group)
+            self._record(Finished(sequence))
+        return True
 
     def expire(self, now: int) -> None:
         """Ends requests whose deadline has passed and forgets finished ones whose retention is over."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, arrival, request_id = heappop(self._deadlines)
+            group = self._groups.get(request_id)
+            if group is not None and group.arrival == arrival:
+                self.abort(request_id, FinishReason.DEADLINE, now)
+        horizon = now - self._config.retention_ns
+        while self._retained:
+            request_id, group = next(iter(self._retained.items()))
+            if (group.finished_at or 0) > horizon and len(self._retained) <= self._config.max_retained:
+                return
+            del self._retained[request_id]
 
     def next_expiry(self) -> int | None:
-        """When expire() has something to do next; None: nothing."""
-
-    def schedule(self, worker_id: str, now: int) -> StepPlan | None:
-        """The next plan for a worker. None: nothing to do now, too many plans in flight, or no such worker."""
-
-    def apply(self, worker_id: str, result: StepResult, now: int) -> StepOutput:
-        """Accepts a result once. Raises ResultError when it contradicts its plan."""
-
-    def take_events(self) -> list[Event]:
-        """What happened since the last call, in order; deliver it after the tokens of the same step."""
+        """When expire() has something to do at the earliest; None: nothing is pending."""
+        times = [self._deadlines[0][0]] if self._deadlines else []
+        if self._retained:
+            times.append((next(iter(self._retained.values())).finished_at or 0) + self._config.retention_ns)
+        return min(times, default=None)
 
     def find(self, request_id: str) -> SequenceGroup | None:
         """A live or recently finished request."""
+        return self._groups.get(request_id) or self._retained.get(request_id)
 
-    def workers(self) -> list[str]:
-        """Ids of the ready workers."""
+    # ------------------------------------------------------------------ steps
 
-    def loads(self) -> Loads: ...
+    def schedule(self, worker_id: str, now: int) -> StepPlan | None:
+        """The next plan for a worker. None: nothing to do now, too many plans in flight, or no such worker."""
+        scheduler = self._schedulers.get(worker_id)
+        return scheduler.schedule(now) if scheduler is not None else None
+
+    def apply(self, worker_id: str, result: StepResult, now: int) -> StepOutput:
+        """Accepts a result once. Raises ResultError when it contradicts its plan: remove the worker then."""
+        scheduler = self._schedulers.get(worker_id)
+        output = scheduler.apply(result, now) if scheduler is not None else None
+        if output is None:
+            self._stale_results += 1
+            return StepOutput(accepted=False)
+        return output
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call, in order; deliver it after the tokens of the same step."""
+        if not self._events:
+            return []
+        events, self._events = self._events, []
+        return events
+
+    # ------------------------------------------------------------------ figures and checks
+
+    def loads(self) -> Loads:
+        """Figures over all workers; takes time linear in the sequences that run."""
+        workers = [scheduler.loads() for scheduler in self._schedulers.values()]
+        return Loads(
+            workers=workers,
+            waiting=self._num_waiting(),
+            unassigned=len(self._unassigned),
+            running=sum(worker.running_groups for worker in workers),
+            swapped=sum(worker.swapped_groups for worker in workers),
+            preempted=sum(worker.preempted_groups for worker in workers),
+            retained=len(self._retained),
+            stale_results_total=self._stale_results,
+        )
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when books do not balance."""
+        """Raises AssertionError when the books of any worker or the registry do not balance."""
+        assigned: set[SequenceGroup] = set()
+        for scheduler in self._schedulers.values():
+            scheduler.check_integrity()
+            assert not assigned & scheduler.groups.keys(), "a group has two workers"
+            assigned |= scheduler.groups.keys()
+        assert not assigned & set(self._unassigned), "an unassigned group has a worker"
+        assert assigned | set(self._unassigned) == set(self._groups.values()), "a live group is nowhere"
+        for group in self._groups.values():
+            assert not group.is_finished, f"{group} has finished and is registered as live"
+        for group in self._retained.values():
+            assert group.is_finished, f"{group} is live and registered as finished"
+            assert all(not s.table.blocks and not s.has_row for s in group.sequences), f"{group} still holds something"
+
+    # ------------------------------------------------------------------ inside
+
+    def _distribute(self, now: int) -> None:
+        """Gives every group without a worker to the least loaded worker that could run it."""
+        if not self._schedulers:
+            return
+        groups, self._unassigned = sorted(self._unassigned, key=lambda group: group.rank), []
+        for group in groups:
+            able = [scheduler for scheduler in self._schedulers.values() if scheduler.why_never(group) is None]
+            if able:
+                min(able, key=lambda scheduler: scheduler.assigned_sequences / scheduler.max_rows).add(group)
+            else:
+                why = next(iter(self._schedulers.values())).why_never(group) or ""
+                failed = Failed(group, StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_EXHAUSTED", why)
+                self._fail_unassigned(group, failed, now)
+
+    def _fail_unassigned(self, group: SequenceGroup, failed: Failed, now: int) -> None:
+        for sequence in group.live:
+            sequence.end(FinishReason.ERROR, now)
+        group.failure = failed
+        self._record(failed)
+
+    def _record(self, event: Event) -> None:
+        """Notes an event; a group that has ended moves from the live to the retained ones."""
+        self._events.append(event)
+        group = event.sequence.group if isinstance(event, Finished) else event.group
+        if group.is_finished:
+            del self._groups[group.request.request_id]
+            self._retained[group.request.request_id] = group
+            if len(self._retained) > self._config.max_retained:
+                self._retained.popitem(last=False)
+
+    def _note_deadline(self, deadline: int, group: SequenceGroup) -> None:
+        heappush(self._deadlines, (deadline, group.arrival, group.request.request_id))
+        if len(self._deadlines) > 2 * len(self._groups) + 64:  # mostly outdated: finished before their deadline
+            live = self._groups
+            self._deadlines = [
+                entry for entry in self._deadlines if (g := live.get(entry[2])) is not None and g.arrival == entry[1]
+            ]
+            heapify(self._deadlines)
+
+    def _scheduler_of(self, group: SequenceGroup) -> Scheduler | None:
+        return None if group.worker_id is None else self._schedulers[group.worker_id]
+
+    def _num_waiting(self) -> int:
+        """Groups that have not started."""
+        queued = sum(len(scheduler.waiting) for scheduler in self._schedulers.values())
+        return queued + sum(1 for g in self._unassigned if g.sequences[0].status is SequenceStatus.WAITING)

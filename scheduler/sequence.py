@@ -11,6 +11,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from scheduler.block_table import BlockTable
 from scheduler.step_plan import TokenLogprobs
 
 
@@ -70,7 +71,7 @@ class Finish:
 
 
 class SequenceStatus(enum.Enum):
-    """Where a sequence is. A group's live sequences are all WAITING, all SWAPPED, all PREEMPTED, or all on the worker."""
+    """Where a sequence is. Those of a group that still run are all in a queue or all on the worker."""
 
     WAITING = "waiting"  # has never run
     PREFILLING = "prefilling"  # has blocks; some known tokens are not computed yet
@@ -86,19 +87,20 @@ class Sequence:
 
     __slots__ = (
         "base_step",
-        "blocks",
         "computed",
         "computed_before",
         "end_step",
         "finish",
         "group",
-        "host_blocks",
+        "has_row",
         "index",
         "logprobs",
         "output",
         "slot",
+        "starts_at",
         "status",
         "stop_ids",
+        "table",
     )
 
     def __init__(self, group: SequenceGroup, index: int) -> None:
@@ -109,13 +111,14 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.finish: Finish | None = None
         self.stop_ids = group.request.stop_ids  # here too: read once per sampled token
-        self.slot = -1  # the row on the worker; kept after release until the sequence gets another
-        self.blocks: list[int] = []  # block table: KV block ids, in order of the tokens
-        self.host_blocks: list[int] = []  # block table while SWAPPED: host block ids
-        self.computed = 0  # tokens whose KV is planned; while RUNNING it is derived from base_step instead
-        self.computed_before = 0  # tokens whose KV had been computed before the last preemption
-        self.base_step = 0  # while RUNNING: step s writes the KV of position s - base_step
-        self.end_step = 0  # while RUNNING: the step that samples its last token by length
+        self.table = BlockTable()
+        self.slot = -1  # the row on the worker; still known after its release, for results that are under way
+        self.has_row = False
+        self.computed = 0  # tokens whose KV is planned, the prefix cache's included; not kept up in the decode set
+        self.computed_before = 0  # tokens whose KV had been computed before it was taken off a worker
+        self.starts_at = 0  # while PREFILLING: first step that may compute it; 0: any
+        self.base_step = 0  # in the decode set: step s writes the KV of position s - base_step
+        self.end_step = 0  # in the decode set: the step that samples its last token by length; 0: not in the set
 
     @property
     def request(self) -> Request:
@@ -135,6 +138,26 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.finish is not None
 
+    def keep_output(self, num_tokens: int) -> None:
+        """Drops the output behind its first `num_tokens` tokens."""
+        del self.output[num_tokens:]
+        del self.logprobs[num_tokens:]
+
+    def end(
+        self, reason: FinishReason, now: int, *, matched_stop: str = "", matched_token_id: int | None = None
+    ) -> None:
+        """Marks it finished, and its group too if it was the last one. Blocks and rows are the scheduler's to free."""
+        self.finish = Finish(
+            reason,
+            matched_stop,
+            matched_token_id,
+            self.group.usage(self, now),
+            sum(entry.logprob for entry in self.logprobs),
+        )
+        self.status = SequenceStatus.FINISHED
+        if all(sequence.finish is not None for sequence in self.group.sequences):
+            self.group.finished_at = now
+
     def __repr__(self) -> str:
         return f"<Sequence {self.group.request.request_id}/{self.index} {self.status.value} +{len(self.output)}>"
 
@@ -144,9 +167,10 @@ class SequenceGroup:
 
     __slots__ = (
         "accepted_at",
+        "announced",
         "arrival",
-        "cached_tokens",
         "cache_allowed",
+        "cached_tokens",
         "failure",
         "finished_at",
         "first_token_at",
@@ -159,6 +183,7 @@ class SequenceGroup:
         "request",
         "resumable_after",
         "sequences",
+        "shares_prefix",
         "started_at",
         "swapped_bytes",
         "worker_id",
@@ -171,10 +196,12 @@ class SequenceGroup:
         self.sequences = [Sequence(self, index) for index in range(request.n)]
         self.listeners: list[Any] = []  # the edge's own
         self.worker_id: str | None = None  # who it is assigned to; None: no worker
-        self.failure: Any = None  # the dispatcher's Failed event, when the request failed
+        self.failure: object = None  # the Failed event, when the request failed
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt positions 1, 2, ..., if asked for
         self.prompt_hashes: list[bytes] | None = None  # prefix-cache chain of the prompt's full blocks, once needed
         self.cache_allowed = True  # False: do not look its prompt up (again)
+        self.shares_prefix = False  # it runs on blocks that the prefix cache gave it
+        self.announced = False  # the Admitted event has been made
         self.resumable_after = 0  # the step whose result must be in before it may be resumed
         self.accepted_at = now
         self.started_at: int | None = None  # first plan that ran it

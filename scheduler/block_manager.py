@@ -1,0 +1,189 @@
+"""The block manager: fork, append, free, swap out, swap in and prefix lookup over block tables.
+
+It owns the logical side of both memories of one worker and moves no bytes: verbs that need a copy return it, for the
+step plan. A block is free for reuse as soon as the verb that freed it returns, because a plan is executed as if all
+plans before it had completed.
+
+A write may only go to a block with one reference. Full blocks are never written again, so they are shared freely
+(prefix cache, forks); the partial last block of a fork is copied first (`make_private`: copy-on-write).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from scheduler.block_pool import BlockPool
+from scheduler.block_table import BlockTable, blocks_for
+from scheduler.prefix_cache import PrefixCache
+from scheduler.step_plan import BlockMoves
+
+
+class BlockManager:
+    """Block tables over a KV pool, a host arena and a prefix cache. Callers check `num_free` before they take."""
+
+    __slots__ = ("block_size", "cache", "host", "pool")
+
+    def __init__(self, *, num_blocks: int, host_blocks: int, block_size: int) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}, must be at least 1")
+        self.block_size = block_size
+        self.pool = BlockPool(num_blocks)
+        self.host = BlockPool(host_blocks)
+        self.cache = PrefixCache()
+
+    @property
+    def num_free(self) -> int:
+        """KV blocks that can be taken: free ones, and cached ones that nobody refers to."""
+        return self.pool.num_free + self.cache.num_unreferenced
+
+    @property
+    def num_used(self) -> int:
+        """KV blocks that some table refers to."""
+        return self.pool.num_blocks - self.num_free
+
+    def append(self, table: BlockTable) -> int:
+        """Appends a block to a table and returns its id. Raises OutOfBlocksError."""
+        block = self._take()
+        table.blocks.append(block)
+        return block
+
+    def extend(self, table: BlockTable, num_tokens: int) -> None:
+        """Appends blocks until the table holds `num_tokens` tokens."""
+        for _ in range(blocks_for(num_tokens, self.block_size) - len(table.blocks)):
+            self.append(table)
+
+    def fork(self, parent: BlockTable, num_blocks: int | None = None) -> BlockTable:
+        """A new table that shares the parent's blocks, or its first `num_blocks`."""
+        blocks = parent.blocks[:num_blocks]
+        for block in blocks:
+            self.pool.share(block)
+        return BlockTable(blocks)
+
+    def is_shared(self, table: BlockTable, index: int) -> bool:
+        """Whether another table refers to the block as well."""
+        return self.pool.references[table.blocks[index]] > 1
+
+    def make_private(self, table: BlockTable, index: int) -> tuple[int, int] | None:
+        """Copy-on-write: replaces a shared block by a fresh one. Returns (source, destination) of the copy, or None."""
+        source = table.blocks[index]
+        if self.pool.references[source] == 1:
+            return None
+        destination = self._take()
+        self.pool.drop(source)
+        table.blocks[index] = destination
+        return source, destination
+
+    def free(self, table: BlockTable) -> None:
+        """Empties a table. Its registered blocks stay findable until they are needed, the last ones go first."""
+        if table.on_host:
+            for block in table.blocks:
+                if self.host.drop(block):
+                    self.host.put_back(block)
+        else:
+            for block in reversed(table.blocks):
+                self._drop(block)
+        table.blocks = []
+        table.on_host = False
+
+    # ---- swapping: tables of one group, all or nothing, shared blocks moved once
+
+    def swap_out_need(self, tables: Iterable[BlockTable]) -> int:
+        """Host blocks that swap_out would take."""
+        return len({block for table in tables for block in table.blocks})
+
+    def swap_out(self, tables: list[BlockTable]) -> BlockMoves:
+        """Moves tables to the host arena; sharing among them is kept. Raises OutOfBlocksError."""
+        moved: dict[int, int] = {}
+        for table in tables:
+            for position, block in enumerate(table.blocks):
+                host_block = moved.get(block)
+                if host_block is None:
+                    host_block = moved[block] = self.host.take()
+                else:
+                    self.host.share(host_block)
+                table.blocks[position] = host_block
+                self._drop(block)
+            table.on_host = True
+        return BlockMoves(list(moved), list(moved.values()))
+
+    def swap_in_need(self, tables: Iterable[BlockTable], num_full: list[int]) -> int:
+        """KV blocks that swap_in would take."""
+        tables = list(tables)
+        shared = {block for table, full in zip(tables, num_full, strict=True) for block in table.blocks[:full]}
+        return len(shared) + sum(len(table) - full for table, full in zip(tables, num_full, strict=True))
+
+    def swap_in(self, tables: list[BlockTable], num_full: list[int]) -> BlockMoves:
+        """Moves tables back to the KV pool. The first `num_full[i]` blocks of table i stay shared as they were; the
+        others will be written, so each table gets its own (a host block may then be the source of several copies)."""
+        moves = BlockMoves()
+        moved: dict[int, int] = {}
+        emptied = []
+        for table, full in zip(tables, num_full, strict=True):
+            for position, host_block in enumerate(table.blocks):
+                block = moved.get(host_block) if position < full else None
+                if block is None:
+                    block = self._take()
+                    moves.sources.append(host_block)
+                    moves.destinations.append(block)
+                    if position < full:
+                        moved[host_block] = block
+                else:
+                    self.pool.share(block)
+                table.blocks[position] = block
+                emptied.append(host_block)
+            table.on_host = False
+        for host_block in emptied:
+            if self.host.drop(host_block):
+                self.host.put_back(host_block)
+        return moves
+
+    # ---- prefix cache
+
+    def find_prefix(self, keys: list[bytes]) -> list[int]:
+        """Blocks of the longest cached beginning of a chain. Nothing changes; share_prefix takes them."""
+        return self.cache.find(keys)
+
+    def num_parked(self, blocks: Iterable[int]) -> int:
+        """How many of found blocks count as free now: sharing them takes that many."""
+        return sum(map(self.cache.is_parked, blocks))
+
+    def share_prefix(self, table: BlockTable, blocks: list[int]) -> None:
+        """Appends found blocks to an empty table."""
+        for block in blocks:
+            self.pool.share(block)
+            self.cache.revive(block)
+        table.blocks.extend(blocks)
+
+    def register(self, block: int, key: bytes) -> None:
+        """Makes a used, full block findable."""
+        self.cache.register(block, key)
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Makes blocks unfindable, because their contents are not what their keys say."""
+        for key in keys:
+            block = self.cache.forget(key)
+            if block is not None:
+                self.pool.put_back(block)
+
+    # ---- the only two that touch the free list of the KV pool
+
+    def _take(self) -> int:
+        if not self.pool.num_free and self.cache.num_unreferenced:
+            self.pool.put_back(self.cache.evict())
+        return self.pool.take()
+
+    def _drop(self, block: int) -> None:
+        if self.pool.drop(block) and not self.cache.park(block):
+            self.pool.put_back(block)
+
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
+        """Raises AssertionError unless both memories' books agree with all live tables."""
+        here: Counter[int] = Counter()
+        on_host: Counter[int] = Counter()
+        for table in tables:
+            assert len(set(table.blocks)) == len(table.blocks), f"a block is twice in {table}"
+            (on_host if table.on_host else here).update(table.blocks)
+        self.pool.check_integrity(dict(here), self.cache.parked)
+        self.host.check_integrity(dict(on_host), ())
+        self.cache.check_integrity()

@@ -1,0 +1,73 @@
+"""The block pool: which blocks of one memory are free, and how many block tables refer to each of the others.
+
+One class serves both memories, the KV pool and the host arena. A block is in exactly one of three states:
+
+    free     reference count 0, on the free list
+    used     reference count at least 1
+    parked   reference count 0, not on the free list: somebody (the prefix cache) keeps its contents for later
+
+The pool chooses no victims and knows no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class OutOfBlocksError(RuntimeError):
+    """A block was taken from an empty pool. Callers check for room first, so this is always a bug."""
+
+
+class BlockPool:
+    """Reference counts and a free list over block ids 0..num_blocks-1. A fresh pool hands out 0, 1, 2, ..."""
+
+    __slots__ = ("_free", "num_blocks", "references")
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks is {num_blocks}, must not be negative")
+        self.num_blocks = num_blocks
+        self.references = [0] * num_blocks  # by block id
+        # A stack: the block freed last is reused first, which keeps the touched part of the pool small.
+        self._free = list(range(num_blocks - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks on the free list; parked ones are not counted."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free block, with one reference. Raises OutOfBlocksError when there is none."""
+        if not self._free:
+            raise OutOfBlocksError(f"all {self.num_blocks} blocks are taken")
+        block = self._free.pop()
+        self.references[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more reference to a used or parked block."""
+        self.references[block] += 1
+
+    def drop(self, block: int) -> bool:
+        """One reference less. True: it was the last one; the caller then puts the block back or parks it."""
+        left = self.references[block] - 1
+        if left < 0:
+            raise AssertionError(f"block {block} has no reference to drop")
+        self.references[block] = left
+        return left == 0
+
+    def put_back(self, block: int) -> None:
+        """An unreferenced block becomes free."""
+        self._free.append(block)
+
+    def check_integrity(self, expected_references: dict[int, int], parked: Iterable[int]) -> None:
+        """Raises AssertionError unless free + used + parked == total and the counts are the expected ones."""
+        free, parked = set(self._free), set(parked)
+        used = {block for block, count in enumerate(self.references) if count}
+        assert len(free) == len(self._free), "a block is twice on the free list"
+        assert not free & used, f"blocks {sorted(free & used)} are free and used"
+        assert not free & parked, f"blocks {sorted(free & parked)} are free and parked"
+        assert not used & parked, f"blocks {sorted(used & parked)} are used and parked"
+        assert len(free) + len(used) + len(parked) == self.num_blocks, "a block is lost"
+        counted = {block: self.references[block] for block in used}
+        assert counted == expected_references, f"references {counted} != table entries {expected_references}"

@@ -1,0 +1,49 @@
+"""Figures for metrics, ListWorkers and load balancing, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoads:
+    """One worker's figures. Counters (`_total`, `_ns`) grow for as long as the worker's epoch lasts."""
+
+    worker_id: str
+    epoch: int
+    step: int  # last plan made
+    plans_in_flight: int
+    running_groups: int
+    running_sequences: int
+    waiting_groups: int
+    swapped_groups: int
+    preempted_groups: int  # waiting to be recomputed
+    kv_blocks_free: int  # free or only cached
+    kv_blocks_used: int
+    kv_blocks_cached: int  # of the free ones, those that hold a reusable prefix
+    host_blocks_free: int
+    host_blocks_used: int
+    kv_waste_ratio: float  # allocated slots that hold no token / allocated slots
+    preemptions_total: dict[str, int]  # by mode: swap, recompute
+    preemption_cost_predicted_ns: dict[str, int]  # by mode
+    preemption_cost_actual_ns: dict[str, int]  # by mode
+    swap_out_bytes_total: int
+    swap_in_bytes_total: int
+    prefix_cache_query_tokens_total: int
+    prefix_cache_hit_tokens_total: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """Figures over all workers."""
+
+    workers: list[WorkerLoads]
+    waiting: int  # groups that have not started, with those that have no worker
+    unassigned: int  # groups without a worker
+    running: int  # groups with rows on a worker
+    swapped: int  # groups preempted by swap
+    preempted: int  # groups preempted by recompute
+    retained: int  # finished groups that can still be found
+    stale_results_total: int

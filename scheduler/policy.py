@@ -1,0 +1,44 @@
+"""What the scheduler is told: policy settings, a worker's sizes and a worker's measured rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PreemptionMode = Literal["auto", "swap", "recompute"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Policy settings; sizes come from the workers."""
+
+    max_num_seqs: int = 256  # sequences that run at once per worker, bounded by the worker's rows as well
+    token_budget: int = 2048  # tokens computed per step, decodes first, bounded by the worker's own limit as well
+    preemption_mode: PreemptionMode = "auto"
+    prefix_cache: bool = True
+    max_waiting: int = 1024  # requests that have not started; more are answered LATER
+    watermark: float = 0.01  # fraction of the KV pool that admission leaves free
+    retention_ns: int = 60_000_000_000  # how long a finished request can be found
+    max_retained: int = 4096  # finished requests kept at most
+    max_plans_in_flight: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCapacity:
+    """What a worker can hold; as in worker.proto."""
+
+    block_size: int  # tokens per KV block
+    num_blocks: int  # KV pool
+    host_blocks: int  # host arena; 0: no swapping
+    block_bytes: int  # one block over all layers
+    max_slots: int  # rows of the persistent batch
+    max_step_tokens: int  # tokens that one step may compute
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRates:
+    """What a worker measured at its start; 0: unknown. The scheduler goes on learning from step results."""
+
+    swap_out_bytes_per_second: int = 0
+    swap_in_bytes_per_second: int = 0
+    prefill_tokens_per_second: int = 0

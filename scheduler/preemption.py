@@ -1,0 +1,101 @@
+"""Preemption: who has to go, and whether its KV is copied to the host arena or computed again.
+
+The two costs are predicted from live figures. For a group with `bytes` of KV and `tokens` computed tokens:
+
+    swap       (pending copies out + bytes) / rate out + (pending copies in + bytes) / rate in
+    recompute  tokens that the prefix cache will not hold / prefill rate
+
+Rates start from what the worker measured and are then learned from step results. This is the choice that the
+PagedAttention paper leaves to the operator (section 4.5, figure 19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from scheduler.policy import TransferRates
+from scheduler.sequence import SequenceGroup
+from scheduler.step_plan import StepTimings
+
+MEMORY = 0.9
+"""How much of the past a rate keeps per observation."""
+
+
+def choose_victim(
+    needer: SequenceGroup, running: Iterable[SequenceGroup], resumed: Collection[SequenceGroup]
+) -> SequenceGroup | None:
+    """Who gives up its blocks for `needer`: the group that ranks last, never one that ranks before the needer, never
+    the head of all, and a group that was resumed since the last preemption only if there is no other. The needer
+    itself may be the answer. None: it is alone."""
+    groups = list(running)
+    head = min(groups, key=lambda group: group.rank)
+    candidates = [group for group in groups if group.rank >= needer.rank and group is not head]
+    unprotected = [group for group in candidates if group not in resumed]
+    return max(unprotected or candidates, key=lambda group: group.rank, default=None)
+
+
+class LearnedRate:
+    """Units per second: a ratio of decaying sums, so that large observations weigh more than small ones."""
+
+    __slots__ = ("_seconds", "_start", "_units")
+
+    def __init__(self, start: float) -> None:
+        self._start = start  # holds until the first observation; 0: unknown
+        self._units = 0.0
+        self._seconds = 0.0
+
+    def observe(self, units: int, nanoseconds: int) -> None:
+        if units > 0 and nanoseconds > 0:
+            self._units = MEMORY * self._units + units
+            self._seconds = MEMORY * self._seconds + nanoseconds * 1e-9
+
+    @property
+    def per_second(self) -> float:
+        """0: unknown."""
+        return self._units / self._seconds if self._seconds > 0 else self._start
+
+
+class CostModel:
+    """Predicts what a preemption costs, in nanoseconds."""
+
+    __slots__ = ("pending_in_bytes", "pending_out_bytes", "prefill", "swap_in", "swap_out")
+
+    def __init__(self, rates: TransferRates) -> None:
+        self.swap_out = LearnedRate(rates.swap_out_bytes_per_second)
+        self.swap_in = LearnedRate(rates.swap_in_bytes_per_second)
+        self.prefill = LearnedRate(rates.prefill_tokens_per_second)
+        self.pending_out_bytes = 0  # in plans whose results are not in yet
+        self.pending_in_bytes = 0
+
+    def swap_ns(self, num_bytes: int) -> int | None:
+        """Time to copy `num_bytes` out and in again, behind the pending copies. None: a rate is unknown."""
+        rate_out, rate_in = self.swap_out.per_second, self.swap_in.per_second
+        if not rate_out or not rate_in:
+            return None
+        seconds = (self.pending_out_bytes + num_bytes) / rate_out + (self.pending_in_bytes + num_bytes) / rate_in
+        return round(seconds * 1e9)
+
+    def recompute_ns(self, num_tokens: int) -> int | None:
+        """Time to compute `num_tokens` again. None: the rate is unknown."""
+        rate = self.prefill.per_second
+        return round(num_tokens / rate * 1e9) if rate else None
+
+    def prefers_swap(self, num_bytes: int, num_tokens: int) -> bool:
+        """The cheaper of the two; swap while the figures are incomplete, because it is cheaper on most machines."""
+        swap_ns, recompute_ns = self.swap_ns(num_bytes), self.recompute_ns(num_tokens)
+        return swap_ns is None or recompute_ns is None or swap_ns <= recompute_ns
+
+    def planned(self, out_bytes: int, in_bytes: int) -> None:
+        """A plan with these copies has been made."""
+        self.pending_out_bytes += out_bytes
+        self.pending_in_bytes += in_bytes
+
+    def learn(self, out_bytes: int, in_bytes: int, timings: StepTimings) -> None:
+        """The result of a plan with these copies is in."""
+        self.pending_out_bytes -= out_bytes
+        self.pending_in_bytes -= in_bytes
+        self.swap_out.observe(out_bytes, timings.swap_out_ns)
+        self.swap_in.observe(in_bytes, timings.swap_in_ns)
+        # A step that mostly decodes says little about prefill speed: its time goes into reading the weights.
+        if timings.chunk_tokens >= timings.decode_tokens:
+            self.prefill.observe(timings.chunk_tokens + timings.decode_tokens, timings.forward_ns)

@@ -1,0 +1,106 @@
+"""The prefix cache: full blocks found again by what is in them.
+
+A block's key is the SHA-256 chain over its tokens and everything before them, salted per tenant:
+
+    key(-1) = SHA-256(tenant)      key(i) = SHA-256(key(i-1) + tokens of block i, 4 bytes little-endian each)
+
+so equal keys mean equal prefixes (and an equal tenant), and a KV block, which depends on exactly those, can be shared.
+Blocks that nobody refers to stay findable until the pool needs them; the one unused for longest goes first.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import OrderedDict
+from hashlib import sha256
+
+
+def root_key(tenant: str) -> bytes:
+    """The key before the first block."""
+    return sha256(tenant.encode("utf-8", "surrogatepass")).digest()
+
+
+def extend_chain(parent: bytes, tokens: list[int], block_size: int) -> list[bytes]:
+    """Keys of the full blocks of `tokens` (token ids below 2**32), which follow the block with key `parent`."""
+    packed = array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    raw, width = packed.tobytes(), 4 * block_size
+    keys = []
+    for end in range(width, len(raw) + 1, width):
+        parent = sha256(parent + raw[end - width : end]).digest()
+        keys.append(parent)
+    return keys
+
+
+class PrefixCache:
+    """Key to block and back, and the unreferenced blocks in the order in which they will be given up."""
+
+    __slots__ = ("_block_of", "_key_of", "_unreferenced")
+
+    def __init__(self) -> None:
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._unreferenced: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_unreferenced(self) -> int:
+        return len(self._unreferenced)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._key_of
+
+    def find(self, keys: list[bytes]) -> list[int]:
+        """Blocks of the longest known beginning of a chain. Nothing changes."""
+        blocks = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def register(self, block: int, key: bytes) -> None:
+        """Makes a used block findable. The first block of a key stays; a block has one key."""
+        if key not in self._block_of and block not in self._key_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def park(self, block: int) -> bool:
+        """Keeps a block whose last reference is gone. False: the block is not registered, it should become free."""
+        if block not in self._key_of:
+            return False
+        self._unreferenced[block] = None
+        return True
+
+    def revive(self, block: int) -> bool:
+        """Takes a block that is referenced again out of the unreferenced ones. False: it was referenced all along."""
+        return self._unreferenced.pop(block, self) is not self
+
+    def is_parked(self, block: int) -> bool:
+        return block in self._unreferenced
+
+    def evict(self) -> int:
+        """Gives up the block that has been unreferenced for longest; KeyError when there is none."""
+        block, _ = self._unreferenced.popitem(last=False)
+        del self._block_of[self._key_of.pop(block)]
+        return block
+
+    def forget(self, key: bytes) -> int | None:
+        """Makes a key unfindable. Returns its block if that was unreferenced and should become free."""
+        block = self._block_of.pop(key, None)
+        if block is None:
+            return None
+        del self._key_of[block]
+        return block if self.revive(block) else None
+
+    @property
+    def parked(self) -> list[int]:
+        """The unreferenced blocks, next victim first."""
+        return list(self._unreferenced)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless both indexes say the same."""
+        assert {block: key for key, block in self._block_of.items()} == self._key_of, "the two indexes differ"
+        assert self._unreferenced.keys() <= self._key_of.keys(), "an unreferenced block is not registered"

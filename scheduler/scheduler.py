@@ -1,0 +1,1096 @@
+"""The scheduler of one worker: the policy.
+
+Every step:
+
+    1. keep running     all decoding sequences compute one token; if blocks run out, the group that ranks last yields
+    2. continue         prompts that are being prefilled, oldest first, in chunks, within the token budget
+    3. resume           preempted groups, by rank; nobody passes the first of them
+    4. admit            waiting groups, by rank, while rows, blocks and budget last
+
+Rank is priority first, then arrival. Steps 3 and 4 are left out in a step that had to preempt.
+
+The plan is made one step ahead: results of at most `max_plans_in_flight` plans are unknown while it is made. That
+costs nothing, because lengths advance without knowing tokens; a sequence that turns out to have ended runs once more
+and that token is dropped.
+
+What a steady decode step touches. Every member of the decode set advances by one position per step, so whatever
+depends on a position is a calendar over steps: `_block_due[s % block_size]` holds the sequences that need a block in
+step s, `_ends_at[s]` those that sample their last token in step s. A step looks at those few and at nobody else.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from scheduler.block_manager import BlockManager
+from scheduler.block_table import BlockTable, blocks_for
+from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
+from scheduler.loads import WorkerLoads
+from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
+from scheduler.preemption import CostModel, choose_victim
+from scheduler.prefix_cache import extend_chain, root_key
+from scheduler.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
+from scheduler.step_plan import (
+    NO_MOVES,
+    BlockMoves,
+    Fork,
+    NewSequence,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+
+# Names of their own: looking up an enum's member costs more than comparing it.
+WAITING = SequenceStatus.WAITING
+PREFILLING = SequenceStatus.PREFILLING
+RUNNING = SequenceStatus.RUNNING
+ENDING = SequenceStatus.ENDING
+SWAPPED = SequenceStatus.SWAPPED
+PREEMPTED = SequenceStatus.PREEMPTED
+
+NEVER_STARTS = 1 << 62
+"""A step number that no epoch reaches."""
+
+
+class ResultError(ValueError):
+    """A step result contradicts its plan; the caller should drop the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step result brought: accepted tokens only, dropped ones are not in it. Do not change the lists."""
+
+    accepted: bool = True  # False: the result was stale and has been ignored, or came early and is kept for its turn
+    sequences: list[Sequence] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)  # parallel to sequences
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in token_ids
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """A plan being made, with what has to be remembered until its result is in."""
+
+    step: int
+    left: int = 0  # token budget not used yet
+    has_preempted: bool = False
+    release_slots: list[int] = field(default_factory=list)
+    swap_out: BlockMoves = NO_MOVES
+    swap_in: BlockMoves = NO_MOVES
+    copies: BlockMoves = NO_MOVES
+    new_sequences: list[NewSequence] = field(default_factory=list)
+    append_slots: list[int] = field(default_factory=list)
+    append_blocks: list[int] = field(default_factory=list)
+    replace_slots: list[int] = field(default_factory=list)
+    replace_indices: list[int] = field(default_factory=list)
+    replace_blocks: list[int] = field(default_factory=list)
+    decode_add: list[int] = field(default_factory=list)
+    chunk_slots: list[int] = field(default_factory=list)
+    chunk_tokens: list[int] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
+    # Remembered until the result:
+    decoding: list[Sequence] = field(default_factory=list)  # the decode set; never changed in place
+    sampling: list[Sequence] = field(default_factory=list)  # chunks that sample, in plan order
+    forked: list[Sequence] = field(default_factory=list)  # rows of forks, in plan order
+    chunks: dict[int, Sequence] = field(default_factory=dict)  # by slot
+    ending: list[Sequence] = field(default_factory=list)  # this step samples their last token by length
+    dropped: set[Sequence] = field(default_factory=set)  # ended or started over since: their tokens do not count
+    sharers: list[SequenceGroup] = field(default_factory=list)  # started in this plan on cached blocks
+    registered: list[tuple[int, bytes]] = field(default_factory=list)  # blocks findable once the plan is made
+    recomputed_tokens: int = 0
+
+    @property
+    def rows(self) -> list[Sequence]:
+        """The sequences behind the rows of the result, in order."""
+        return self.decoding + self.sampling + self.forked if self.sampling else self.decoding
+
+
+class Scheduler:
+    """Waiting, running and preempted groups of one worker's epoch; makes its plans and accepts its results."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        config: SchedulerConfig,
+        capacity: WorkerCapacity,
+        rates: TransferRates,
+        epoch: int,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.worker_id = worker_id
+        self.config = config
+        self.capacity = capacity
+        self.epoch = epoch
+        self.blocks = BlockManager(
+            num_blocks=capacity.num_blocks, host_blocks=capacity.host_blocks, block_size=capacity.block_size
+        )
+        self.costs = CostModel(rates)
+        self.token_budget = min(config.token_budget, capacity.max_step_tokens)
+        # Every row may decode in every step, so there are no more rows than tokens in a step.
+        self.max_rows = min(config.max_num_seqs, capacity.max_slots, self.token_budget)
+        self.watermark_blocks = -int(-config.watermark * capacity.num_blocks // 1)
+        self.groups: dict[SequenceGroup, None] = {}  # everybody assigned to this worker and not finished
+        self.assigned_sequences = 0  # of those groups, for load balancing
+        self.waiting: list[SequenceGroup] = []  # has never run; by rank
+        self.preempted: list[SequenceGroup] = []  # swapped out or to be recomputed; by rank
+        self.running: dict[SequenceGroup, None] = {}  # has sequences that go on; in order of admission
+        self.prefilling: list[Sequence] = []  # in order of admission
+        self.decoding: list[Sequence] = []  # the decode set in the worker's order; replaced, never changed in place
+        self._emit = emit
+        self._decoding_changed = False  # somebody in `decoding` has left
+        self._joining: list[Sequence] = []  # join the decode set with the next plan
+        self._block_due: list[dict[Sequence, None]] = [{} for _ in range(capacity.block_size)]
+        self._ends_at: dict[int, dict[Sequence, None]] = {}
+        self._ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
+        self._resumed: set[SequenceGroup] = set()  # since the last preemption
+        self._free_slots = list(range(capacity.max_slots - 1, -1, -1))
+        self._released: list[int] = []  # rows that the next plan releases
+        self._rows = 0  # rows held or promised to running groups
+        self._step = 0  # last plan made
+        self._applied = 0  # last result applied
+        self._in_flight: deque[Draft] = deque()
+        self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
+        self._stop_counts: dict[int, int] = {}  # stop token -> groups of this worker that have it
+        # Figures.
+        self.preemptions_total = {"swap": 0, "recompute": 0}
+        self.predicted_ns = {"swap": 0, "recompute": 0}
+        self.actual_ns = {"swap": 0, "recompute": 0}
+        self.swap_out_blocks_total = 0
+        self.swap_in_blocks_total = 0
+        self.query_tokens_total = 0
+        self.hit_tokens_total = 0
+        self.prompt_tokens_total = 0
+        self.generation_tokens_total = 0
+
+    # ------------------------------------------------------------------ requests come and go
+
+    def why_never(self, group: SequenceGroup) -> str | None:
+        """Why this worker could not run a group even if it were alone; None: it could start."""
+        request, size = group.request, self.capacity.block_size
+        if request.n > self.max_rows:
+            return f"n is {request.n}, but at most {self.max_rows} sequences run at once"
+        prompt = len(request.prompt)
+        need = blocks_for(prompt, size)
+        if request.max_tokens > 1:  # the first decode step: every sequence has a block of its own to write to
+            need = prompt // size + request.n
+        if need > self.capacity.num_blocks:
+            return (
+                f"the prompt of {prompt} tokens needs {need} blocks of {size} tokens for {request.n} sequence(s), "
+                f"but the KV pool has {self.capacity.num_blocks}"
+            )
+        return None
+
+    def add(self, group: SequenceGroup) -> None:
+        """Takes a group over: a new one waits, one that has run before is resumed by recompute."""
+        group.worker_id = self.worker_id
+        self.groups[group] = None
+        self.assigned_sequences += len(group.live)
+        for token in group.request.stop_ids:
+            self._stop_counts[token] = self._stop_counts.get(token, 0) + 1
+        insort(self.waiting if group.started_at is None else self.preempted, group, key=_rank)
+
+    def give_up_waiting(self) -> list[SequenceGroup]:
+        """Gives back the groups that have not started, for another distribution over workers."""
+        groups, self.waiting = self.waiting, []
+        for group in groups:
+            self._forget_group(group)
+        return groups
+
+    def give_up_all(self) -> list[SequenceGroup]:
+        """Gives back all groups, because the worker is lost: with the tokens known so far, and without any KV."""
+        groups = sorted(self.groups, key=_rank)
+        for group in groups:
+            group.resumable_after = 0
+            for sequence in group.live:
+                if sequence.status is not WAITING:
+                    self._leave_decode(sequence)
+                    sequence.computed_before = max(sequence.computed_before, sequence.computed)
+                    sequence.computed = 0
+                    sequence.has_row = False
+                    sequence.table = BlockTable()
+                    sequence.status = PREEMPTED
+            self._forget_group(group)
+        return groups
+
+    def stop(self, sequence: Sequence, num_tokens: int, matched_stop: str, now: int) -> None:
+        """Ends one sequence at a stop string; it keeps `num_tokens` of its output."""
+        self._withdraw(sequence, keep_blocks_findable=True)
+        sequence.keep_output(num_tokens)
+        self._end(sequence, FinishReason.STOP, now, matched_stop=matched_stop)
+
+    def end_group(self, group: SequenceGroup, reason: FinishReason, now: int) -> None:
+        """Ends what is left of a group, in whatever state it is."""
+        for sequence in group.live:
+            self._withdraw(sequence, keep_blocks_findable=True)
+            self._end(sequence, reason, now)
+
+    def fail(
+        self, group: SequenceGroup, code: StatusCode, reason: str, message: str, now: int, retry_after_ns: int = 0
+    ) -> None:
+        """Ends what is left of a group with an error."""
+        for sequence in group.live:
+            self._withdraw(sequence, keep_blocks_findable=False)
+            sequence.end(FinishReason.ERROR, now)
+            self.assigned_sequences -= 1
+        failed = group.failure = Failed(group, code, reason, message, retry_after_ns)
+        self._emit(failed)
+        self._remove_finished(group)
+
+    # ------------------------------------------------------------------ the policy
+
+    def schedule(self, now: int) -> StepPlan | None:
+        """The next plan. None: enough plans are in flight, or there is nothing to compute now."""
+        if len(self._in_flight) >= self.config.max_plans_in_flight or not self.groups:
+            return None
+        while True:
+            draft = Draft(self._step + 1)
+            self._keep_running(draft, now)
+            self._take_released(draft)
+            self._continue_prefills(draft)
+            if not draft.has_preempted:
+                self._resume_preempted(draft, now)
+                self._admit_waiting(draft, now)
+            plan = self._commit(draft)
+            # Whoever yielded in a step without other work may start again in the next: once per running group at most.
+            if plan is not None or not draft.has_preempted:
+                return plan
+
+    def _keep_running(self, draft: Draft, now: int) -> None:
+        """All decoding sequences go on, those whose prefill has just been planned join them, and each has a block
+        for the position it will write."""
+        step, blocks = draft.step, self.blocks
+        joining = self._joining
+        if joining:
+            self._joining = []
+            joining = [sequence for sequence in joining if sequence.status is RUNNING]
+            for sequence in joining:
+                self._enter_decode(sequence, step)
+        due = self._block_due[step % self.capacity.block_size]
+        copying = [sequence for sequence in joining if self._must_copy(sequence)]
+        # A sequence whose last block is shared needs a copy, except the last one that shares it: counted as one too
+        # many per fork at most, which only matters when nothing is left.
+        if len(due) + len(copying) > blocks.num_free:
+            self._make_room(self._needs(due, copying), draft, now)
+        for sequence in due:
+            draft.append_slots.append(sequence.slot)
+            draft.append_blocks.append(blocks.append(sequence.table))
+        for sequence in copying:
+            if sequence.status is RUNNING:
+                self._copy_on_write(sequence, draft)
+        if joining or self._decoding_changed:
+            joining = [sequence for sequence in joining if sequence.status is RUNNING]
+            self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING] + joining
+            self._decoding_changed = False
+            draft.decode_add.extend(sequence.slot for sequence in joining)
+        draft.left = self.token_budget - len(self.decoding)
+
+    def _continue_prefills(self, draft: Draft) -> None:
+        """Prompts that are being computed get further chunks, oldest first."""
+        if self.prefilling:
+            for sequence in self.prefilling:
+                if draft.left > 0:
+                    self._plan_chunk(sequence, draft)
+            self.prefilling = [sequence for sequence in self.prefilling if sequence.status is PREFILLING]
+
+    def _resume_preempted(self, draft: Draft, now: int) -> None:
+        """Preempted groups come back, by rank, once the results of their last steps are in."""
+        while self.preempted and draft.left > 0:
+            group = self.preempted[0]
+            if group.resumable_after > self._applied or not self._has_rows(group):
+                return
+            if group.live[0].status is SWAPPED:
+                resumed = self._swap_in(group, draft, now)
+            else:
+                resumed = self._start(group, draft, now)
+            if not resumed:
+                return
+
+    def _admit_waiting(self, draft: Draft, now: int) -> None:
+        """Waiting groups start, by rank; none passes a preempted group of its priority or above."""
+        while self.waiting and draft.left > 0:
+            group = self.waiting[0]
+            if self.preempted and self.preempted[0].request.priority >= group.request.priority:
+                return
+            if not self._has_rows(group) or not self._start(group, draft, now):
+                return
+
+    def _commit(self, draft: Draft) -> StepPlan | None:
+        """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next."""
+        if not (self.decoding or draft.chunk_slots or draft.swap_out or draft.swap_in):
+            self._give_back_released(draft)
+            return None
+        step = self._step = draft.step
+        for block, key in draft.registered:
+            self.blocks.register(block, key)
+        draft.decoding = self.decoding
+        for sequence in self._ends_at.pop(step, ()):
+            self._expect_end(sequence, draft)
+        size = self.capacity.block_bytes
+        self.costs.planned(len(draft.swap_out) * size, len(draft.swap_in) * size)
+        self.swap_out_blocks_total += len(draft.swap_out)
+        self.swap_in_blocks_total += len(draft.swap_in)
+        self._in_flight.append(draft)
+        return StepPlan(
+            epoch=self.epoch,
+            step=step,
+            release_slots=draft.release_slots,
+            swap_out=draft.swap_out,
+            swap_in=draft.swap_in,
+            copies=draft.copies,
+            new_sequences=draft.new_sequences,
+            append_slots=draft.append_slots,
+            append_blocks=draft.append_blocks,
+            replace_slots=draft.replace_slots,
+            replace_indices=draft.replace_indices,
+            replace_blocks=draft.replace_blocks,
+            decode_add=draft.decode_add,
+            chunk_slots=draft.chunk_slots,
+            chunk_tokens=draft.chunk_tokens,
+            forks=draft.forks,
+        )
+
+    # ------------------------------------------------------------------ prefill
+
+    def _start(self, group: SequenceGroup, draft: Draft, now: int) -> bool:
+        """Gives a waiting or recomputed group its blocks and its first chunk. False: there is no room for all of it.
+
+        A fresh group computes its prompt once, in its first sequence; the others are forked when it is complete. A
+        group that has output computes every sequence, and the others share the full prompt blocks of the first.
+        """
+        blocks, size = self.blocks, self.capacity.block_size
+        live = group.live
+        leader, others = live[0], live[1:]
+        is_fresh = not leader.output
+        keys = self._lookup_keys(leader)
+        found = blocks.find_prefix(keys)
+        shared = 0 if is_fresh else len(group.request.prompt) // size
+        need = blocks_for(leader.num_tokens, size) - len(found)
+        if not is_fresh:
+            need += sum(blocks_for(sequence.num_tokens, size) - shared for sequence in others)
+        # Copy-on-write comes with the next step: no room for it now would be a preemption then.
+        soon = len(others) if is_fresh else 0
+        if not self._has_room(need + blocks.num_parked(found), soon):
+            return self._fail_if_alone(group, now)
+
+        self._leave_queue(group)
+        blocks.share_prefix(leader.table, found)
+        blocks.extend(leader.table, leader.num_tokens)
+        leader.computed = len(found) * size
+        leader.status = PREFILLING
+        self.prefilling.append(leader)
+        for sequence in others:
+            sequence.status = PREFILLING
+            if is_fresh:
+                sequence.computed = leader.num_tokens  # when the leader has got there, it is forked
+                sequence.starts_at = NEVER_STARTS
+            else:
+                sequence.table = blocks.fork(leader.table, shared)
+                blocks.extend(sequence.table, sequence.num_tokens)
+                sequence.computed = shared * size
+                sequence.starts_at = 0 if leader.computed >= sequence.computed else NEVER_STARTS
+                self.prefilling.append(sequence)
+        group.shares_prefix = bool(found)
+        if found:
+            draft.sharers.append(group)
+        self._count_start(group, leader, len(keys) * size, now)
+        for sequence in live[:1] if is_fresh else live:
+            if draft.left > 0:
+                self._plan_chunk(sequence, draft)
+        self.prefilling = [sequence for sequence in self.prefilling if sequence.status is PREFILLING]
+        return True
+
+    def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, now: int) -> None:
+        if group.started_at is None:
+            group.started_at = now
+            group.cached_tokens = leader.computed
+            self.prompt_tokens_total += len(group.request.prompt)
+            self.query_tokens_total += queried
+            self.hit_tokens_total += leader.computed
+        else:
+            self._resumed.add(group)
+        if group.request.prompt_logprobs is None:
+            self._announce(group)
+        elif not group.announced:
+            group.prompt_logprobs.clear()  # they start over with the prompt
+
+    def _lookup_keys(self, leader: Sequence) -> list[bytes]:
+        """Keys of the blocks to look up: never the one with the last known token, which must be computed to sample."""
+        group = leader.group
+        request = group.request
+        if not self.config.prefix_cache or not group.cache_allowed:
+            return []
+        if request.prompt_logprobs is not None and not group.announced:
+            return []
+        keys = self._prompt_keys(group)
+        if leader.output:
+            keys = keys + self._output_keys(leader, leader.num_tokens)
+        return keys[: (leader.num_tokens - 1) // self.capacity.block_size]
+
+    def _plan_chunk(self, sequence: Sequence, draft: Draft) -> None:
+        """Computes as many further known tokens of a sequence as the budget allows. The last chunk samples."""
+        if sequence.starts_at > draft.step:
+            return
+        group, size = sequence.group, self.capacity.block_size
+        start, known = sequence.computed, sequence.num_tokens
+        end = min(known, start + draft.left)
+        if not sequence.has_row:
+            draft.new_sequences.append(self._new_row(sequence, start))
+        draft.left -= end - start
+        draft.chunk_slots.append(sequence.slot)
+        draft.chunk_tokens.append(end - start)
+        draft.chunks[sequence.slot] = sequence
+        sequence.computed = end
+        if start < sequence.computed_before:
+            again = min(end, sequence.computed_before) - start
+            group.recomputed_tokens += again
+            draft.recomputed_tokens += again
+        if self.config.prefix_cache:
+            keys = self._prompt_keys(group)
+            covered = slice(start // size, end // size)
+            draft.registered.extend(zip(sequence.table.blocks[covered], keys[covered], strict=False))
+        self._unblock(group, end, draft)
+        if end < known:
+            return
+        draft.sampling.append(sequence)
+        self._after_prefill(sequence, draft)
+        if not sequence.output:
+            for other in group.live:
+                if other is not sequence:
+                    self._fork(sequence, other, draft)
+
+    def _unblock(self, group: SequenceGroup, computed: int, draft: Draft) -> None:
+        """Lets the others of a recomputed group start in the next step, when the prompt blocks that they share have
+        been computed in this one."""
+        for other in group.sequences:
+            if other.starts_at == NEVER_STARTS and computed >= other.computed:
+                other.starts_at = draft.step + 1
+
+    def _fork(self, parent: Sequence, child: Sequence, draft: Draft) -> None:
+        child.table = self.blocks.fork(parent.table)
+        child.computed = parent.computed
+        child.starts_at = 0
+        self._take_row(child)
+        draft.forks.append(Fork(parent.slot, child.slot, child.index))
+        draft.forked.append(child)
+        self._after_prefill(child, draft)
+
+    def _after_prefill(self, sequence: Sequence, draft: Draft) -> None:
+        """All known tokens are computed and one is sampled: the sequence decodes from the next step on, if any."""
+        sequence.status = RUNNING
+        if len(sequence.output) + 1 >= sequence.request.max_tokens:
+            self._expect_end(sequence, draft)
+        else:
+            self._joining.append(sequence)
+
+    def _new_row(self, sequence: Sequence, computed: int) -> NewSequence:
+        self._take_row(sequence)
+        group = sequence.group
+        return NewSequence(
+            slot=sequence.slot,
+            token_ids=sequence.token_ids,
+            prompt_tokens=len(group.request.prompt),
+            computed_tokens=computed,
+            blocks=sequence.table.blocks.copy(),
+            index=sequence.index,
+            request=group.request,
+            prompt_logprobs=None if group.announced else group.request.prompt_logprobs,
+        )
+
+    # ------------------------------------------------------------------ decode
+
+    def _enter_decode(self, sequence: Sequence, step: int) -> None:
+        """Puts a sequence on the calendars: from `step` on it writes one position per step."""
+        request = sequence.group.request
+        base = sequence.base_step = step - sequence.computed
+        # Step s samples output token s - base - len(prompt) + 1 (0-based).
+        end = sequence.end_step = base + len(request.prompt) + request.max_tokens - 2
+        self._block_due[base % self.capacity.block_size][sequence] = None
+        self._ends_at.setdefault(end, {})[sequence] = None
+
+    def _leave_decode(self, sequence: Sequence) -> None:
+        """Takes a sequence off the calendars and says how far it is, all plans made so far included."""
+        if sequence.end_step == 0:
+            return
+        base = sequence.base_step
+        sequence.computed = self._step + 1 - base
+        del self._block_due[base % self.capacity.block_size][sequence]
+        due = self._ends_at.get(sequence.end_step)
+        if due is not None:
+            due.pop(sequence, None)
+            if not due:
+                del self._ends_at[sequence.end_step]
+        sequence.end_step = 0
+        self._decoding_changed = True
+
+    def _expect_end(self, sequence: Sequence, draft: Draft) -> None:
+        """The draft samples a sequence's last token by length: its row goes with the next plan, its blocks with the
+        result, when all its tokens are known and the prefix cache can have them."""
+        self._leave_decode(sequence)
+        self._release_row(sequence)
+        sequence.status = ENDING
+        self._ending[sequence] = None
+        draft.ending.append(sequence)
+        self._update_running(sequence.group)
+
+    def _must_copy(self, sequence: Sequence) -> bool:
+        """Whether the position that a joining sequence writes first is in a block that it shares."""
+        index, offset = divmod(sequence.computed, self.capacity.block_size)
+        return offset > 0 and self.blocks.is_shared(sequence.table, index)
+
+    def _copy_on_write(self, sequence: Sequence, draft: Draft) -> None:
+        index = sequence.computed // self.capacity.block_size
+        moved = self.blocks.make_private(sequence.table, index)
+        if moved is None:
+            return
+        if not draft.copies:
+            draft.copies = BlockMoves()
+        draft.copies.sources.append(moved[0])
+        draft.copies.destinations.append(moved[1])
+        draft.replace_slots.append(sequence.slot)
+        draft.replace_indices.append(index)
+        draft.replace_blocks.append(moved[1])
+
+    # ------------------------------------------------------------------ preemption
+
+    def _needs(self, due: Iterable[Sequence], copying: Iterable[Sequence]) -> dict[SequenceGroup, int]:
+        """Blocks that each group needs in this step."""
+        needs: dict[SequenceGroup, int] = {}
+        for sequence in due:
+            needs[sequence.group] = needs.get(sequence.group, 0) + 1
+        last_blocks = set()
+        for sequence in copying:
+            needs[sequence.group] = needs.get(sequence.group, 0) + 1
+            last_blocks.add((sequence.group, sequence.table.blocks[sequence.computed // self.capacity.block_size]))
+        for group, block in last_blocks:  # the last one that shares a block keeps it
+            holders = sum(1 for s in copying if s.group is group and block in s.table.blocks)
+            if holders == self.blocks.pool.references[block]:
+                needs[group] -= 1
+        return needs
+
+    def _make_room(self, needs: dict[SequenceGroup, int], draft: Draft, now: int) -> None:
+        """Frees blocks until every group that goes on has what it needs, those that rank first before the others.
+        A victim never ranks before the group it yields to, so nothing that has been promised is taken back."""
+        promised = 0
+        for group in sorted(needs, key=_rank):
+            need = needs[group]
+            while group in self.running and promised + need > self.blocks.num_free:
+                if self._ending:
+                    self._reclaim_ending()
+                    continue
+                victim = choose_victim(group, self.running, self._resumed)
+                if victim is None:
+                    message = (
+                        f"the request has outgrown the KV pool of {self.capacity.num_blocks} blocks of "
+                        f"{self.capacity.block_size} tokens"
+                    )
+                    self.fail(group, StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_EXHAUSTED", message, now)
+                else:
+                    self._preempt(victim, draft)
+            if group in self.running:
+                promised += need
+
+    def _reclaim_ending(self) -> None:
+        """Takes the blocks of sequences that only wait for their last token; the prefix cache will not have them."""
+        for sequence in self._ending:
+            self.blocks.free(sequence.table)
+        self._ending.clear()
+
+    def _preempt(self, victim: SequenceGroup, draft: Draft) -> None:
+        """Takes a whole group off the worker, by copying its KV out or by forgetting it."""
+        live = [sequence for sequence in victim.live if sequence.status is not ENDING]
+        mode = self._preemption_mode(live)
+        self._resumed.clear()
+        self.preemptions_total[mode] += 1
+        victim.preemptions += 1
+        draft.has_preempted = True
+        if mode == "swap":
+            for sequence in live:
+                self._leave_decode(sequence)
+                self._release_row(sequence)
+                sequence.status = SWAPPED
+            moves = self.blocks.swap_out([sequence.table for sequence in live])
+            if not draft.swap_out:
+                draft.swap_out = BlockMoves()
+            draft.swap_out.sources.extend(moves.sources)
+            draft.swap_out.destinations.extend(moves.destinations)
+            victim.swapped_bytes += len(moves) * self.capacity.block_bytes
+            self._set_aside(victim)
+        else:
+            self._forget_kv(victim, keep_blocks_findable=True)
+
+    def _forget_kv(self, group: SequenceGroup, *, keep_blocks_findable: bool) -> None:
+        """Puts a group among those to be recomputed. Sequences that only wait for their last token go on waiting."""
+        for sequence in group.live:
+            if sequence.status is not ENDING:
+                if keep_blocks_findable and sequence.status is RUNNING:
+                    self._register_output(sequence)
+                self._detach(sequence)
+                sequence.computed_before = max(sequence.computed_before, sequence.computed)
+                sequence.computed = 0
+                sequence.starts_at = 0
+                sequence.status = PREEMPTED
+        self.prefilling = [sequence for sequence in self.prefilling if sequence.status is PREFILLING]
+        self._set_aside(group)
+
+    def _set_aside(self, group: SequenceGroup) -> None:
+        group.resumable_after = self._step
+        self.running.pop(group, None)
+        if group not in self.preempted:
+            insort(self.preempted, group, key=_rank)
+
+    def _preemption_mode(self, live: list[Sequence]) -> str:
+        """Swap or recompute. Whoever is still being prefilled is recomputed: it has no output to lose, and what it
+        has computed of its prompt is in the prefix cache."""
+        num_blocks = self.blocks.swap_out_need(sequence.table for sequence in live)
+        num_bytes = num_blocks * self.capacity.block_bytes
+        references = self.blocks.pool.references
+        size = self.capacity.block_size
+        own: dict[int, int] = {}
+        for sequence in live:
+            for block in sequence.table.blocks:
+                own[block] = own.get(block, 0) + 1
+        # Blocks that another group refers to as well will still be there to be found.
+        held = sum(1 for block, count in own.items() if references[block] > count and block in self.blocks.cache)
+        tokens = max(0, num_blocks - held) * size
+        possible = num_blocks <= self.blocks.host.num_free and all(s.status is RUNNING for s in live)
+        wanted = self.config.preemption_mode
+        swap = possible and (wanted == "swap" or (wanted == "auto" and self.costs.prefers_swap(num_bytes, tokens)))
+        mode = "swap" if swap else "recompute"
+        predicted = self.costs.swap_ns(num_bytes) if swap else self.costs.recompute_ns(tokens)
+        self.predicted_ns[mode] += predicted or 0
+        return mode
+
+    def _swap_in(self, group: SequenceGroup, draft: Draft, now: int) -> bool:
+        """Copies a group's KV back and lets it decode in this very step. False: there is no room for all of it."""
+        live, size = group.live, self.capacity.block_size
+        if draft.left < len(live):
+            return False
+        tables = [sequence.table for sequence in live]
+        num_full = [sequence.computed // size for sequence in live]
+        need = self.blocks.swap_in_need(tables, num_full)
+        need += sum(1 for sequence in live if sequence.computed % size == 0)
+        if not self._has_room(need, 0):
+            return self._fail_if_alone(group, now)
+        self._leave_queue(group)
+        self._resumed.add(group)
+        moves = self.blocks.swap_in(tables, num_full)
+        if not draft.swap_in:
+            draft.swap_in = BlockMoves()
+        draft.swap_in.sources.extend(moves.sources)
+        draft.swap_in.destinations.extend(moves.destinations)
+        group.swapped_bytes += len(moves) * self.capacity.block_bytes
+        for sequence in live:
+            sequence.status = RUNNING
+            self.blocks.extend(sequence.table, sequence.computed + 1)
+            draft.new_sequences.append(self._new_row(sequence, sequence.computed))
+            draft.decode_add.append(sequence.slot)
+            self._enter_decode(sequence, draft.step)
+        self.decoding = self.decoding + live
+        draft.left -= len(live)
+        return True
+
+    # ------------------------------------------------------------------ room
+
+    def _has_rows(self, group: SequenceGroup) -> bool:
+        return self._rows + len(group.live) <= self.max_rows
+
+    def _has_room(self, need: int, soon: int) -> bool:
+        """Whether `need` blocks can be taken so that `soon` more and the watermark stay free. Whoever would be alone
+        may take everything."""
+        if self._is_empty:
+            return need <= self.blocks.num_free
+        return need + max(soon, self.watermark_blocks) <= self.blocks.num_free
+
+    @property
+    def _is_empty(self) -> bool:
+        """Nobody holds KV blocks."""
+        return self.blocks.num_used == 0
+
+    def _fail_if_alone(self, group: SequenceGroup, now: int) -> bool:
+        """The queue goes on behind a group that does not fit into an empty pool, which therefore fails."""
+        if not self._is_empty:
+            return False
+        message = (
+            f"the request no longer fits into the KV pool of {self.capacity.num_blocks} blocks of "
+            f"{self.capacity.block_size} tokens"
+        )
+        self.fail(group, StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_EXHAUSTED", message, now)
+        return True
+
+    def _leave_queue(self, group: SequenceGroup) -> None:
+        """A waiting or preempted group starts to run: it has rows from now on."""
+        queue = self.waiting if group.live[0].status is WAITING else self.preempted
+        queue.remove(group)
+        self.running[group] = None
+        self._rows += len(group.live)
+
+    def _take_row(self, sequence: Sequence) -> None:
+        sequence.slot = self._free_slots.pop()
+        sequence.has_row = True
+
+    def _release_row(self, sequence: Sequence) -> None:
+        """Gives a running sequence's row, or its promise of one, back. A row can be filled again from the plan on that
+        releases it."""
+        if sequence.has_row:
+            sequence.has_row = False
+            self._released.append(sequence.slot)
+        else:
+            self._rows -= 1
+
+    def _take_released(self, draft: Draft) -> None:
+        draft.release_slots, self._released = self._released, []
+        self._free_slots.extend(draft.release_slots)
+        self._rows -= len(draft.release_slots)
+
+    def _give_back_released(self, draft: Draft) -> None:
+        """Undoes _take_released for a draft that fills no row."""
+        if draft.release_slots:
+            del self._free_slots[-len(draft.release_slots) :]
+            self._rows += len(draft.release_slots)
+            self._released = draft.release_slots + self._released
+
+    # ------------------------------------------------------------------ results
+
+    def apply(self, result: StepResult, now: int) -> StepOutput | None:
+        """Accepts the result of a plan in flight, once; None: it is stale. One that overtook another waits for it."""
+        flights = self._in_flight
+        if result.epoch != self.epoch or not self._applied < result.step <= self._applied + len(flights):
+            return None
+        if result.step in self._early:
+            return None
+        if result.step != self._applied + 1:
+            self._early[result.step] = result
+            return StepOutput(accepted=False)
+        output = self._apply_next(result, now)
+        while (following := self._early.pop(self._applied + 1, None)) is not None:
+            output = _joined(output, self._apply_next(following, now))
+        return output
+
+    def _apply_next(self, result: StepResult, now: int) -> StepOutput:
+        flight = self._in_flight[0]
+        rows, tokens = flight.rows, result.token_ids
+        self._check_result(flight, len(rows), result)
+        self._in_flight.popleft()
+        self._applied = flight.step
+        self._learn(flight, result)
+        if result.nonfinite_rows or result.out_of_memory_slots:
+            self._drop_failed_rows(flight, rows, result, now)
+        position_of: dict[int, int] | None = None  # of a row among the accepted ones; None: all are
+        if flight.dropped:
+            kept = [row for row, sequence in enumerate(rows) if sequence not in flight.dropped]
+            position_of = {row: position for position, row in enumerate(kept)}
+            rows, tokens = [rows[row] for row in kept], [tokens[row] for row in kept]
+        for sequence, token in zip(rows, tokens, strict=True):
+            sequence.output.append(token)
+        self.generation_tokens_total += len(tokens)
+        logprobs: dict[int, TokenLogprobs] = {}
+        for row, entry in zip(result.logprob_rows, result.logprobs, strict=True):
+            position = row if position_of is None else position_of.get(row)
+            if position is not None:
+                rows[position].logprobs.append(entry)
+                logprobs[position] = entry
+        if flight.chunks:
+            self._note_first_tokens(flight, result, now)
+        if not self._stop_counts.keys().isdisjoint(tokens):
+            self._end_stopped(rows, tokens, now)
+        for sequence in flight.ending:
+            if sequence.finish is None and sequence not in flight.dropped:
+                self._withdraw(sequence, keep_blocks_findable=True)
+                self._end(sequence, FinishReason.LENGTH, now)
+        return StepOutput(True, rows, tokens, logprobs)
+
+    def _check_result(self, flight: Draft, num_rows: int, result: StepResult) -> None:
+        """Raises ResultError, before anything has changed, when a result cannot belong to its plan."""
+        step = result.step
+        if len(result.token_ids) != num_rows:
+            raise ResultError(f"step {step} has {num_rows} rows, its result has {len(result.token_ids)} token ids")
+        if len(result.logprob_rows) != len(result.logprobs):
+            raise ResultError(f"the result of step {step} has log-probabilities without a row, or the reverse")
+        for row in (*result.logprob_rows, *result.nonfinite_rows):
+            if not 0 <= row < num_rows:
+                raise ResultError(f"the result of step {step} names row {row} of {num_rows}")
+        for entry in result.prompt_logprobs:
+            sequence = flight.chunks.get(entry.slot)
+            if sequence is None:
+                raise ResultError(f"the result of step {step} has prompt log-probabilities of slot {entry.slot}")
+            expected = len(sequence.group.prompt_logprobs) + 1
+            if entry.first_token != expected and sequence not in flight.dropped:
+                raise ResultError(
+                    f"prompt log-probabilities of slot {entry.slot} begin at {entry.first_token}, not at {expected}"
+                )
+
+    def _learn(self, flight: Draft, result: StepResult) -> None:
+        size, timings = self.capacity.block_bytes, result.timings
+        self.costs.learn(len(flight.swap_out) * size, len(flight.swap_in) * size, timings)
+        self.actual_ns["swap"] += timings.swap_out_ns + timings.swap_in_ns
+        if flight.recomputed_tokens:
+            total = len(flight.decoding) + sum(flight.chunk_tokens)
+            self.actual_ns["recompute"] += timings.forward_ns * flight.recomputed_tokens // total
+
+    def _note_first_tokens(self, flight: Draft, result: StepResult, now: int) -> None:
+        """What only steps with chunks bring: prompt log-probabilities and first tokens."""
+        for entry in result.prompt_logprobs:
+            sequence = flight.chunks[entry.slot]
+            if sequence not in flight.dropped:
+                sequence.group.prompt_logprobs.extend(entry.logprobs)
+        for sequence in flight.sampling:
+            if sequence not in flight.dropped:
+                if sequence.group.first_token_at is None:
+                    sequence.group.first_token_at = now
+                self._announce(sequence.group)
+
+    def _announce(self, group: SequenceGroup) -> None:
+        if not group.announced:
+            group.announced = True
+            self._emit(Admitted(group))
+
+    def _end_stopped(self, rows: list[Sequence], tokens: list[int], now: int) -> None:
+        for sequence, token in zip(rows, tokens, strict=True):
+            if token in sequence.stop_ids and len(sequence.output) > sequence.request.min_tokens:
+                self._withdraw(sequence, keep_blocks_findable=True)
+                self._end(sequence, FinishReason.STOP, now, matched_token_id=token)
+
+    def _drop_failed_rows(self, flight: Draft, rows: list[Sequence], result: StepResult, now: int) -> None:
+        """Fails the requests whose rows could not be computed. Blocks that they had made findable hold garbage: they
+        are forgotten, and whoever has started on them since starts over."""
+        starved = set(result.out_of_memory_slots)
+        failed = [s for s in {*rows, *flight.chunks.values()} if s.slot in starved]
+        nonfinite = [rows[row] for row in result.nonfinite_rows]
+        for sequence in sorted({*failed, *nonfinite}, key=lambda s: (s.group.arrival, s.index)):
+            group = sequence.group
+            keys = group.prompt_hashes or []
+            self.blocks.forget(keys)
+            for later in self._in_flight:
+                for sharer in later.sharers:
+                    if keys and sharer is not group and (sharer.prompt_hashes or [b""])[0] == keys[0]:
+                        self._start_over(sharer)
+            if group.is_finished or sequence in flight.dropped:
+                continue
+            flight.dropped.update(group.sequences)
+            if sequence in failed:
+                message = "the worker had no memory left for this request"
+                self.fail(group, StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", message, now)
+            elif group.shares_prefix and group.cache_allowed:
+                # Perhaps not its own fault: once more, on blocks of its own.
+                group.cache_allowed = False
+                self._start_over(group)
+            else:
+                message = "the model's output for this request was not finite"
+                self.fail(group, StatusCode.INTERNAL, "NONFINITE_LOGITS", message, now)
+
+    def _start_over(self, group: SequenceGroup) -> None:
+        """Recomputes a live group from its accepted tokens; what is in flight for it does not count."""
+        if group.is_finished:
+            return
+        for later in self._in_flight:
+            later.dropped.update(group.sequences)
+        self.blocks.forget(group.prompt_hashes or [])
+        for sequence in group.live:
+            if sequence.status is ENDING:
+                self._detach(sequence)
+                sequence.status = PREEMPTED
+        self._forget_kv(group, keep_blocks_findable=False)
+
+    # ------------------------------------------------------------------ ends
+
+    def _withdraw(self, sequence: Sequence, *, keep_blocks_findable: bool) -> None:
+        """Takes a live sequence out of wherever it is: its row goes with the next plan, its blocks are free now, and
+        tokens that are in flight for it will be dropped."""
+        if keep_blocks_findable and sequence.status in (RUNNING, ENDING):
+            self._register_output(sequence)
+        if sequence.status is PREFILLING:
+            self.prefilling = [other for other in self.prefilling if other is not sequence]
+        self._detach(sequence)
+        for flight in self._in_flight:
+            flight.dropped.add(sequence)
+
+    def _detach(self, sequence: Sequence) -> None:
+        """Takes a sequence off the calendars and gives back its row and its blocks."""
+        self._leave_decode(sequence)
+        if sequence.status is RUNNING or sequence.status is PREFILLING:
+            self._release_row(sequence)
+        elif sequence.status is ENDING:
+            self._ending.pop(sequence, None)
+        self.blocks.free(sequence.table)
+
+    def _register_output(self, sequence: Sequence) -> None:
+        """Makes the full blocks behind the prompt's findable, as far as results have confirmed their KV: all accepted
+        tokens but the last."""
+        if self.config.prefix_cache and sequence.table.blocks and not sequence.table.on_host:
+            first = len(sequence.group.request.prompt) // self.capacity.block_size
+            keys = self._output_keys(sequence, sequence.num_tokens - 1)
+            for block, key in zip(sequence.table.blocks[first:], keys, strict=False):
+                self.blocks.register(block, key)
+
+    def _prompt_keys(self, group: SequenceGroup) -> list[bytes]:
+        """Prefix-cache keys of the prompt's full blocks."""
+        keys = group.prompt_hashes
+        if keys is None:
+            request = group.request
+            keys = extend_chain(root_key(request.tenant), request.prompt, self.capacity.block_size)
+            group.prompt_hashes = keys
+        return keys
+
+    def _output_keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
+        """Prefix-cache keys of the full blocks behind the prompt's, in the first `num_tokens` tokens."""
+        keys = self._prompt_keys(sequence.group)
+        first = len(keys) * self.capacity.block_size
+        parent = keys[-1] if keys else root_key(sequence.group.request.tenant)
+        return extend_chain(parent, sequence.token_ids[first:num_tokens], self.capacity.block_size)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: int,
+        *,
+        matched_stop: str = "",
+        matched_token_id: int | None = None,
+    ) -> None:
+        """Marks a withdrawn sequence as finished."""
+        group = sequence.group
+        sequence.end(reason, now, matched_stop=matched_stop, matched_token_id=matched_token_id)
+        self.assigned_sequences -= 1
+        self._emit(Finished(sequence))
+        if group.is_finished:
+            self._remove_finished(group)
+        elif any(other.starts_at == NEVER_STARTS for other in group.live):
+            self._forget_kv(group, keep_blocks_findable=False)  # nobody is left to compute the blocks they wait for
+        else:
+            self._update_running(group)
+
+    def _update_running(self, group: SequenceGroup) -> None:
+        """A group whose sequences only wait for their last tokens needs no further step."""
+        if group in self.running and not any(s.status in (PREFILLING, RUNNING, WAITING) for s in group.live):
+            del self.running[group]
+
+    def _remove_finished(self, group: SequenceGroup) -> None:
+        self.running.pop(group, None)
+        self._resumed.discard(group)
+        if group in self.waiting:
+            self.waiting.remove(group)
+        if group in self.preempted:
+            self.preempted.remove(group)
+        self._forget_group(group)
+
+    def _forget_group(self, group: SequenceGroup) -> None:
+        del self.groups[group]
+        group.worker_id = None
+        group.prompt_hashes = None  # the next worker may have another block size
+        self.assigned_sequences -= len(group.live)
+        for token in group.request.stop_ids:
+            count = self._stop_counts[token] - 1
+            if count:
+                self._stop_counts[token] = count
+            else:
+                del self._stop_counts[token]
+
+    # ------------------------------------------------------------------ figures and checks
+
+    def loads(self) -> WorkerLoads:
+        """Figures of this worker; takes time linear in the sequences that run."""
+        size, blocks = self.capacity.block_bytes, self.blocks
+        return WorkerLoads(
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            step=self._step,
+            plans_in_flight=len(self._in_flight),
+            running_groups=len(self.running),
+            running_sequences=self._rows,
+            waiting_groups=len(self.waiting),
+            swapped_groups=sum(1 for group in self.preempted if _is_swapped(group)),
+            preempted_groups=sum(1 for group in self.preempted if not _is_swapped(group)),
+            kv_blocks_free=blocks.num_free,
+            kv_blocks_used=blocks.num_used,
+            kv_blocks_cached=blocks.cache.num_unreferenced,
+            host_blocks_free=blocks.host.num_free,
+            host_blocks_used=self.capacity.host_blocks - blocks.host.num_free,
+            kv_waste_ratio=self.kv_waste_ratio(),
+            preemptions_total=dict(self.preemptions_total),
+            preemption_cost_predicted_ns=dict(self.predicted_ns),
+            preemption_cost_actual_ns=dict(self.actual_ns),
+            swap_out_bytes_total=self.swap_out_blocks_total * size,
+            swap_in_bytes_total=self.swap_in_blocks_total * size,
+            prefix_cache_query_tokens_total=self.query_tokens_total,
+            prefix_cache_hit_tokens_total=self.hit_tokens_total,
+            prompt_tokens_total=self.prompt_tokens_total,
+            generation_tokens_total=self.generation_tokens_total,
+        )
+
+    def kv_waste_ratio(self) -> float:
+        """Slots of used blocks that hold no token, over all slots of used blocks. Blocks of prompt tokens that are
+        still to be computed hold those tokens. Only last blocks can have empty slots."""
+        size, used = self.capacity.block_size, self.blocks.num_used
+        if not used:
+            return 0.0
+        empty: dict[int, int] = {}
+        following = self._step + 1
+        for group in self.groups:
+            for sequence in group.sequences:
+                blocks = sequence.table.blocks
+                if blocks and not sequence.table.on_host:
+                    if sequence.status is PREFILLING:
+                        tokens = sequence.num_tokens
+                    else:
+                        tokens = following - sequence.base_step if sequence.end_step else sequence.computed
+                    empty[blocks[-1]] = len(blocks) * size - tokens
+        return sum(empty.values()) / (used * size)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the books do not balance."""
+        sequences = [sequence for group in self.groups for sequence in group.live]
+        self.blocks.check_integrity(sequence.table for sequence in sequences)
+        for group in self.groups:
+            assert group.worker_id == self.worker_id, f"{group} belongs to {group.worker_id}"
+            assert group.live, f"{group} has finished and is still here"
+            places = (group in self.waiting) + (group in self.preempted) + (group in self.running)
+            only_ending = all(sequence.status is ENDING for sequence in group.live)
+            assert places == (0 if only_ending else 1), f"{group} is in {places} places"
+        for queue in (self.waiting, self.preempted):
+            assert [group.rank for group in queue] == sorted(group.rank for group in queue), "a queue is out of order"
+        assert not {*self.waiting, *self.preempted, *self.running} - self.groups.keys(), "a finished group is queued"
+        joining = {sequence for sequence in self._joining if sequence.status is RUNNING}
+        decoding = {sequence for sequence in self.decoding if sequence.end_step}
+        for sequence in sequences:
+            tokens_in_place = sequence.status in (PREFILLING, RUNNING)
+            assert not sequence.has_row or tokens_in_place, f"{sequence} has a row"
+            assert (sequence in decoding) + (sequence in joining) == (sequence.status is RUNNING), f"{sequence} is lost"
+            assert sequence.table.on_host == (sequence.status is SWAPPED), f"{sequence} has {sequence.table}"
+            if sequence.status in (WAITING, PREEMPTED):
+                assert not sequence.table.blocks, f"{sequence} has {sequence.table}"
+        due = [sequence for bucket in self._block_due for sequence in bucket]
+        ends = [sequence for bucket in self._ends_at.values() for sequence in bucket]
+        assert len(due) == len(ends) == len(decoding), "the calendars differ from the decode set"
+        assert set(due) == set(ends) == decoding, "the calendars differ from the decode set"
+        rows = [sequence.slot for sequence in sequences if sequence.has_row]
+        promised = sum(1 for s in sequences if s.status in (PREFILLING, RUNNING) and not s.has_row)
+        assert self._rows == len(rows) + len(self._released) + promised, "rows are miscounted"
+        every_slot = sorted(rows + self._released + self._free_slots)
+        assert every_slot == list(range(self.capacity.max_slots)), "a slot is lost or held twice"
+        assert self.assigned_sequences == len(sequences), "assigned sequences are miscounted"
+        counts: dict[int, int] = {}
+        for group in self.groups:
+            for token in group.request.stop_ids:
+                counts[token] = counts.get(token, 0) + 1
+        assert counts == self._stop_counts, "stop tokens are miscounted"
+
+
+def _rank(group: SequenceGroup) -> tuple[int, int]:
+    return group.rank
+
+
+def _is_swapped(group: SequenceGroup) -> bool:
+    return any(sequence.status is SWAPPED for sequence in group.live)
+
+
+def _joined(first: StepOutput, second: StepOutput) -> StepOutput:
+    """The output of two results that were applied together."""
+    shift = len(first.token_ids)
+    return StepOutput(
+        True,
+        first.sequences + second.sequences,
+        first.token_ids + second.token_ids,
+        first.logprobs | {position + shift: entry for position, entry in second.logprobs.items()},
+    )
