@@ -1,0 +1,364 @@
+"""PagedAttention on CUDA devices: checks and launches for `csrc/attention_*.cu`. Twins: `kernels.reference.attention`.
+
+bfloat16 and float16 run on tensor cores; float32, which only comparisons need, on a simple kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from kernels import compile as kernel_compile
+from kernels.kv_layout import MAX_BLOCK_SIZE
+
+TILE = 16
+"""Tokens that one warp of the decode kernel takes at a time."""
+MAX_SEQUENCES = 2048
+"""Sequences of one decode launch: their prefix sums lie in shared memory."""
+_MAX_ROWS, _MAX_HEAD_DIM = 16, 256
+_MAX_UNITS = 1 << 18
+_WARPS = 4
+_RESERVED_SHARED = 1024
+"""Shared memory that the system takes of every resident CTA."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """The compiled shape of one decode kernel."""
+
+    query_tiles: int
+    """Groups of eight (query token, query head) rows that share one pass over the keys."""
+    warps: int
+    """Warps of a CTA, each with its own pipeline."""
+    stages: int
+    """Tiles of a warp's pipeline: one read, the others in flight."""
+    ctas: int
+    """CTAs resident on a multiprocessor."""
+
+    def shared_bytes(self, head_dim: int, num_seqs: int) -> int:
+        """Dynamic shared memory of a launch."""
+        stages = self.warps * self.stages * _stage_bytes(head_dim)
+        return stages + self.warps * 8 * self.query_tiles * 8 + (2 * self.warps + 2 + num_seqs + 1) * 4
+
+
+def _stage_bytes(head_dim: int) -> int:
+    return 2 * TILE * (2 * head_dim + 16)
+
+
+@functools.cache
+def decode_config(head_dim: int, rows: int, limits: kernel_compile.DeviceLimits) -> DecodeConfig:
+    """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError."""
+    for ctas in (2, 1):
+        room = min(limits.shared_bytes, limits.processor_shared_bytes // ctas - _RESERVED_SHARED)
+        stages = (room - (MAX_SEQUENCES + 128) * 4) // (_WARPS * _stage_bytes(head_dim))
+        if stages >= 3 or (ctas == 1 and stages == 2):
+            # O of 16 rows of 256 elements does not fit the registers: two passes over the keys there.
+            return DecodeConfig(2 if rows > 8 and head_dim <= 128 else 1, _WARPS, min(stages, 6), ctas)
+    raise ValueError(f"head_dim {head_dim} needs more shared memory than this GPU has; use dtype float32")
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Scratch of decode launches that follow one another. Launches that may overlap need one each."""
+
+    partial_out: torch.Tensor
+    """float32: what CTAs hold of sequences that they share."""
+    partial_stats: torch.Tensor
+    """float32: their maxima and sums."""
+    arrivals: torch.Tensor
+    """int32: how many CTAs have delivered; zero between launches."""
+
+    @staticmethod
+    def allocate(device: torch.device) -> DecodeWorkspace:
+        """About 10 MB on an H200. Not inside a graph capture: a replay would find other contents in its place."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise kernel_compile.KernelError("allocate a DecodeWorkspace (or run decode once) before capturing a graph")
+        slots = 2 * 2 * kernel_compile.limits(device).processors
+        return DecodeWorkspace(
+            partial_out=torch.empty(slots * _MAX_ROWS * _MAX_HEAD_DIM, dtype=torch.float32, device=device),
+            partial_stats=torch.empty(slots * _MAX_ROWS * 2, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(_MAX_UNITS, dtype=torch.int32, device=device),
+        )
+
+
+_workspaces: dict[torch.device, DecodeWorkspace] = {}
+
+
+def _workspace(device: torch.device) -> DecodeWorkspace:
+    if device not in _workspaces:
+        _workspaces[device] = DecodeWorkspace.allocate(device)
+    return _workspaces[device]
+
+
+def _check(
+    query: torch.Tensor, kv_layer: torch.Tensor, block_tables: torch.Tensor, context_lens: torch.Tensor
+) -> tuple[int, int]:
+    """(query heads per KV head, block size). Raises ValueError or TypeError for what the kernels cannot take."""
+    if query.dtype not in kernel_compile.CUDA_NAMES or kv_layer.dtype != query.dtype:
+        raise TypeError(f"query and kv_layer must both be bfloat16, float16 or float32: {query.dtype}, {kv_layer.dtype}")
+    if block_tables.dtype != torch.int32 or context_lens.dtype != torch.int32:
+        raise TypeError(f"block_tables and context_lens must be int32: {block_tables.dtype}, {context_lens.dtype}")
+    if any(t.device != query.device for t in (kv_layer, block_tables, context_lens)):
+        raise ValueError("query, kv_layer, block_tables and context_lens must be on one device")
+    if kv_layer.dim() != 5 or kv_layer.shape[1] != 2 or kv_layer.shape[4] != query.shape[-1]:
+        raise ValueError(f"kv_layer {tuple(kv_layer.shape)} does not fit query {tuple(query.shape)}")
+    _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
+    if kv_layer.stride()[2:] != (block_size * head_dim, head_dim, 1):
+        raise ValueError(f"kv_layer must be contiguous inside a block: strides {kv_layer.stride()}")
+    if not (1 <= block_size <= MAX_BLOCK_SIZE and block_size & (block_size - 1) == 0):
+        raise ValueError(f"block_size must be a power of two in 1..{MAX_BLOCK_SIZE}, not {block_size}")
+    num_heads = query.shape[-2]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
+    if query.stride()[-2:] != (head_dim, 1):
+        raise ValueError(f"query heads must be contiguous: strides {query.stride()}")
+    if block_tables.dim() != 2 or block_tables.stride(1) != 1 or not context_lens.is_contiguous():
+        raise ValueError("block_tables must be [S, M] with contiguous rows, context_lens contiguous")
+    if block_tables.shape[0] != context_lens.shape[0]:
+        raise ValueError(f"{block_tables.shape[0]} block tables but {context_lens.shape[0]} context lengths")
+    if head_dim > _MAX_HEAD_DIM or (query.dtype != torch.float32 and head_dim % 16):
+        raise ValueError(f"head_dim must be a multiple of 16, at most {_MAX_HEAD_DIM}, not {head_dim}")
+    if query.dtype != torch.float32:
+        # 16-byte copies: all places must be multiples of 8 elements; head_dim is.
+        strides = (kv_layer.stride(0), kv_layer.stride(1), query.stride(0))
+        if any(stride % 8 for stride in strides) or kv_layer.data_ptr() % 16 or query.data_ptr() % 16:
+            raise ValueError(f"kv_layer and query must be aligned to 16 bytes: strides {strides}")
+    return num_heads // num_kv_heads, block_size
+
+
+def paged_attention_decode(
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    *,
+    workspace: DecodeWorkspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As the twin; and query may be [B, Q, Hq, D], the last Q tokens of each sequence, each seeing up to itself.
+
+    context_lens is read on the device, so a captured graph serves any lengths; a row of length 0 gives zeros. `out` is
+    written in place of a new tensor. Raises ValueError, TypeError, KernelError.
+    """
+    group, block_size = _check(query, kv_layer, block_tables, context_lens)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    elif out.shape != query.shape or out.dtype != query.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and like query: {tuple(out.shape)} {out.dtype}")
+    num_seqs = block_tables.shape[0]
+    if query.shape[0] != num_seqs:
+        raise ValueError(f"{query.shape[0]} queries but {num_seqs} block tables")
+    query_len = query.shape[1] if query.dim() == 4 else 1
+    if query.dim() == 4 and query.stride(0) != query_len * query.stride(1):
+        raise ValueError(f"query tokens must be evenly spaced: strides {query.stride()}")
+    if query.dtype == torch.float32:
+        _simple(query, out, kv_layer, block_tables, context_lens, None, query_len, scale, sliding_window, soft_cap)
+        return out
+    if num_seqs > MAX_SEQUENCES:
+        for first in range(0, num_seqs, MAX_SEQUENCES):
+            part = slice(first, first + MAX_SEQUENCES)
+            paged_attention_decode(
+                query[part], kv_layer, block_tables[part], context_lens[part], scale, sliding_window, soft_cap,
+                workspace=workspace, out=out[part],
+            )  # fmt: skip
+        return out
+    device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
+    limits = kernel_compile.limits(device)
+    rows = query_len * group
+    config = decode_config(head_dim, rows, limits)
+    units = num_seqs * num_kv_heads * -(-rows // (8 * config.query_tiles))
+    if units > _MAX_UNITS:
+        raise ValueError(f"{units} pairs of sequence and head in one launch; at most {_MAX_UNITS}")
+    workspace = workspace or _workspace(device)
+    kernel = kernel_compile.kernel(
+        "attention_decode.cu",
+        "paged_attention_decode",
+        device,
+        DTYPE=kernel_compile.CUDA_NAMES[query.dtype],
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        QUERY_TILES=config.query_tiles,
+        WARPS=config.warps,
+        STAGES=config.stages,
+        MIN_CTAS=config.ctas,
+    )
+    kernel(
+        (limits.processors * config.ctas, 1, 1),
+        config.warps * 32,
+        config.shared_bytes(head_dim, num_seqs),
+        out.data_ptr(),
+        query.data_ptr(),
+        kv_layer.data_ptr(),
+        block_tables.data_ptr(),
+        context_lens.data_ptr(),
+        workspace.partial_out.data_ptr(),
+        workspace.partial_stats.data_ptr(),
+        workspace.arrivals.data_ptr(),
+        num_seqs,
+        query_len,
+        num_kv_heads,
+        group,
+        block_tables.stride(0),
+        kv_layer.stride(0),
+        kv_layer.stride(1),
+        query.stride(-3),
+        out.stride(-3),
+        scale,
+        sliding_window or 0,
+        soft_cap or 0.0,
+        config.warps,
+    )
+    return out
+
+
+def paged_attention_prefill(
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As the twin. No length is read on the host. Raises ValueError, TypeError, KernelError."""
+    group, block_size = _check(query, kv_layer, block_tables, context_lens)
+    num_seqs = block_tables.shape[0]
+    if query.dim() != 3 or query_start.dtype != torch.int32 or query_start.shape != (num_seqs + 1,):
+        raise ValueError(f"query must be [T, Hq, D] and query_start int32 [{num_seqs + 1}]: {tuple(query_start.shape)}")
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    elif out.shape != query.shape or out.dtype != query.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and like query: {tuple(out.shape)} {out.dtype}")
+    if query.dtype == torch.float32:
+        _simple(query, out, kv_layer, block_tables, context_lens, query_start, 0, scale, sliding_window, soft_cap)
+        return out
+    device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
+    config = prefill_config(head_dim, kernel_compile.limits(device))
+    kernel = kernel_compile.kernel(
+        "attention_prefill.cu",
+        "paged_attention_prefill",
+        device,
+        DTYPE=kernel_compile.CUDA_NAMES[query.dtype],
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        WARPS=config.warps,
+        ROW_TILES=config.row_tiles,
+        KV_TILE=config.kv_tile,
+        MIN_CTAS=config.ctas,
+    )
+    # A sequence's last tile may be part empty: one more per sequence than the rows fill.
+    tiles = query.shape[0] * group // config.rows + num_seqs
+    kernel(
+        (num_kv_heads, tiles, 1),
+        config.warps * 32,
+        config.shared_bytes(head_dim),
+        out.data_ptr(),
+        query.data_ptr(),
+        kv_layer.data_ptr(),
+        block_tables.data_ptr(),
+        context_lens.data_ptr(),
+        query_start.data_ptr(),
+        num_seqs,
+        group,
+        block_tables.stride(0),
+        kv_layer.stride(0),
+        kv_layer.stride(1),
+        query.stride(0),
+        out.stride(0),
+        scale,
+        sliding_window or 0,
+        soft_cap or 0.0,
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """The compiled shape of one prefill kernel."""
+
+    warps: int
+    """Warps of a CTA."""
+    row_tiles: int
+    """Tiles of 16 (query token, query head) rows of one warp."""
+    kv_tile: int
+    """Tokens of keys and values read at a time."""
+    ctas: int
+    """CTAs resident on a multiprocessor."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a CTA."""
+        return self.warps * self.row_tiles * 16
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Dynamic shared memory: queries, two stages of keys and of values, three of block ids, a small scan."""
+        return (self.rows + 4 * self.kv_tile) * (2 * head_dim + 16) + 3 * self.kv_tile * 4 + (self.warps + 4) * 4
+
+
+@functools.cache
+def prefill_config(head_dim: int, limits: kernel_compile.DeviceLimits) -> PrefillConfig:
+    """Raises ValueError."""
+    # 32 rows a warp halve the reads of keys and values from shared memory; O of 256 elements allows 16.
+    wide = head_dim <= 128
+    for kv_tile in (64, 32, 16):
+        config = PrefillConfig(warps=4, row_tiles=2 if wide else 1, kv_tile=kv_tile, ctas=2 if head_dim <= 128 else 1)
+        if config.shared_bytes(head_dim) <= limits.shared_bytes:
+            return config
+    raise ValueError(f"head_dim {head_dim} needs more shared memory than this GPU has; use dtype float32")
+
+
+def _simple(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_start: torch.Tensor | None,
+    query_len: int,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """Any dtype, slowly: for float32 models and as a second opinion in tests."""
+    num_heads, head_dim = query.shape[-2:]
+    kernel = kernel_compile.kernel(
+        "attention_simple.cu",
+        "paged_attention_simple",
+        query.device,
+        DTYPE=kernel_compile.CUDA_NAMES[query.dtype],
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=kv_layer.shape[3],
+    )
+    tokens = query.numel() // (num_heads * head_dim)
+    for first in range(0, tokens, 65535) if query_start is None and query_len == 1 else (0,):
+        count = min(tokens - first, 65535)
+        kernel(
+            (num_heads, count, 1),
+            128,
+            0,
+            out.data_ptr() + first * out.stride(-3) * out.element_size(),
+            query.data_ptr() + first * query.stride(-3) * query.element_size(),
+            kv_layer.data_ptr(),
+            block_tables.data_ptr() + first * block_tables.stride(0) * 4,
+            context_lens.data_ptr() + first * 4,
+            0 if query_start is None else query_start.data_ptr(),
+            block_tables.shape[0],
+            query_len,
+            num_heads // kv_layer.shape[2],
+            block_tables.stride(0),
+            kv_layer.stride(0),
+            kv_layer.stride(1),
+            query.stride(-3),
+            out.stride(-3),
+            scale,
+            sliding_window or 0,
+            soft_cap or 0.0,
+        )

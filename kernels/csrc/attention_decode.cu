@@ -1,0 +1,431 @@
+// Decode attention over a paged KV cache (PagedAttention, arXiv:2309.06180, section 4.1), for one or a few query tokens per sequence.
+//
+// The work is a flat list of tiles: 16 tokens of one unit, a unit being (sequence, KV head, row tile). Every CTA takes an equal
+// contiguous share of the list, found on the device from context_lens, so one captured graph serves any lengths and no CTA waits
+// for a longer one. A unit cut by a share's edge leaves partial results; the CTA that arrives last combines them.
+//
+// Within a CTA the warps take the tiles of its share in turn, each with its own pipeline of cp.async stages, so the main loop has
+// no barrier across warps; at the end of a unit's segment they merge through shared memory while the next tiles are in flight.
+//
+// The query heads of one KV head (times the query tokens of the sequence) are the N side of mma.m16n8k16, tokens the M side:
+//   S^T[16 tokens][8 rows]  = K[16][D] . Q^T[D][8]          A = K by ldmatrix,         B = Q from registers
+//   O^T[D][8 rows]         += V^T[D][16] . P^T[16][8]       A = V by ldmatrix.trans,   B = P by movmatrix from S^T's C fragment
+// so 8 rows (or 16, QUERY_TILES = 2) cost one (two) mma per 16 x 16 elements of the cache, and softmax state is two floats per lane.
+//
+// Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, STAGES, MIN_CTAS.
+#include "device.cuh"
+
+constexpr int THREADS = WARPS * 32;
+constexpr int TILE = 16;                           // tokens of one step of one warp
+constexpr int ROWS = 8 * QUERY_TILES;              // (query token, query head) rows of a row tile
+constexpr int PITCH = HEAD_DIM * 2 + 16;           // bytes of a row in shared memory: an odd number of 16-byte units, so ldmatrix has no conflicts
+constexpr int TILE_BYTES = TILE * PITCH;
+constexpr int STAGE_BYTES = 2 * TILE_BYTES;        // keys, then values
+constexpr int CHUNKS = HEAD_DIM / 8;               // 16-byte pieces of a row
+constexpr int K_STEPS = HEAD_DIM / 16;
+constexpr int MERGE_PITCH = HEAD_DIM + 4;          // floats of a row of the merge buffer
+static_assert(ROWS * MERGE_PITCH * 4 <= STAGE_BYTES, "the merge buffer is one idle stage");
+static_assert(STAGES >= 2, "a stage is filled while another is read");
+
+// A place in the flat list: which unit it lies in, and where that unit begins and ends.
+struct Unit {
+  int seq, head, begin, end;  // head = KV head * row tiles + row tile
+};
+
+// Moves `unit` forward to the one that holds `flat`. prefix[s] = tiles per head of the sequences before s; bounded by their number.
+DEVICE void seek(Unit& unit, int flat, const int* prefix, int heads) {
+  while (flat >= prefix[unit.seq + 1] * heads) ++unit.seq;
+  int tiles = prefix[unit.seq + 1] - prefix[unit.seq];
+  int begin = prefix[unit.seq] * heads;
+  unit.head = (flat - begin) / tiles;
+  unit.begin = begin + unit.head * tiles;
+  unit.end = unit.begin + tiles;
+}
+
+// The first token any query of the sequence sees.
+DEVICE int first_visible(int context_len, int query_len, int window) {
+  return window > 0 ? max(0, context_len - query_len + 1 - window) : 0;
+}
+
+// Grid: [CTAs], at most as many as are resident at once is best; any number is correct. Block: [WARPS * 32].
+// Shared: WARPS * STAGES * STAGE_BYTES + WARPS * ROWS * 8 + (2 * WARPS + 2 + num_seqs + 1) * 4 bytes.
+//   out             [num_seqs * query_len, heads, HEAD_DIM] DTYPE, out_stride elements from token to token; zeros where context_len = 0
+//   query           like out, query_stride
+//   kv              one layer of the pool, [blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM] DTYPE: block_stride elements from block to
+//                   block, value_offset from keys to values, the rest contiguous; slots beyond context_lens are never read
+//   block_tables    [num_seqs, table_stride] int32
+//   context_lens    [num_seqs] int32, tokens in the cache, the query tokens (the last query_len) included
+//   partial_out     [2 * CTAs, ROWS, HEAD_DIM] float32, scratch;  partial_stats [2 * CTAs, ROWS] (max, sum) float32, scratch
+//   arrivals        [num_seqs * num_kv_heads * row tiles] int32, zero before the first launch; every launch leaves it zero
+//   group           query heads per KV head;  window: tokens a query sees, itself included, 0 = all;  soft_cap: 0 = none
+//   min_share       fewest tiles a CTA takes, so that short contexts are not cut into crumbs
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
+paged_attention_decode(DTYPE* __restrict__ out, const DTYPE* __restrict__ query, const DTYPE* __restrict__ kv,
+                       const int* __restrict__ block_tables, const int* __restrict__ context_lens, float* partial_out,
+                       float2* partial_stats, int* arrivals, int num_seqs, int query_len, int num_kv_heads, int group,
+                       int table_stride, i64 block_stride, i64 value_offset, i64 query_stride, i64 out_stride, float scale,
+                       int window, float soft_cap, int min_share) {
+  SHARED_MEMORY(shared);
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int g = lane / 4, t = lane % 4;
+  const int num_rows = query_len * group;
+  const int row_tiles = ceil_div(num_rows, ROWS);
+  const int heads = num_kv_heads * row_tiles;
+
+  unsigned char* stages = shared + warp * STAGES * STAGE_BYTES;
+  float2* merge_stats = (float2*)(shared + WARPS * STAGES * STAGE_BYTES);  // [WARPS][ROWS]
+  int* idle_stage = (int*)(merge_stats + WARPS * ROWS);                    // [WARPS] byte offset of the stage a warp leaves to the merge
+  int* scan = idle_stage + WARPS;                                          // [WARPS]
+  int* is_last = scan + WARPS;                                             // [2], the second is padding
+  int* prefix = is_last + 2;                                               // [num_seqs + 1]
+
+  // Tiles of every sequence, summed up. Each thread takes a run of neighbours.
+  {
+    const int run = ceil_div(num_seqs, THREADS);
+    const int first = min(tid * run, num_seqs), last = min(first + run, num_seqs);
+    int sum = 0;
+    for (int s = first; s < last; ++s) {
+      int len = max(context_lens[s], 0);
+      sum += ceil_div(len, TILE) - first_visible(len, query_len, window) / TILE;
+    }
+    int upto = warp_inclusive_scan(sum, lane);
+    if (lane == 31) scan[warp] = upto;
+    __syncthreads();
+    int running = upto - sum;
+    for (int w = 0; w < warp; ++w) running += scan[w];
+    if (tid == 0) prefix[0] = 0;
+    for (int s = first; s < last; ++s) {
+      int len = max(context_lens[s], 0);
+      running += ceil_div(len, TILE) - first_visible(len, query_len, window) / TILE;
+      prefix[s + 1] = running;
+    }
+    __syncthreads();
+  }
+
+  // Rows of a captured graph that no sequence uses have length 0: leave them zero.
+  for (int s = blockIdx.x; s < num_seqs; s += gridDim.x) {
+    if (prefix[s + 1] == prefix[s]) {
+      const int width = num_kv_heads * group * HEAD_DIM;
+      for (int i = tid; i < query_len * width; i += THREADS)
+        out[(i64)(s * query_len + i / width) * out_stride + i % width] = from_float<DTYPE>(0.0f);
+    }
+  }
+
+  const int total = prefix[num_seqs] * heads;
+  const int share = max(ceil_div(total, (int)gridDim.x), min_share);
+  const i64 share_begin = (i64)blockIdx.x * share;
+  if (share_begin >= total) return;
+  const int begin = (int)share_begin, end = min(begin + share, total);
+
+  Unit unit;
+  {
+    int low = 0, high = num_seqs - 1;  // the sequence that holds tile `begin`
+    while (low < high) {
+      int middle = (low + high) / 2;
+      if (prefix[middle + 1] * heads <= begin) low = middle + 1; else high = middle;
+    }
+    unit.seq = low;
+  }
+  seek(unit, begin, prefix, heads);
+
+  // Producer: `pending` is this warp's next tile to load; its block ids are fetched one step before they are used.
+  Unit next = unit;
+  int next_flat = begin + warp;
+  int next_token = 0, next_first = 0, next_len = 0, next_block = 0, next_kv_head = 0;
+  bool pending = false;
+  int next_seq_len = 0;
+  auto refresh = [&]() {  // what depends on the unit only
+    next_seq_len = context_lens[next.seq];
+    next_first = first_visible(next_seq_len, query_len, window);
+    next_kv_head = next.head / row_tiles;
+  };
+  auto fetch = [&]() {
+    pending = next_flat < end;
+    if (!pending) return;
+    if (next_flat >= next.end) {
+      seek(next, next_flat, prefix, heads);
+      refresh();
+    }
+    next_len = next_seq_len;
+    next_token = (next_first / TILE + next_flat - next.begin) * TILE;
+    const int* table = block_tables + (i64)next.seq * table_stride;
+    if (BLOCK_SIZE >= TILE) {
+      next_block = __ldg(table + next_token / BLOCK_SIZE);
+    } else {  // lane r (and r + 16) knows the block of row r
+      int token = next_token + lane % TILE;
+      next_block = token >= next_first && token < next_len ? __ldg(table + token / BLOCK_SIZE) : 0;
+    }
+    next_flat += WARPS;
+  };
+  auto load = [&](int stage) {
+    if (pending) {
+      unsigned char* keys = stages + stage * STAGE_BYTES;
+      const i64 head_offset = (i64)next_kv_head * (BLOCK_SIZE * HEAD_DIM);
+      const DTYPE* tile = kv + (i64)next_block * block_stride + head_offset + (next_token % BLOCK_SIZE) * HEAD_DIM;
+#pragma unroll
+      for (int i = 0; i < TILE * CHUNKS / 32; ++i) {
+        const int piece = i * 32 + lane, row = piece / CHUNKS, column = piece % CHUNKS;
+        const int token = next_token + row;
+        const bool valid = token >= next_first && token < next_len;
+        const DTYPE* source;
+        if (BLOCK_SIZE >= TILE) {
+          source = tile + piece * 8;
+        } else {
+          const int block = __shfl_sync(FULL_MASK, next_block, row);
+          source = kv + (i64)block * block_stride + head_offset + (token % BLOCK_SIZE) * HEAD_DIM + column * 8;
+        }
+        copy_async_16(keys + row * PITCH + column * 16, source, valid);
+        copy_async_16(keys + TILE_BYTES + row * PITCH + column * 16, source + value_offset, valid);
+      }
+    }
+    copy_async_commit();  // also when empty: one group per step keeps the wait's count right
+  };
+
+  refresh();
+  fetch();
+  for (int stage = 0; stage < STAGES - 1; ++stage) {
+    load(stage);
+    fetch();
+  }
+
+  int flat = begin + warp;     // this warp's next tile to read
+  int stage = 0;               // its stage
+  int idle = STAGES - 1;       // the stage read last, not yet refilled
+  const float scale_log2 = soft_cap > 0.0f ? scale / soft_cap : scale * LOG2_E;
+  const float cap_log2 = soft_cap * LOG2_E;
+
+  for (int segment = begin; segment < end;) {
+    if (segment >= unit.end) seek(unit, segment, prefix, heads);
+    const int segment_end = min(unit.end, end);
+    const int context_len = context_lens[unit.seq];
+    const int first_token = first_visible(context_len, query_len, window);
+    const int kv_head = unit.head / row_tiles;
+    const int row_base = (unit.head % row_tiles) * ROWS;
+    const int rows = min(ROWS, num_rows - row_base);
+
+    u32 q[QUERY_TILES][K_STEPS][2];  // B fragments of Q^T: row g, dims 16 k + 2t, and + 8
+#pragma unroll
+    for (int n = 0; n < QUERY_TILES; ++n) {
+      const int row = row_base + n * 8 + g;
+      const DTYPE* source = query + (i64)(unit.seq * query_len + row / group) * query_stride +
+                            (i64)(kv_head * group + row % group) * HEAD_DIM;
+#pragma unroll
+      for (int k = 0; k < K_STEPS; ++k) {
+        q[n][k][0] = row < num_rows ? *(const u32*)(source + k * 16 + 2 * t) : 0u;
+        q[n][k][1] = row < num_rows ? *(const u32*)(source + k * 16 + 2 * t + 8) : 0u;
+      }
+    }
+    int visible_end[QUERY_TILES][2];  // of rows 2t and 2t + 1
+#pragma unroll
+    for (int n = 0; n < QUERY_TILES; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        visible_end[n][e] = context_len - query_len + 1 + min((row_base + n * 8 + 2 * t + e) / group, query_len - 1);
+
+    float row_max[QUERY_TILES][2], row_sum[QUERY_TILES][2], o[K_STEPS][QUERY_TILES][4];
+#pragma unroll
+    for (int n = 0; n < QUERY_TILES; ++n) {
+      row_max[n][0] = row_max[n][1] = NEGATIVE_INFINITY;
+      row_sum[n][0] = row_sum[n][1] = 0.0f;
+#pragma unroll
+      for (int m = 0; m < K_STEPS; ++m) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0.0f;
+    }
+
+    for (; flat < segment_end; flat += WARPS) {
+      copy_async_wait<STAGES - 2>();
+      __syncwarp();  // every lane's pieces of this stage are there, and every lane is done with the idle one
+      load(idle);
+      fetch();
+      const unsigned char* keys = stages + stage * STAGE_BYTES;
+      const unsigned char* values = keys + TILE_BYTES;
+
+      float s[2][QUERY_TILES][4];  // two chains of mma, even and odd steps, to halve the latency
+#pragma unroll
+      for (int n = 0; n < QUERY_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[0][n][e] = s[1][n][e] = 0.0f;
+#pragma unroll
+      for (int k = 0; k < K_STEPS; ++k) {
+        u32 a[4];  // K[token][dim]: matrices (tokens 0-7, dims 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15)
+        load_matrix_x4(a, keys + (lane % 16) * PITCH + k * 32 + (lane / 16) * 16);
+#pragma unroll
+        for (int n = 0; n < QUERY_TILES; ++n) mma<DTYPE>(s[k % 2][n], a, q[n][k][0], q[n][k][1]);
+      }
+
+      const int token = (first_token / TILE + flat - unit.begin) * TILE;
+      const bool masked = token + TILE > context_len - query_len + 1 || (window > 0 && token < context_len - window);
+      float tile_max[QUERY_TILES][2];
+      bool grew = false;
+#pragma unroll
+      for (int n = 0; n < QUERY_TILES; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {  // e = 0, 1: token g, rows 2t and 2t + 1; e = 2, 3: token g + 8
+          float x = (s[0][n][e] + s[1][n][e]) * scale_log2;
+          if (soft_cap > 0.0f) x = tanh_fast(x) * cap_log2;
+          if (masked) {
+            const int position = token + g + (e / 2) * 8, visible = visible_end[n][e % 2];
+            if (position >= visible || (window > 0 && position < visible - window)) x = NEGATIVE_INFINITY;
+          }
+          s[0][n][e] = x;
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float x = fmaxf(s[0][n][e], s[0][n][e + 2]);
+          x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 4));
+          x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 8));
+          x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 16));
+          tile_max[n][e] = x;
+          grew |= x > row_max[n][e];
+        }
+      }
+      if (__any_sync(FULL_MASK, grew)) {
+#pragma unroll
+        for (int n = 0; n < QUERY_TILES; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float grown = fmaxf(row_max[n][e], tile_max[n][e]);
+            const float factor = grown == NEGATIVE_INFINITY ? 1.0f : exp2_fast(row_max[n][e] - grown);
+            row_max[n][e] = grown;
+            row_sum[n][e] *= factor;
+#pragma unroll
+            for (int m = 0; m < K_STEPS; ++m) {
+              o[m][n][e] *= factor;
+              o[m][n][e + 2] *= factor;
+            }
+          }
+      }
+      u32 p[QUERY_TILES][2];  // B fragments of P^T: row g, tokens 2t, and + 8
+#pragma unroll
+      for (int n = 0; n < QUERY_TILES; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float reference = row_max[n][e % 2] == NEGATIVE_INFINITY ? 0.0f : row_max[n][e % 2];
+          s[0][n][e] = exp2_fast(s[0][n][e] - reference);
+        }
+        row_sum[n][0] += s[0][n][0] + s[0][n][2];
+        row_sum[n][1] += s[0][n][1] + s[0][n][3];
+        p[n][0] = transpose_8x8(pack<DTYPE>(s[0][n][0], s[0][n][1]));
+        p[n][1] = transpose_8x8(pack<DTYPE>(s[0][n][2], s[0][n][3]));
+      }
+#pragma unroll
+      for (int m = 0; m < K_STEPS; ++m) {
+        u32 a[4];  // V^T[dim][token]: matrices in memory (tokens 0-7, dims 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15), transposed
+        load_matrix_x4_trans(a, values + (lane % 8 + (lane / 16) * 8) * PITCH + m * 32 + ((lane / 8) % 2) * 16);
+#pragma unroll
+        for (int n = 0; n < QUERY_TILES; ++n) mma<DTYPE>(o[m][n], a, p[n][0], p[n][1]);
+      }
+      idle = stage;
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+
+    // Merge the warps: each writes its O and (max, sum) to its idle stage, then all threads add them up.
+    __syncwarp();  // the idle stage's last reads are done
+    float* own = (float*)(stages + idle * STAGE_BYTES);
+#pragma unroll
+    for (int n = 0; n < QUERY_TILES; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float sum = row_sum[n][e];
+        sum += __shfl_xor_sync(FULL_MASK, sum, 4);
+        sum += __shfl_xor_sync(FULL_MASK, sum, 8);
+        sum += __shfl_xor_sync(FULL_MASK, sum, 16);
+        const int row = n * 8 + 2 * t + e;
+        if (row < rows) {
+          if (g == 0) merge_stats[warp * ROWS + row] = make_float2(row_max[n][e], sum);
+#pragma unroll
+          for (int m = 0; m < K_STEPS; ++m) {
+            own[row * MERGE_PITCH + m * 16 + g] = o[m][n][e];
+            own[row * MERGE_PITCH + m * 16 + g + 8] = o[m][n][e + 2];
+          }
+        }
+      }
+    if (lane == 0) idle_stage[warp] = (int)((unsigned char*)own - shared);
+    __syncthreads();
+
+    const bool whole = unit.begin >= begin && unit.end <= end;
+    const int slot = 2 * blockIdx.x + (unit.begin > begin);  // a share cuts at most the unit it begins in and the one it ends in
+    for (int i = tid; i < rows * (HEAD_DIM / 4); i += THREADS) {
+      const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+      float top = NEGATIVE_INFINITY, sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) top = fmaxf(top, merge_stats[w * ROWS + row].x);
+      const float reference = top == NEGATIVE_INFINITY ? 0.0f : top;
+      float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        const float2 stats = merge_stats[w * ROWS + row];
+        const float weight = exp2_fast(stats.x - reference);
+        const float4 x = *(const float4*)((const float*)(shared + idle_stage[w]) + row * MERGE_PITCH + column);
+        sum += weight * stats.y;
+        acc.x += weight * x.x, acc.y += weight * x.y, acc.z += weight * x.z, acc.w += weight * x.w;
+      }
+      if (whole) {
+        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        const int r = row_base + row;
+        Vector<DTYPE, 4> y = {{from_float<DTYPE>(acc.x * inverse), from_float<DTYPE>(acc.y * inverse),
+                               from_float<DTYPE>(acc.z * inverse), from_float<DTYPE>(acc.w * inverse)}};
+        *(Vector<DTYPE, 4>*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
+                             (i64)(kv_head * group + r % group) * HEAD_DIM + column) = y;
+      } else {
+        *(float4*)(partial_out + ((i64)slot * ROWS + row) * HEAD_DIM + column) = acc;
+        if (column == 0) partial_stats[slot * ROWS + row] = make_float2(top, sum);
+      }
+    }
+    if (!whole) {
+      __threadfence();  // the partial results before the arrival
+      __syncthreads();
+      const int first_cta = unit.begin / share, last_cta = (unit.end - 1) / share;
+      if (tid == 0) {
+        int* arrived = arrivals + unit.seq * heads + unit.head;
+        const bool last = atomicAdd(arrived, 1) == last_cta - first_cta;
+        if (last) *arrived = 0;  // for the next launch
+        *is_last = last;
+        __threadfence();
+      }
+      __syncthreads();
+      if (*is_last) {
+        for (int i = tid; i < rows * (HEAD_DIM / 4); i += THREADS) {
+          const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+          float top = NEGATIVE_INFINITY, sum = 0.0f;
+          float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          constexpr int BATCH = 8;  // loads in flight
+          for (int c = first_cta; c <= last_cta; c += BATCH) {
+            float2 stats[BATCH];
+            float4 x[BATCH];
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+              const int cta = min(c + b, last_cta);
+              const int part = 2 * cta + (unit.begin > cta * share);
+              stats[b].x = c + b <= last_cta ? load_l2(&partial_stats[part * ROWS + row].x) : NEGATIVE_INFINITY;
+              stats[b].y = load_l2(&partial_stats[part * ROWS + row].y);
+              x[b] = load_l2((const float4*)(partial_out + ((i64)part * ROWS + row) * HEAD_DIM + column));
+            }
+            float grown = top;
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) grown = fmaxf(grown, stats[b].x);
+            if (grown == NEGATIVE_INFINITY) continue;
+            const float factor = exp2_fast(top - grown);
+            sum *= factor, acc.x *= factor, acc.y *= factor, acc.z *= factor, acc.w *= factor;
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+              const float weight = exp2_fast(stats[b].x - grown);
+              sum += weight * stats[b].y;
+              acc.x += weight * x[b].x, acc.y += weight * x[b].y, acc.z += weight * x[b].z, acc.w += weight * x[b].w;
+            }
+            top = grown;
+          }
+          const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+          const int r = row_base + row;
+          Vector<DTYPE, 4> y = {{from_float<DTYPE>(acc.x * inverse), from_float<DTYPE>(acc.y * inverse),
+                                 from_float<DTYPE>(acc.z * inverse), from_float<DTYPE>(acc.w * inverse)}};
+          *(Vector<DTYPE, 4>*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
+                               (i64)(kv_head * group + r % group) * HEAD_DIM + column) = y;
+        }
+      }
+    } else {
+      __syncthreads();  // the merge buffers are stages again
+    }
+    segment = segment_end;
+  }
+  copy_async_wait<0>();
+}

@@ -1,0 +1,85 @@
+"""Runs the CUDA kernels on CPU tensors: the source is compiled as C++ against `emulator.h`, one fiber per CUDA thread."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from kernels import compile as kernel_compile
+
+HERE = Path(__file__).parent
+
+ENTRY = """
+extern "C" int emulated_launch(unsigned x, unsigned y, unsigned z, int threads, size_t shared, void** arguments, unsigned seed) {{
+  return emulator::run({name}, {{x, y, z}}, threads, shared, arguments, seed);
+}}
+extern "C" const char* emulated_failure() {{ return emulator::failure; }}
+extern "C" long emulated_bank_conflicts() {{ return emulator::bank_conflicts; }}
+"""
+
+
+class EmulatorBackend:
+    """A device of `num_processors` multiprocessors that runs threads in an order drawn from `seed`."""
+
+    def __init__(self, folder: Path, num_processors: int = 3, seed: int = 0) -> None:
+        self._folder = folder
+        self._num_processors = num_processors
+        self._random = random.Random(seed)
+        self.libraries: list[ctypes.CDLL] = []
+
+    @staticmethod
+    def missing() -> str | None:
+        """Why it cannot run here, if it cannot."""
+        return None if shutil.which("g++") else "the kernel emulator needs g++"
+
+    def limits(self, device: torch.device) -> kernel_compile.DeviceLimits:
+        return kernel_compile.DeviceLimits(self._num_processors, shared_bytes=227 * 1024, processor_shared_bytes=228 * 1024)
+
+    def load(self, text: str, name: str, device: torch.device) -> EmulatedKernel:
+        text = f"#define PAGEWIRE_EMULATED\n{text}\n{ENTRY.format(name=name)}"
+        key = hashlib.sha256((text + (HERE / "emulator.h").read_text()).encode()).hexdigest()[:24]
+        library = self._folder / f"{name}-{key}.so"
+        if not library.exists():
+            source = library.with_suffix(".cpp")
+            source.write_text(text)
+            command = ["g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
+            built = subprocess.run(
+                [*command, f"-I{HERE}", "-o", str(library), str(source)], capture_output=True, text=True, check=False
+            )
+            if built.returncode != 0:
+                raise kernel_compile.KernelError(f"g++ refuses {name}: {built.stderr[:2000]}")
+        loaded = ctypes.CDLL(str(library))
+        loaded.emulated_failure.restype = ctypes.c_char_p
+        loaded.emulated_bank_conflicts.restype = ctypes.c_long
+        self.libraries.append(loaded)
+        return EmulatedKernel(loaded, name, self._random)
+
+    def bank_conflicts(self) -> int:
+        """Extra cycles that ldmatrix needed so far, over all kernels loaded."""
+        return sum(library.emulated_bank_conflicts() for library in self.libraries)
+
+
+class EmulatedKernel:
+    """One kernel in one shared library."""
+
+    def __init__(self, library: ctypes.CDLL, name: str, randomness: random.Random) -> None:
+        self._library = library
+        self._name = name
+        self._random = randomness
+
+    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: int) -> None:
+        status = self._library.emulated_launch(
+            *(ctypes.c_uint(n) for n in grid),
+            ctypes.c_int(threads),
+            ctypes.c_size_t(shared_bytes),
+            ctypes.c_void_p(arguments),
+            ctypes.c_uint(self._random.getrandbits(32)),
+        )
+        if status != 0:
+            raise kernel_compile.KernelError(f"{self._name}: {self._library.emulated_failure().decode()}")

@@ -1,0 +1,380 @@
+// A CUDA device on a CPU, for running kernels/csrc in tests. Slow, sequential, suspicious.
+//
+// Every CUDA thread is a fiber. Fibers run one at a time, in an order that changes with the seed, until they reach a barrier or a
+// warp-wide instruction. Those instructions are written from the fragment tables of the PTX manual, not from the kernels.
+// To find mistakes that a lucky run would hide:
+//   shared memory starts as NaN; a cp.async poisons its destination and copies only when waited for;
+//   warp-wide instructions check that all 32 lanes execute the same one; ldmatrix and cp.async check alignment and bounds;
+//   ldmatrix counts bank conflicts; a barrier that not every thread reaches is reported as a deadlock.
+// CTAs run one after another (in shuffled order), so only code that never waits for another CTA works, which is all of ours.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define __shared__ static
+#define __align__(n) alignas(n)
+#define DEVICE inline
+#define NEGATIVE_INFINITY (-INFINITY)
+#define SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory
+#define threadIdx (emulator::current->index)
+#define blockIdx emulator::block_index
+#define blockDim emulator::block_size
+#define gridDim emulator::grid_size
+
+struct Index3 {
+  unsigned x, y, z;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+struct alignas(8) uint2 {
+  u32 x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+namespace emulator {
+
+constexpr size_t STACK = 256 * 1024, SHARED_LIMIT = 227 * 1024, LANE_BYTES = 64;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, size;
+};
+
+struct Warp {
+  alignas(16) unsigned char slots[2][32][LANE_BYTES];
+  int operation[2];
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  Index3 index;
+  int lane;
+  Warp* warp;
+  bool done;
+  std::deque<std::vector<Copy>> groups;
+  std::unique_ptr<char[]> stack;
+};
+
+inline Fiber* current;
+inline Index3 block_index, block_size, grid_size;
+alignas(1024) inline unsigned char shared_memory[SHARED_LIMIT];
+inline size_t shared_bytes;
+inline ucontext_t scheduler;
+inline int barrier_arrived, live;
+inline unsigned barrier_generation;
+inline long events, bank_conflicts, warp_instructions;
+inline const char* failure;
+inline std::function<void()> body;
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+[[noreturn]] inline void fail(const char* why) {
+  failure = why;
+  for (;;) yield();
+}
+
+inline void entry() {
+  body();
+  if (!current->groups.empty() && !current->groups.back().empty()) failure = "a thread ended with asynchronous copies not committed";
+  current->done = true;
+  --live;
+  ++events;
+  for (;;) yield();
+}
+
+inline void barrier() {
+  unsigned generation = barrier_generation;
+  ++events;
+  if (++barrier_arrived == int(block_size.x)) {
+    barrier_arrived = 0;
+    ++barrier_generation;
+  } else {
+    while (generation == barrier_generation) yield();
+  }
+}
+
+// All lanes of the warp give a value and get everyone's.
+template <class T>
+const T* exchange(int operation, const T& value) {
+  static_assert(sizeof(T) <= LANE_BYTES);
+  Warp& warp = *current->warp;
+  unsigned generation = warp.generation;
+  auto& slots = warp.slots[generation % 2];
+  if (warp.arrived == 0) warp.operation[generation % 2] = operation;
+  if (warp.operation[generation % 2] != operation) fail("lanes of one warp execute different warp-wide instructions");
+  static_assert(LANE_BYTES % alignof(T) == 0);
+  std::memcpy(reinterpret_cast<T*>(&slots[0][0]) + current->lane, &value, sizeof(T));
+  ++events;
+  ++warp_instructions;
+  if (++warp.arrived == 32) {
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    while (generation == warp.generation) yield();
+  }
+  return reinterpret_cast<const T*>(&slots[0][0]);
+}
+
+inline bool in_shared(const void* p, size_t bytes) {
+  auto* q = (const unsigned char*)p;
+  return q >= shared_memory && q + bytes <= shared_memory + shared_bytes;
+}
+
+// 0, or -1 with `failure` set.
+inline int launch(Index3 grid, int threads, size_t shared, unsigned seed) {
+  failure = nullptr;
+  if (shared > SHARED_LIMIT) return failure = "more shared memory than a CTA can have", -1;
+  if (threads % 32 || threads > 1024) return failure = "a block is not a number of warps, or too large", -1;
+  std::mt19937 random(seed);
+  grid_size = grid;
+  block_size = {unsigned(threads), 1, 1};
+  shared_bytes = shared;
+  std::vector<Fiber> fibers(threads);
+  std::vector<Warp> warps(threads / 32);
+  std::vector<u64> ctas(u64(grid.x) * grid.y * grid.z);
+  for (size_t i = 0; i < ctas.size(); ++i) ctas[i] = i;
+  std::shuffle(ctas.begin(), ctas.end(), random);
+  for (int t = 0; t < threads; ++t) fibers[t].stack.reset(new char[STACK]);
+  for (u64 cta : ctas) {
+    block_index = {unsigned(cta % grid.x), unsigned(cta / grid.x % grid.y), unsigned(cta / grid.x / grid.y)};
+    std::memset(shared_memory, 0xff, sizeof shared_memory);
+    barrier_arrived = 0;
+    live = threads;
+    for (auto& warp : warps) warp = Warp();
+    for (int t = 0; t < threads; ++t) {
+      Fiber& f = fibers[t];
+      f.index = {unsigned(t), 0, 0};
+      f.lane = t % 32;
+      f.warp = &warps[t / 32];
+      f.done = false;
+      f.groups.clear();
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.get();
+      f.context.uc_stack.ss_size = STACK;
+      f.context.uc_link = nullptr;
+      makecontext(&f.context, entry, 0);
+    }
+    std::vector<int> order(threads);
+    for (int t = 0; t < threads; ++t) order[t] = t;
+    while (live > 0) {
+      long before = events;
+      std::shuffle(order.begin(), order.end(), random);
+      for (int t : order) {
+        if (fibers[t].done) continue;
+        current = &fibers[t];
+        swapcontext(&scheduler, &current->context);
+        if (failure) return -1;
+      }
+      if (events == before) return failure = "deadlock: a barrier or warp-wide instruction that not every thread reaches", -1;
+    }
+  }
+  return 0;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*(A*)arguments[I]...);
+}
+template <class... A>
+int run(void (*kernel)(A...), Index3 grid, int threads, size_t shared, void** arguments, unsigned seed) {
+  body = [=] { call(kernel, arguments, std::index_sequence_for<A...>()); };
+  return launch(grid, threads, shared, seed);
+}
+
+enum Operation { SYNC_WARP, SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, SHUFFLE_DOWN, VOTE, LDMATRIX, LDMATRIX_TRANS, MOVMATRIX, MMA };
+
+}  // namespace emulator
+
+// Scalars.
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+  u32 bits = u32(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+inline float to_float(float16 x) {
+  _Float16 y;
+  std::memcpy(&y, &x, 2);
+  return float(y);
+}
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) { return x; }
+template <>
+inline bfloat16 from_float<bfloat16>(float x) {
+  u32 bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::isnan(x)) return {0x7fff};
+  return {(unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+inline float16 from_float<float16>(float x) {
+  _Float16 y = (_Float16)x;
+  float16 z;
+  std::memcpy(&z, &y, 2);
+  return z;
+}
+template <class T>
+u32 pack(float low, float high) {
+  return u32(from_float<T>(low).bits) | u32(from_float<T>(high).bits) << 16;
+}
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
+inline u32 max(u32 a, u32 b) { return a > b ? a : b; }
+inline i64 min(i64 a, i64 b) { return a < b ? a : b; }
+inline i64 max(i64 a, i64 b) { return a > b ? a : b; }
+inline u32 __float_as_uint(float x) { u32 y; std::memcpy(&y, &x, 4); return y; }
+inline float __uint_as_float(u32 x) { float y; std::memcpy(&y, &x, 4); return y; }
+inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
+inline float __int_as_float(int x) { return __uint_as_float(u32(x)); }
+inline u32 __umulhi(u32 a, u32 b) { return u32((u64(a) * b) >> 32); }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(u32(x)) : 32; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+template <class T>
+T __ldg(const T* p) { return *p; }
+template <class T>
+T load_l2(const T* p) { return *p; }
+template <class T>
+T atomicAdd(T* p, T x) { T old = *p; *p = old + x; return old; }
+inline u32 atomicMax(u32* p, u32 x) { u32 old = *p; *p = std::max(old, x); return old; }
+inline u64 atomicMax(u64* p, u64 x) { u64 old = *p; *p = std::max(old, x); return old; }
+inline void __threadfence() {}
+
+// Barriers and warp-wide instructions.
+inline void __syncthreads() { emulator::barrier(); }
+inline void __syncwarp(u32 = FULL_MASK) { emulator::exchange(emulator::SYNC_WARP, 0); }
+template <class T>
+T __shfl_sync(u32, T x, int source) { return emulator::exchange(emulator::SHUFFLE, x)[source & 31]; }
+template <class T>
+T __shfl_xor_sync(u32, T x, int mask) { return emulator::exchange(emulator::SHUFFLE_XOR, x)[emulator::current->lane ^ mask]; }
+template <class T>
+T __shfl_up_sync(u32, T x, int delta) {
+  int source = emulator::current->lane - delta;
+  const T* all = emulator::exchange(emulator::SHUFFLE_UP, x);
+  return source < 0 ? x : all[source];
+}
+template <class T>
+T __shfl_down_sync(u32, T x, int delta) {
+  int source = emulator::current->lane + delta;
+  const T* all = emulator::exchange(emulator::SHUFFLE_DOWN, x);
+  return source > 31 ? x : all[source];
+}
+inline u32 __ballot_sync(u32, bool x) {
+  const int* all = emulator::exchange(emulator::VOTE, int(x));
+  u32 mask = 0;
+  for (int i = 0; i < 32; ++i) mask |= u32(all[i] != 0) << i;
+  return mask;
+}
+inline bool __any_sync(u32 mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline bool __all_sync(u32 mask, bool x) { return __ballot_sync(mask, x) == FULL_MASK; }
+
+namespace emulator {
+inline unsigned short element(const void* row, int i) {
+  unsigned short x;
+  std::memcpy(&x, (const char*)row + 2 * i, 2);
+  return x;
+}
+inline void load_matrices(u32 (&r)[4], const void* row, bool transposed) {
+  if ((uintptr_t)row % 16 || !in_shared(row, 16)) fail("ldmatrix reads outside shared memory or unaligned");
+  const void* const* rows = exchange(transposed ? LDMATRIX_TRANS : LDMATRIX, row);
+  const int g = current->lane / 4, t = current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    if (current->lane == 0) {
+      int banks = 0;
+      for (int j = 0; j < 8; ++j) banks |= 1 << ((uintptr_t)rows[8 * i + j] / 16 % 8);
+      bank_conflicts += 8 - __builtin_popcount(banks);
+    }
+    if (transposed) r[i] = element(rows[8 * i + 2 * t], g) | u32(element(rows[8 * i + 2 * t + 1], g)) << 16;
+    else r[i] = element(rows[8 * i + g], 2 * t) | u32(element(rows[8 * i + g], 2 * t + 1)) << 16;
+  }
+}
+}  // namespace emulator
+
+inline void load_matrix_x4(u32 (&r)[4], const void* row) { emulator::load_matrices(r, row, false); }
+inline void load_matrix_x4_trans(u32 (&r)[4], const void* row) { emulator::load_matrices(r, row, true); }
+inline u32 transpose_8x8(u32 x) {
+  const u32* all = emulator::exchange(emulator::MOVMATRIX, x);
+  const int g = emulator::current->lane / 4, t = emulator::current->lane % 4;
+  auto at = [&](int row, int column) { return all[row * 4 + column / 2] >> (column % 2 * 16) & 0xffffu; };
+  return at(2 * t, g) | at(2 * t + 1, g) << 16;
+}
+template <class T>
+void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  struct Operands {
+    u32 a[4], b[2];
+  };
+  const Operands* all = emulator::exchange(emulator::MMA, Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  auto value = [](u32 pair, int i) { return to_float(T{(unsigned short)(pair >> (i * 16))}); };
+  const int g = emulator::current->lane / 4, t = emulator::current->lane % 4;
+  for (int e = 0; e < 4; ++e) {
+    const int row = g + e / 2 * 8, column = 2 * t + e % 2;
+    double sum = d[e];
+    for (int k = 0; k < 16; ++k) {
+      const Operands& left = all[row % 8 * 4 + k % 8 / 2];
+      const Operands& right = all[column * 4 + k % 8 / 2];
+      sum += double(value(left.a[row / 8 + k / 8 * 2], k % 2)) * value(right.b[k / 8], k % 2);
+    }
+    d[e] = float(sum);
+  }
+}
+
+namespace emulator {
+inline void copy_async(void* to, const void* from, int size, bool valid) {
+  if ((uintptr_t)to % size || (uintptr_t)from % size || !in_shared(to, size)) fail("cp.async outside shared memory or unaligned");
+  std::memset(to, 0xff, size);
+  if (current->groups.empty()) current->groups.emplace_back();
+  current->groups.back().push_back({to, from, valid ? size : 0, size});
+}
+}  // namespace emulator
+inline void copy_async_16(void* to, const void* from, bool valid) { emulator::copy_async(to, from, 16, valid); }
+inline void copy_async_4(void* to, const void* from, bool valid) { emulator::copy_async(to, from, 4, valid); }
+inline void copy_async_commit() {
+  if (emulator::current->groups.empty()) emulator::current->groups.emplace_back();
+  emulator::current->groups.emplace_back();
+}
+template <int PENDING>
+void copy_async_wait() {
+  auto& groups = emulator::current->groups;  // the last is open, not committed
+  while (int(groups.size()) - 1 > PENDING) {
+    for (auto& copy : groups.front()) {
+      std::memset(copy.to, 0, copy.size);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.pop_front();
+  }
+}
