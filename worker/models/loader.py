@@ -107,6 +107,8 @@ def read_source(folder: Path) -> Source:
         raise ModelError(f"{folder} holds quantized weights, which are not supported; use an unquantized model")
     config = _parse_config(folder, model_type, fields)
     generation = _read_json(folder, "generation_config.json") or {}
+    if getattr(config, "text_config", None) is not None:
+        raise ModelError(f"{folder}: model type {model_type!r} is multimodal; only plain text decoders are supported")
     vocab_size = getattr(config, "vocab_size", None)
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise ModelError(f"{folder / 'config.json'}: {model_type} is not a plain text decoder (it has no vocab_size)")

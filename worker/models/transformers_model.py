@@ -218,7 +218,7 @@ def check_config(config: Any) -> str:
         raise ModelError(f"{name} has cross-attention, which is not supported")
     if not getattr(model_class, "_supports_attention_backend", False):
         raise ModelError(f"{name} does not run through transformers' attention interface, so it cannot be paged")
-    if rope_type(config) not in STATIC_TYPES | LENGTH_DEPENDENT_TYPES:
+    if rope_type(config) not in STATIC_TYPES | LENGTH_DEPENDENT_TYPES | {"proportional"}:
         raise ModelError(f"{name} uses rope scaling {rope_type(config)!r}, which is not supported")
     return str(model_class.__name__)
 
@@ -403,11 +403,12 @@ def _quiet() -> Iterator[None]:
     """Without transformers' log lines, whose reasons are raised or intended here; with its bars on terminals only."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
+    bar_switch: Any = transformers_logging
     if bars and not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+        bar_switch.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            bar_switch.enable_progress_bar()

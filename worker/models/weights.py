@@ -26,6 +26,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+METADATA = "__metadata__"
+"""Entry of a header that is no tensor."""
+
 MAX_HEADER_BYTES = 100_000_000
 """Largest header that the safetensors format allows."""
 
@@ -44,7 +47,15 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """The format's own name, for example "BF16"."""
-    num_bytes: int
+    begin: int
+    """First byte, counted from the end of the header."""
+    end: int
+    """Byte behind the last, counted likewise."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return self.end - self.begin
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         header, raw = _read_header(path)
+        end = 8 + len(raw) + max((_end(path, name, entry) for name, entry in header.items()), default=0)
+        if end != path.stat().st_size:
+            raise ModelError(
+                f"{path} is cut short or damaged ({path.stat().st_size} of {end} bytes); download it again"
+            )
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         digest.update(raw)
         for name, entry in header.items():
-            if name != "__metadata__":
+            if name != METADATA:
                 tensors[name] = _stored(path, name, entry)
     return Checkpoint(folder, tensors, digest.hexdigest())
 
@@ -188,10 +204,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], bytes]:
     return header, raw
 
 
+def _end(path: Path, name: str, entry: Any) -> int:
+    """Where a tensor's bytes end, counted from the end of the header."""
+    return 0 if name == METADATA else _stored(path, name, entry).end
+
+
 def _stored(path: Path, name: str, entry: Any) -> StoredTensor:
     try:
         begin, end = entry["data_offsets"]
-        return StoredTensor(path, tuple(int(size) for size in entry["shape"]), str(entry["dtype"]), int(end - begin))
+        return StoredTensor(
+            path, tuple(int(size) for size in entry["shape"]), str(entry["dtype"]), int(begin), int(end)
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} describes {name!r} wrongly; download the file again") from error
 
