@@ -1,0 +1,186 @@
+"""What the gateway's port serves beside inference, and how the process starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from gateway.server import Gateway
+from gateway.tokenizer import load_tokenizer
+from pagewire.runtime.errors import StartError
+from pagewire.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tests.gateway import tiny_tokenizers
+from tests.gateway.conftest import MakeWorld, World
+from tests.gateway.fake_scheduler import LIMIT_S, FakeScheduler, model_state
+from tests.gateway.test_generate import ask, refusal
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+ROOT = Path(__file__).parents[2]
+START = (
+    "from gateway.config import GatewaySettings; from gateway.server import serve; "
+    "from pagewire.runtime.settings import role_command; import typer; typer.run(role_command(GatewaySettings, serve))"
+)
+
+
+@pytest.mark.parametrize("name", ["", "pagewire.v1.InferenceService"])
+async def test_health_follows_the_model_and_the_scheduler(world: World, name: str) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(world.channel)
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service=name))
+
+    async def next_status() -> int:
+        async with asyncio.timeout(LIMIT_S):
+            answer = await watch.read()
+        return int(answer.status)
+
+    assert await next_status() == SERVING
+    world.scheduler.set_state(model_state(ready=False))
+    assert await next_status() == NOT_SERVING
+    world.scheduler.set_state(model_state())
+    assert await next_status() == SERVING
+    await world.scheduler.stop()
+    assert await next_status() == NOT_SERVING
+    await world.scheduler.start()
+    assert await next_status() == SERVING
+    watch.cancel()
+
+
+async def test_a_gateway_without_a_scheduler_is_up_but_not_serving(make_world: MakeWorld) -> None:
+    world = await make_world(wait=False)
+    await world.scheduler.opened()
+    await world.scheduler.stop()
+    stub: Any = health_pb2_grpc.HealthStub(world.channel)
+    watch = stub.Watch(health_pb2.HealthCheckRequest())
+    async with asyncio.timeout(LIMIT_S):
+        while (await watch.read()).status != NOT_SERVING:
+            pass
+    watch.cancel()
+    details = await refusal(world.stub.Generate(ask()))
+    assert (details.code.name, details.reason) == ("UNAVAILABLE", "NO_SCHEDULER")
+    assert details.retry_after_ns > 0
+
+
+async def test_reflection_names_the_services_and_can_be_turned_off(make_world: MakeWorld) -> None:
+    world = await make_world()
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    call = reflection_pb2_grpc.ServerReflectionStub(world.channel).ServerReflectionInfo(iter([request]))
+    answer = await call.read()
+    names = {service.name for service in answer.list_services_response.service}
+    assert {"pagewire.v1.InferenceService", "pagewire.v1.ControlService", "grpc.health.v1.Health"} <= names
+    closed = await make_world(reflection=False)
+    call = reflection_pb2_grpc.ServerReflectionStub(closed.channel).ServerReflectionInfo(iter([request]))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_control_calls_are_passed_on_to_the_scheduler(world: World) -> None:
+    stub: Any = control_pb2_grpc.ControlServiceStub(world.channel)
+    info = await stub.GetServerInfo(control_pb2.GetServerInfoRequest())
+    assert (info.version, info.protocol_version) == ("fake", 1)
+    details = await refusal(stub.ListWorkers(control_pb2.ListWorkersRequest()))
+    assert details.code == grpc.StatusCode.UNIMPLEMENTED
+    await world.scheduler.stop()
+    details = await refusal(stub.GetServerInfo(control_pb2.GetServerInfoRequest()))
+    assert (details.code.name, details.reason) == ("UNAVAILABLE", "NO_SCHEDULER")
+
+
+def test_a_directory_without_a_tokenizer_is_served_and_a_missing_one_refused(tmp_path: Path) -> None:
+    assert load_tokenizer("") is None
+    assert load_tokenizer(str(tmp_path)) is None
+    with pytest.raises(StartError, match="no such directory"):
+        load_tokenizer(str(tmp_path / "missing"))
+    (tmp_path / "tokenizer.json").write_text("{not json")
+    with pytest.raises(StartError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+async def test_a_chat_template_that_is_no_jinja_is_a_start_error(make_world: MakeWorld) -> None:
+    broken = tiny_tokenizers.as_transformers(tiny_tokenizers.byte_level(), template="{% for %}")
+    with pytest.raises(StartError, match="chat template"):
+        await make_world(broken)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "nonsense"])
+async def test_addresses_that_cannot_be_are_refused(address: str) -> None:
+    from gateway.config import GatewaySettings
+
+    gateway = Gateway(GatewaySettings(listen=address), None)
+    with pytest.raises(StartError):
+        await gateway.start()
+    await gateway.stop()
+
+
+@pytest.fixture
+def model_directory(tmp_path: Path) -> Path:
+    tiny_tokenizers.as_transformers(tiny_tokenizers.byte_level()).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+async def test_the_process_announces_itself_when_the_model_is_ready_and_stops_on_sigterm(
+    model_directory: Path,
+) -> None:
+    scheduler = FakeScheduler()
+    scheduler.state = model_state(ready=False)
+    await scheduler.start()
+    ours, theirs = os.pipe()
+    arguments = ["--scheduler", scheduler.address, "--listen", "127.0.0.1:0", "--model", str(model_directory)]
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-c", START, *arguments, "--ready-fd", str(theirs)],
+        cwd=ROOT,
+        pass_fds=[theirs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    try:
+        await scheduler.opened()
+        with pytest.raises(BlockingIOError):
+            os.read(ours, 4096)
+        os.set_blocking(ours, True)
+        scheduler.set_state(model_state())
+        async with asyncio.timeout(LIMIT_S):
+            line = json.loads(await asyncio.to_thread(os.read, ours, 4096))
+        assert line["http"] is None
+        async with grpc.aio.insecure_channel(line["grpc"]) as channel:
+            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            answer = await stub.Tokenize(inference_pb2.TokenizeRequest(text="the cat"))
+        assert list(answer.token_ids) == tiny_tokenizers.byte_level().encode("the cat").ids
+    finally:
+        os.close(ours)
+        process.send_signal(signal.SIGTERM)
+        _, err = await asyncio.to_thread(process.communicate)
+        await scheduler.stop()
+    assert process.returncode == 0
+    text = err.decode()
+    assert "Traceback" not in text
+    imported = {line.rsplit("|", 1)[-1].strip() for line in text.splitlines() if line.startswith("import time:")}
+    assert "transformers" in imported
+    assert "torch" not in imported
+
+
+def test_the_process_that_cannot_start_says_so_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", START, "--model", str(tmp_path / "missing"), "--listen", "127.0.0.1:0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("pagewire gateway: ")
+    assert "missing" in last
