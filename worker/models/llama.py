@@ -246,7 +246,7 @@ class LlamaModel:
         self._ops = ops_for(device)
         self._cos_sin = rope_table(config, shape.head_dim, spec.max_model_len, device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
         """As in PagedModel."""
         ops, epsilon = self._ops, self._shape.norm_epsilon
@@ -262,7 +262,7 @@ class LlamaModel:
             hidden = functional.linear(ops.silu_and_mul(gate_up), layer.down, layer.down_bias)
         return ops.add_rms_norm(hidden, residual, self._weights.norm, epsilon)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As in PagedModel."""
         return functional.linear(hidden, self._weights.head).float()

@@ -61,12 +61,12 @@ def load_model(
         raise ModelError(f"load format {load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}")
     source = read_source(find_folder(model, with_weights=load_format == "auto"))
     config = source.config
-    computed = choose_dtype(dtype, config, device)
-    length = choose_length(max_model_len, config)
-    config.dtype = computed
     ours = llama.serves(config)
     if not ours:
         transformers_model.check_config(config)
+    computed = choose_dtype(dtype, config, device)
+    length = choose_length(max_model_len, config)
+    config.dtype = computed
     checkpoint = weights.open_checkpoint(source.folder) if load_format == "auto" else None
     digest = fingerprint(source.fields, computed, checkpoint)
     if ours:

@@ -16,7 +16,7 @@ from torch import nn
 
 from worker.models.base import ModelError
 from worker.models.dense import DenseCache
-from worker.models.transformers_model import LayerAttention, Step, run_head, run_trunk
+from worker.models.transformers_model import Head, LayerAttention, Step, run_trunk
 from worker.models.weights import one_line
 
 NUM_TOKENS = 20
@@ -53,7 +53,7 @@ def eager(model: Any, max_model_len: int) -> Expected:
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
-        with torch.inference_mode():
+        with torch.no_grad():
             rows = [
                 model(input_ids=token_ids[[row]], position_ids=positions[[row]], use_cache=False).logits
                 for row in range(2)
@@ -65,8 +65,8 @@ def eager(model: Any, max_model_len: int) -> Expected:
     return Expected(token_ids, positions, torch.cat(rows).float())
 
 
-@torch.inference_mode()
-def paged(trunk: nn.Module, head: nn.Module, expected: Expected, max_model_len: int) -> tuple[LayerAttention, ...]:
+@torch.no_grad()
+def paged(trunk: nn.Module, head: Head, expected: Expected, max_model_len: int) -> tuple[LayerAttention, ...]:
     """Run the same sequences through our path and compare. Returns what each attention layer asked for."""
     count = expected.token_ids.shape[1]
     cache, done = DenseCache(), [0, 0]
@@ -80,7 +80,7 @@ def paged(trunk: nn.Module, head: nn.Module, expected: Expected, max_model_len: 
         # Masks can be read off only where positions do not jump, so the first step is one sequence alone.
         step = Step(batch, max_model_len, layers)
         try:
-            logits = run_head(head, run_trunk(trunk, token_ids, positions, step))
+            logits = head.logits(run_trunk(trunk, token_ids, positions, step))
         except ModelError:
             raise
         except Exception as error:  # whatever a foreign model stumbles over

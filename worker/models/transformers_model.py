@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from worker.models.base import ModelError, ModelSpec, PagedAttention
@@ -204,7 +204,8 @@ def check_config(config: Any) -> str:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{name} is not a causal language model; only those are supported")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if name not in (kind, model_class.__name__):
+    # transformers runs some configs by a sibling class, Mistral with layer types by Ministral for example.
+    if name != kind and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ModelError(f"{name} is not supported; of model type {kind!r} only {model_class.__name__} is")
     types = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if getattr(model_class, "_is_stateful", False) or types - LAYER_TYPES:
@@ -226,22 +227,22 @@ def check_config(config: Any) -> str:
 class TransformersModel:
     """A loaded decoder. `spec.num_layers` and head sizes are what its attention layers showed when probed."""
 
-    def __init__(self, spec: ModelSpec, trunk: nn.Module, head: nn.Module, layers: tuple[LayerAttention, ...]) -> None:
+    def __init__(self, spec: ModelSpec, trunk: nn.Module, head: Head, layers: tuple[LayerAttention, ...]) -> None:
         self.spec = spec
         self._trunk = trunk
         self._head = head
         self._layers = layers
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
         """As in PagedModel."""
         step = Step(batch, self.spec.max_model_len, self._layers)
         return run_trunk(self._trunk, token_ids, positions, step)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As in PagedModel."""
-        return run_head(self._head, hidden)
+        return self._head.logits(hidden)
 
 
 def run_trunk(trunk: nn.Module, token_ids: torch.Tensor, positions: torch.Tensor, step: Step) -> torch.Tensor:
@@ -253,19 +254,6 @@ def run_trunk(trunk: nn.Module, token_ids: torch.Tensor, positions: torch.Tensor
         _current.reset(token)
     hidden: torch.Tensor = answer[0]
     return hidden[0]
-
-
-def run_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Everything behind the layers: hidden [R, H] to float32 logits [R, vocab_size]."""
-    rows = hidden.unsqueeze(0)
-    replayed: Any = next(module for module in head.modules() if isinstance(module, Replay))
-    replayed.hidden = rows
-    try:
-        answer = head(input_ids=torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device), use_cache=False)
-    finally:
-        replayed.hidden = None
-    logits: torch.Tensor = answer.logits
-    return logits[0].float()
 
 
 class Replay(nn.Module):
@@ -285,7 +273,7 @@ class Replay(nn.Module):
         return self
 
     def forward(self, *_: Any, **__: Any) -> ReplayedOutput:
-        """The hidden states of `run_head`."""
+        """The hidden states that were set."""
         assert self.hidden is not None
         return ReplayedOutput(self.hidden)
 
@@ -304,16 +292,37 @@ class ReplayedOutput:
         return (self.last_hidden_state,)[index]
 
 
-def split(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Take a causal language model apart: (its layers, the rest with a Replay in their place)."""
+class Head:
+    """Everything behind the layers of a causal language model."""
+
+    def __init__(self, model: nn.Module, replay: Replay) -> None:
+        self._model = model
+        self._replay = replay
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [R, H] to float32 logits [R, vocab_size]."""
+        rows = hidden.unsqueeze(0)
+        token_ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
+        self._replay.hidden = rows
+        try:
+            answer = self._model(input_ids=token_ids, use_cache=False)
+        finally:
+            self._replay.hidden = None
+        logits: torch.Tensor = answer.logits
+        return logits[0].float()
+
+
+def split(model: nn.Module) -> tuple[nn.Module, Head]:
+    """Take a causal language model apart: (its layers, what is behind them)."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     trunk = getattr(model, prefix, None) if prefix else None
     if not isinstance(trunk, nn.Module) or trunk is model:
-        raise ModelError(f"{type(model).__name__} cannot be told apart into layers and output head")
+        raise ModelError("its layers and its output head cannot be told apart")
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
-        raise ModelError(f"{type(model).__name__} takes no positions from outside, so it cannot be paged")
-    setattr(model, prefix, Replay())
-    return trunk, model
+        raise ModelError("it takes no positions from outside, so it cannot be paged")
+    replay = Replay()
+    setattr(model, prefix, replay)
+    return trunk, Head(model, replay)
 
 
 def load(
@@ -333,7 +342,7 @@ def load(
     name = check_config(config)
     with _quiet():
         model = _draw(config, dtype, device) if checkpoint is None else _read(folder, config, dtype)
-    model = model.to(device).eval()
+    model = model.to(device).eval().requires_grad_(False)
     try:
         expected = probe.eager(model, max_model_len)
         trunk, head = split(model)

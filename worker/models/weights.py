@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 
 from worker.models.base import ModelError
@@ -173,10 +172,15 @@ def draw(places: Mapping[str, torch.Tensor], deviation: float, seed: int = 0) ->
 
 @contextmanager
 def loading_bar(total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr while weights load, shown on terminals; yields what advances it by bytes."""
-    console = Console(stderr=True)
+    """A progress bar on stderr while weights load, if that is a terminal; yields what advances it by bytes."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("loading weights", total=total_bytes)
         yield lambda num_bytes: progress.advance(task, num_bytes)
 

@@ -16,7 +16,8 @@ from worker.models.loader import load_model
 from worker.models.transformers_model import TransformersModel
 
 UNSERVED = {"stablelm"}
-OURS = {kind for kind, fields in KINDS.items() if fields["model_type"] in ("llama", "mistral", "qwen2", "qwen3")}
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+OURS = {kind for kind, fields in KINDS.items() if fields["model_type"] in FAMILY} - {"llama_gelu"}
 SERVED = sorted(set(KINDS) - UNSERVED)
 
 TOLERANCE = 1e-4
