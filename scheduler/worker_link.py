@@ -110,7 +110,7 @@ class Watchdog:
         self._stall_ns = int(settings.stall_s * 1e9)
         self._timer: asyncio.TimerHandle | None = None
         self._due_at = 0
-        self._arm(self._silence_ns)
+        self._arm(min(self._silence_ns, self._step_ns, self._stall_ns))
 
     def stop(self) -> None:
         """Ends the watch."""
@@ -206,6 +206,9 @@ class WorkerServicer:
             link.heartbeat(message.heartbeat)
         elif kind == "hello":
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "hello comes once", reason="HELLO_REPEATED")
+        if link.stalled and link.progress_at == link.heard_at:
+            link.stalled = False
+            self._engine.state_changed()
 
 
 def check_hello(hello: worker_pb2.WorkerHello) -> None:
