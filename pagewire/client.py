@@ -33,6 +33,9 @@ DEFAULT_RESUME_S = 30.0
 CONNECT_LIMIT_S = 10.0
 CANCEL_LIMIT_S = 2.0
 
+_unanswered: set[Any] = set()
+"""Calls that nobody waits for; gRPC ends a call whose object is dropped."""
+
 
 class Client:
     """A connection to a gateway. Safe to use from several threads.
@@ -225,6 +228,9 @@ class Stream:
                 answer = self._stub.Cancel.future(request, timeout=CANCEL_LIMIT_S)
                 if wait:
                     answer.result()
+                else:
+                    _unanswered.add(answer)
+                    answer.add_done_callback(_unanswered.discard)
 
     def __enter__(self) -> Stream:
         return self

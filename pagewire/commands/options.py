@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pagewire.requests import Options
+if TYPE_CHECKING:
+    # Not at run time: it needs the generated stubs, whose absence is the command's to explain.
+    from pagewire.requests import Options
 
 Address = Annotated[
     str, typer.Option("--address", "-a", envvar="PAGEWIRE_ADDRESS", help="HOST:PORT of a gateway.", show_default=True)
