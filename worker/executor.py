@@ -173,9 +173,8 @@ class Executor:
         finishing = [chunk for chunk in inputs.chunks if chunk.samples]
         batch.note_computed(inputs)
         batch.fork(plan.forks, finishing)
-        slots = np.concatenate(
-            (inputs.decode_slots, [c.slot for c in finishing], [f.slot for f in plan.forks]), dtype=np.int64
-        )
+        others = [chunk.slot for chunk in finishing] + [fork.slot for fork in plan.forks]
+        slots = np.concatenate((inputs.decode_slots, np.array(others, dtype=np.int64)))
         if not slots.size:
             return None, prompt_logprobs
         logits = self._logits(inputs, hidden, finishing)
