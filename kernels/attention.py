@@ -306,10 +306,11 @@ class PrefillConfig:
 @functools.cache
 def prefill_config(head_dim: int, limits: kernel_compile.DeviceLimits) -> PrefillConfig:
     """Raises ValueError."""
-    # 32 rows a warp halve the reads of keys and values from shared memory; O of 256 elements allows 16.
-    wide = head_dim <= 128
-    for kv_tile in (64, 32, 16):
-        config = PrefillConfig(warps=4, row_tiles=2 if wide else 1, kv_tile=kv_tile, ctas=2 if head_dim <= 128 else 1)
+    # 32 rows a warp halve the reads of keys and values from shared memory; O of 256 elements leaves registers for 16.
+    # Scores of 64 tokens fit beside O without spills only for 64 elements.
+    row_tiles = 2 if head_dim <= 128 else 1
+    for kv_tile in (64, 32, 16) if head_dim <= 64 else (32, 16):
+        config = PrefillConfig(warps=4, row_tiles=row_tiles, kv_tile=kv_tile, ctas=2)
         if config.shared_bytes(head_dim) <= limits.shared_bytes:
             return config
     raise ValueError(f"head_dim {head_dim} needs more shared memory than this GPU has; use dtype float32")
