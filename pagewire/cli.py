@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -29,11 +30,23 @@ COMMANDS = {
 }
 """Each is a module of `pagewire.commands` with a function `command() -> Callable`, which makes the typer command."""
 
+QUIET = {
+    # gRPC's own log is no part of ours; what matters of it reaches us as statuses.
+    "GRPC_VERBOSITY": "NONE",
+    # Nothing here forks once gRPC runs (children are started anew), so its fork handlers would only log.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+    # A gateway has transformers without torch on purpose.
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+"""Environment of every process, unless it is set already."""
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 after success or a clean stop, 1 when a check or a request failed, 2 when the
     command line is wrong or a process cannot start."""
     die_with_supervisor()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     chosen = given[0] if given[0] in COMMANDS else None
     try:

@@ -69,7 +69,9 @@ def _demo(console: Console, folder: Path, prompt: str, max_tokens: int) -> None:
         console.print(_summary(finish, model))
         console.print("\nStopping ...", style="bold")
     console.print(
-        'All processes have ended. Next: `make serve`, then `.venv/bin/pagewire generate "..."`.', markup=False
+        'All processes have ended. Next: `make serve`, then `.venv/bin/pagewire generate "..."`.',
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -42,7 +42,7 @@ LONGEST_DELAY_S = 30.0
 RECENT_S = 10.0
 """Deaths within this time double the pause before the next start."""
 GRACE_S = 5.0
-"""Time between SIGTERM and SIGKILL for each of the two stages of a stop."""
+"""Time between SIGTERM and SIGKILL for each stage of a stop."""
 
 
 class UpSettings(RoleSettings):
@@ -317,9 +317,13 @@ class Supervisor:
             self._write_ready_file()
 
     async def _stop(self) -> None:
-        """Ends gateways first, so that clients are told while there is still someone to tell them; then the rest."""
-        for stage in (("gateway",), ("worker", "scheduler")):
-            alive = [child for child in self.children if child.role in stage and _is_alive(child)]
+        """Ends gateways first, so that clients are told while there is still someone to tell them; then the rest.
+
+        The scheduler goes before the workers, to which it looks like a scheduler that will be back; the other way round
+        it would look for workers to take the requests over.
+        """
+        for stage in ("gateway", "scheduler", "worker"):
+            alive = [child for child in self.children if child.role == stage and _is_alive(child)]
             for child in alive:
                 _signal(child, signal.SIGTERM)
             await self._wait_for(alive)
