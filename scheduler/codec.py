@@ -367,7 +367,8 @@ def encode_loads(loads: Loads, results: dict[str, int]) -> control_pb2.GetLoadsR
     for worker in loads.workers:
         response.loads.add(
             worker_id=worker.worker_id,
-            running=worker.running_sequences,
+            # Rows that the next plan releases still count there; without a running group there are only such.
+            running=worker.running_sequences if worker.running_groups else 0,
             waiting=worker.waiting_groups + worker.preempted_groups,
             swapped=worker.swapped_groups,
             total_blocks=worker.kv_blocks_free + worker.kv_blocks_used,

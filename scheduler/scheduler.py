@@ -106,6 +106,10 @@ class Draft:
         """The sequences behind the rows of the result, in order."""
         return self.decoding + self.sampling + self.forked if self.sampling else self.decoding
 
+    def ignores(self, group: SequenceGroup) -> bool:
+        """Nothing that this step brings for the group counts."""
+        return all(sequence in self.dropped for sequence in group.live)
+
 
 class Scheduler:
     """Waiting, running and preempted groups of one worker's epoch; makes its plans and accepts its results."""
@@ -185,6 +189,7 @@ class Scheduler:
     def add(self, group: SequenceGroup) -> None:
         """Takes a group over: a new one waits, one that has run before is resumed by recompute."""
         group.worker_id = self.worker_id
+        group.prompt_hashes = None  # the worker before may have had another block size
         self.groups[group] = None
         self.assigned_sequences += len(group.live)
         for token in group.request.stop_ids:
@@ -378,6 +383,7 @@ class Scheduler:
         blocks.share_prefix(leader.table, found)
         blocks.extend(leader.table, leader.num_tokens)
         leader.computed = len(found) * size
+        leader.starts_at = 0
         leader.status = PREFILLING
         self.prefilling.append(leader)
         for sequence in others:
@@ -816,7 +822,7 @@ class Scheduler:
             if sequence is None:
                 raise ResultError(f"the result of step {step} has prompt log-probabilities of slot {entry.slot}")
             expected = len(sequence.group.prompt_logprobs) + 1
-            if entry.first_token != expected and sequence not in flight.dropped:
+            if entry.first_token != expected and not flight.ignores(sequence.group):
                 raise ResultError(
                     f"prompt log-probabilities of slot {entry.slot} begin at {entry.first_token}, not at {expected}"
                 )
@@ -833,9 +839,9 @@ class Scheduler:
         """What only steps with chunks bring: prompt log-probabilities and first tokens."""
         for entry in result.prompt_logprobs:
             sequence = flight.chunks[entry.slot]
-            if sequence not in flight.dropped:
+            if not flight.ignores(sequence.group):
                 sequence.group.prompt_logprobs.extend(entry.logprobs)
-        for sequence in flight.sampling:
+        for sequence in flight.sampling + flight.forked:
             if sequence not in flight.dropped:
                 if sequence.group.first_token_at is None:
                     sequence.group.first_token_at = now
@@ -978,7 +984,6 @@ class Scheduler:
     def _forget_group(self, group: SequenceGroup) -> None:
         del self.groups[group]
         group.worker_id = None
-        group.prompt_hashes = None  # the next worker may have another block size
         self.assigned_sequences -= len(group.live)
         for token in group.request.stop_ids:
             count = self._stop_counts[token] - 1
@@ -998,7 +1003,7 @@ class Scheduler:
             step=self._step,
             plans_in_flight=len(self._in_flight),
             running_groups=len(self.running),
-            running_sequences=self._rows,
+            running_sequences=self._rows - len(self._released),
             waiting_groups=len(self.waiting),
             swapped_groups=sum(1 for group in self.preempted if _is_swapped(group)),
             preempted_groups=sum(1 for group in self.preempted if not _is_swapped(group)),

@@ -170,9 +170,7 @@ class FakeWorker:
     async def beat(self) -> None:
         self.progress += 1
         await self.send(
-            heartbeat=worker_pb2.Heartbeat(
-                epoch=self.welcome.epoch, last_step=len(self.plans), progress=self.progress
-            )
+            heartbeat=worker_pb2.Heartbeat(epoch=self.welcome.epoch, last_step=len(self.plans), progress=self.progress)
         )
 
     def run(self) -> None:
@@ -392,15 +390,17 @@ class Pool:
 async def pool(**settings: object) -> AsyncIterator[Pool]:
     """A scheduler for the length of a `with` block; at its end the core's books must balance."""
     values: dict = {"listen": "127.0.0.1:0", "metrics_port": 0}
-    async with serving(SchedulerSettings(**{**values, **settings})) as now:
-        async with grpc.aio.insecure_channel(now.addresses[0], options=client_options(internal=True)) as channel:
-            made = Pool(now, channel)
-            try:
-                yield made
-                now.engine.dispatcher.check_integrity()
-                assert not now.engine.failed.done()
-            finally:
-                for worker in made.workers:
-                    await worker.stop()
-                for gateway in made.gateways:
-                    gateway.call.cancel()
+    async with (
+        serving(SchedulerSettings(**{**values, **settings})) as now,
+        grpc.aio.insecure_channel(now.addresses[0], options=client_options(internal=True)) as channel,
+    ):
+        made = Pool(now, channel)
+        try:
+            yield made
+            now.engine.dispatcher.check_integrity()
+            assert not now.engine.failed.done()
+        finally:
+            for worker in made.workers:
+                await worker.stop()
+            for gateway in made.gateways:
+                gateway.call.cancel()

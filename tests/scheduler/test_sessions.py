@@ -406,7 +406,10 @@ async def test_a_draining_scheduler_finishes_what_runs_and_takes_nothing_new() -
             scheduler_pb2.SessionRequest(hello={"protocol_version": 9, "credit": 1}).SerializeToString(),
             grpc.StatusCode.FAILED_PRECONDITION,
         ),
-        (scheduler_pb2.SessionRequest(hello={"protocol_version": 1}).SerializeToString(), grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            scheduler_pb2.SessionRequest(hello={"protocol_version": 1}).SerializeToString(),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
     ],
 )
 async def test_a_session_that_begins_wrongly_is_refused_by_name(raw: bytes, code: grpc.StatusCode) -> None:

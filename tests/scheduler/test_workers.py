@@ -164,9 +164,7 @@ async def test_a_worker_that_does_not_fit_is_refused_with_both_values(changes: d
         assert list(made.serving.engine.workers) == ["w1"]
 
 
-@pytest.mark.parametrize(
-    "raw", [b"\xff\xff", b"", worker_pb2.JoinRequest(heartbeat={"epoch": 1}).SerializeToString()]
-)
+@pytest.mark.parametrize("raw", [b"\xff\xff", b"", worker_pb2.JoinRequest(heartbeat={"epoch": 1}).SerializeToString()])
 async def test_a_join_without_a_hello_is_an_invalid_argument(raw: bytes) -> None:
     async with pool() as made:
         call = made.channel.stream_stream("/pagewire.v1.WorkerService/Join")()
