@@ -13,6 +13,7 @@ import pytest
 from gateway.config import GatewaySettings
 from gateway.server import Gateway
 from gateway.tokenizer import Tokenizer
+from pagewire.runtime.errors import StartError
 from pagewire.v1 import inference_pb2_grpc
 from tests.gateway import tiny_tokenizers
 from tests.gateway.fake_scheduler import LIMIT_S, FakeScheduler
@@ -49,7 +50,12 @@ async def make_world() -> AsyncIterator[MakeWorld]:
             scheduler=scheduler.address, listen="127.0.0.1:0", stop_grace_s=0.0, default_max_tokens=64, **settings
         )
         gateway = Gateway(configured, None if tokenizer is None else Tokenizer(tokenizer))
-        await gateway.start()
+        try:
+            await gateway.start()
+        except StartError:
+            await gateway.stop()
+            await scheduler.stop()
+            raise
         if wait:
             async with asyncio.timeout(LIMIT_S):
                 await gateway.wait_ready()

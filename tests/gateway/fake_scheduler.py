@@ -30,9 +30,7 @@ def model_state(*, ready: bool = True, workers: int = 1, vocab_size: int = 600, 
     model = worker_pb2.ModelInfo(
         name="tiny", vocab_size=vocab_size, max_model_len=CONTEXT, dtype="float32", eos_token_ids=[EOS]
     )
-    return scheduler_pb2.ModelState(
-        model=model, block_size=16, kv_blocks=100, ready=ready, workers=workers, **fields
-    )
+    return scheduler_pb2.ModelState(model=model, block_size=16, kv_blocks=100, ready=ready, workers=workers, **fields)
 
 
 class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer, control_pb2_grpc.ControlServiceServicer):
@@ -61,8 +59,9 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer, control_pb2_grp
 
     async def stop(self) -> None:
         """Goes away; sessions break."""
-        assert self._server is not None
-        await self._server.stop(0)
+        self._opened.clear()
+        if self._server is not None:
+            await self._server.stop(0)
         self._server = None
 
     def break_session(self) -> None:

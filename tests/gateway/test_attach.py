@@ -218,10 +218,11 @@ async def test_streams_end_as_unavailable_when_the_scheduler_does_not_come_back(
     details = await refusal(world.stub.Generate(ask()))
     assert (details.code.name, details.reason) == ("UNAVAILABLE", "NO_SCHEDULER")
     await world.scheduler.start()
-    await world.scheduler.opened()
-    call = world.stub.Generate(ask())
     async with asyncio.timeout(LIMIT_S):
-        submit = await world.scheduler.expect("submit")
+        while not (await world.stub.ListModels(inference_pb2.ListModelsRequest())).models[0].ready:
+            pass
+    call = world.stub.Generate(ask())
+    submit = await world.scheduler.expect("submit")
     world.scheduler.step([(submit.stream, 9)], admitted={submit.stream: 3}, finished=[(submit.stream, 1, LENGTH)])
     assert (await rest(call))[-1].finish.reason == LENGTH
 

@@ -192,7 +192,7 @@ async def test_a_chat_is_rendered_with_the_models_template(world: World) -> None
 async def test_dropping_the_stream_detaches_and_a_deadline_goes_to_the_scheduler(world: World) -> None:
     call = world.stub.Generate(ask(), timeout=60)
     submit = await world.scheduler.expect("submit")
-    assert 0 < submit.timeout_ns <= 60_000_000_000
+    assert 0 < submit.timeout_ns <= 61_000_000_000  # gRPC rounds it up on the wire
     call.cancel()
     assert (await world.scheduler.expect("detach")).stream == submit.stream
 
@@ -292,10 +292,13 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(world: World, m
     assert "Error" not in details.message
 
 
+NAN = inference_pb2.SamplingParams(temperature=float("nan"))
+
+
 @pytest.mark.parametrize(
     ("request_message", "code", "reason", "path"),
     [
-        (ask(sampling=inference_pb2.SamplingParams(temperature=float("nan"))), "INVALID_ARGUMENT", "INVALID_FIELD", "sampling.temperature"),
+        (ask(sampling=NAN), "INVALID_ARGUMENT", "INVALID_FIELD", "sampling.temperature"),
         (ask([5, 600]), "INVALID_ARGUMENT", "INVALID_FIELD", "prompt.token_ids.ids[1]"),
         (ask([5] * CONTEXT), "INVALID_ARGUMENT", "PROMPT_TOO_LONG", "prompt.token_ids"),
         (ask("a b " * CONTEXT), "INVALID_ARGUMENT", "PROMPT_TOO_LONG", "prompt.text"),

@@ -128,20 +128,20 @@ def model_directory(tmp_path: Path) -> Path:
 
 
 async def test_the_process_announces_itself_when_the_model_is_ready_and_stops_on_sigterm(
-    model_directory: Path,
+    model_directory: Path, tmp_path: Path
 ) -> None:
     scheduler = FakeScheduler()
     scheduler.state = model_state(ready=False)
     await scheduler.start()
     ours, theirs = os.pipe()
     arguments = ["--scheduler", scheduler.address, "--listen", "127.0.0.1:0", "--model", str(model_directory)]
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-c", START, *arguments, "--ready-fd", str(theirs)],
-        cwd=ROOT,
-        pass_fds=[theirs],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-X", "importtime", "-c", START, *arguments, "--ready-fd", str(theirs)],
+            cwd=ROOT,
+            pass_fds=[theirs],
+            stderr=stderr,
+        )
     os.close(theirs)
     os.set_blocking(ours, False)
     try:
@@ -160,10 +160,10 @@ async def test_the_process_announces_itself_when_the_model_is_ready_and_stops_on
     finally:
         os.close(ours)
         process.send_signal(signal.SIGTERM)
-        _, err = await asyncio.to_thread(process.communicate)
+        await asyncio.to_thread(process.wait)
         await scheduler.stop()
     assert process.returncode == 0
-    text = err.decode()
+    text = (tmp_path / "stderr").read_text()
     assert "Traceback" not in text
     imported = {line.rsplit("|", 1)[-1].strip() for line in text.splitlines() if line.startswith("import time:")}
     assert "transformers" in imported

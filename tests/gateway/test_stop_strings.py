@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.sequence_text import SequenceText
 from gateway.detokenizer import factory_for
+from gateway.sequence_text import SequenceText
 from gateway.stop_strings import StopMatcher
 from tests.gateway import tiny_tokenizers
 
@@ -25,7 +27,7 @@ letters = st.text(alphabet="ab\n", max_size=30)
 @settings(max_examples=500)
 def test_one_stop_string_is_found_where_str_find_finds_it(text: str, stop: str, cuts: list[int]) -> None:
     borders = sorted({0, len(text), *(cut for cut in cuts if cut <= len(text))})
-    pieces = [text[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(borders)]
     at = text.find(stop)
     expected = (text, None) if at < 0 else (text[:at], stop)
     assert run(pieces, [stop]) == expected
@@ -41,7 +43,7 @@ def test_one_stop_string_is_found_where_str_find_finds_it(text: str, stop: str, 
 @settings(max_examples=500)
 def test_the_result_does_not_depend_on_how_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
     borders = sorted({0, len(text), *(cut for cut in cuts if cut <= len(text))})
-    pieces = [text[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(borders)]
     assert run(pieces, stops) == run(list(text), stops) == run([text], stops)
 
 
