@@ -76,6 +76,8 @@ class Engine:
         """What the first worker ever has loaded; every later one must agree."""
         self.block_size = 0
         self.draining = False
+        self.live_requests = 0
+        """Requests that were accepted and whose end has not been told yet."""
         self.started_at = clock()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception when the core is broken."""
@@ -256,6 +258,7 @@ class Engine:
             log.exception("a submission failed", request_id=message.request_id)
             self._refuse(session, stream, SubmitError(codec.INTERNAL, "INTERNAL", "the scheduler failed here"))
             return
+        self.live_requests += 1
         group.listeners.append(session.listen(group, stream))
         self._fanout.listeners_changed()
         self._wake()
@@ -380,12 +383,7 @@ class Engine:
         """Stops (or resumes) the admission of new requests; returns how many live ones there are."""
         self.draining = not resume
         self.state_changed()
-        return self.live_requests()
-
-    def live_requests(self) -> int:
-        """Requests that have not ended."""
-        loads = self.dispatcher.loads()
-        return loads.waiting + loads.running + loads.swapped + loads.preempted
+        return self.live_requests
 
     def loads(self) -> control_pb2.GetLoadsResponse:
         """What every worker carries."""
@@ -470,6 +468,7 @@ class Engine:
         log.warning("request failed", request_id=group.request.request_id, reason=event.reason)
 
     def _ended(self, group: SequenceGroup) -> None:
+        self.live_requests -= 1
         if group.finished_at is not None:
             self.metrics.e2e_latency.observe((group.finished_at - group.accepted_at) / NS_PER_S)
         for listener in list(group.listeners):
