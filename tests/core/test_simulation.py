@@ -1,0 +1,398 @@
+"""Thousands of random lives of a dispatcher with simulated workers; every one must end with the one right output.
+
+A scenario is a seed. Run one alone with `python -m tests.core.test_simulation SEED`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter, deque
+
+import pytest
+
+from scheduler.dispatcher import (
+    Admission,
+    Admitted,
+    Dispatcher,
+    Failed,
+    Finished,
+    FinishReason,
+    SchedulerConfig,
+    StatusCode,
+    StepOutput,
+    TransferRates,
+    WorkerCapacity,
+)
+from scheduler.sequence import Request, Sequence, SequenceGroup
+from scheduler.step_plan import StepPlan, StepResult
+from tests.core.simulated_worker import Behaviour, SimulatedWorker, logprob_of, undisturbed_output
+
+SEEDS_PER_TEST = 100
+NUM_TESTS = 24
+
+
+class Link:
+    """A worker's process and both directions of its stream."""
+
+    def __init__(self, worker: SimulatedWorker) -> None:
+        self.worker = worker
+        self.plans: deque[StepPlan] = deque()
+        self.results: deque[StepResult] = deque()
+        self.delivered: list[StepResult] = []
+
+
+class Simulation:
+    """One scenario: a random load, random faults, every promise checked after every step."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        choose, chance = self.random.choice, self.random.random
+        self.now = 0
+        self.epoch = 0
+        self.block_size = choose([1, 2, 4, 4, 8])
+        # Tiny pools: some requests outgrow them, most collide.
+        self.pool_tokens = choose([16, 24, 40, 40, 64, 64, 100, 200])
+        self.config = SchedulerConfig(
+            max_num_seqs=choose([2, 4, 8, 16]),
+            token_budget=choose([4, 7, 16, 64]),
+            preemption_mode=choose(["auto", "swap", "recompute"]),
+            prefix_cache=chance() < 0.7,
+            max_waiting=choose([4, 100]),
+            watermark=choose([0.0, 0.01, 0.1]),
+            retention_ns=10**12,
+            max_plans_in_flight=choose([1, 2, 2, 2, 3]),
+        )
+        self.meddling = choose([0.0, 0.005, 0.02])  # how often clients cancel and gateways find stop strings
+        self.has_faulty_requests = chance() < 0.25
+        self.has_lossy_workers = chance() < 0.4
+        self.has_unruly_results = chance() < 0.3
+        self.has_priorities = chance() < 0.3
+        self.dispatcher = Dispatcher(self.config)
+        self.links: dict[str, Link] = {}
+        self.dead: list[Link] = []
+        self.groups: list[SequenceGroup] = []
+        self.streams: dict[Sequence, list[int]] = {}
+        self.ends: Counter[Sequence] = Counter()
+        self.admitted: Counter[SequenceGroup] = Counter()
+        self.stopped: dict[Sequence, int] = {}
+        self.stale_sent = 0
+        self.statistics: Counter[str] = Counter()
+        stem = [self.random.randrange(60) for _ in range(30)]
+        self.stems = [stem, stem[:9] + [self.random.randrange(60) for _ in range(21)]]
+        self.num_requests = self.random.randint(1, 16)
+
+    # ---- what happens
+
+    def run(self) -> Counter[str]:
+        for _ in range(self.random.randint(1, 3)):
+            self.join()
+        while len(self.groups) < self.num_requests:
+            self.happen()
+            self.dispatcher.check_integrity()
+        for _ in range(100):
+            self.happen()
+            self.dispatcher.check_integrity()
+        self.drain()
+        self.check_end()
+        return self.statistics
+
+    def happen(self) -> None:
+        self.now += self.random.randint(1, 5)
+        dice = self.random.random()
+        if dice < self.meddling and self.groups:
+            group = self.random.choice(self.groups)
+            if self.dispatcher.abort(group.request.request_id, FinishReason.CANCELLED, self.now):
+                self.statistics["aborted"] += 1
+            self.collect(StepOutput())
+        elif dice < 2 * self.meddling and self.groups:
+            self.stop_one()
+        elif 0.04 < dice < 0.05:
+            self.dispatcher.expire(self.now)
+            self.collect(StepOutput())
+        elif 0.05 < dice < 0.06 and self.has_lossy_workers and self.links:
+            self.lose(self.random.choice(list(self.links)))
+        elif 0.06 < dice < 0.08 and self.has_lossy_workers and len(self.links) < 3:
+            self.join()
+        elif dice > 0.75 and len(self.groups) < self.num_requests:
+            self.submit()
+        elif self.links:
+            self.step(self.random.choice(list(self.links)))
+
+    def join(self) -> None:
+        self.epoch += self.random.randint(1, 3)
+        blocks = max(2, self.pool_tokens // self.block_size)
+        capacity = WorkerCapacity(
+            block_size=self.block_size,
+            num_blocks=blocks,
+            host_blocks=self.random.choice([0, 1, 7, blocks, 4 * blocks]),
+            block_bytes=100 * self.block_size,
+            max_slots=self.random.choice([4, 16]),
+            max_step_tokens=64,
+        )
+        rates = TransferRates(*self.random.choice([(0, 0, 0), (10**6, 10**6, 10**4), (10**4, 10**4, 10**6)]))
+        worker_id = f"worker-{self.random.randint(1, 3)}"
+        if worker_id in self.links:
+            self.lose(worker_id)
+        self.dispatcher.add_worker(worker_id, capacity, rates, self.epoch, self.now)
+        self.links[worker_id] = Link(SimulatedWorker(capacity, self.epoch))
+        self.collect(StepOutput())
+
+    def lose(self, worker_id: str) -> None:
+        link = self.links.pop(worker_id)
+        self.note_loads(worker_id)
+        self.dispatcher.remove_worker(worker_id, self.now)
+        self.dead.append(link)
+        self.statistics["lost workers"] += 1
+        self.collect(StepOutput())
+
+    def submit(self) -> None:
+        dice = self.random
+        stem = dice.choice(self.stems)
+        prompt = stem[: dice.randint(1, 20)] if dice.random() < 0.6 else []
+        prompt = prompt + [dice.randrange(60) for _ in range(dice.randint(0 if prompt else 1, 8))]
+        faulty = self.has_faulty_requests and dice.random() < 0.3
+        request = Request(
+            request_id=f"request-{len(self.groups)}",
+            prompt=prompt,
+            n=dice.choice([1, 1, 1, 2, 3]),
+            max_tokens=dice.choice([1, 2, 3, 8, 20, 30]),
+            min_tokens=dice.choice([0, 0, 2]),
+            stop_ids=frozenset(dice.sample(range(64), dice.choice([0, 0, 1, 4]))),
+            priority=dice.randint(-1, 1) if self.has_priorities else 0,
+            tenant=dice.choice(["", "", "tenant"]),
+            deadline=self.now + dice.randint(1, 300) if dice.random() < 0.05 else None,
+            logprobs=dice.choice([None, None, 1]),
+            prompt_logprobs=dice.choice([None, None, None, 1]),
+            payload=Behaviour(
+                seed=dice.randrange(1000),
+                nonfinite_at=dice.randint(0, 6) if faulty and dice.random() < 0.5 else None,
+                out_of_memory_at=dice.randint(1, 20) if faulty and dice.random() < 0.5 else None,
+            ),
+        )
+        answer = self.dispatcher.submit(request, self.now)
+        if answer.admission is Admission.OK:
+            assert answer.group is not None
+            self.groups.append(answer.group)
+            for sequence in answer.group.sequences:
+                self.streams[sequence] = []
+            again = self.dispatcher.submit(request, self.now)
+            assert again.admission is Admission.DUPLICATE or answer.group.is_finished
+        else:
+            self.num_requests -= 1
+            self.statistics[answer.admission.value] += 1
+        self.collect(StepOutput())
+
+    def stop_one(self) -> None:
+        """A gateway finds a stop string, somewhere in what it has been sent."""
+        sequence = self.random.choice(self.random.choice(self.groups).sequences)
+        keep = self.random.randint(0, len(sequence.output))
+        request_id = sequence.request.request_id
+        if self.dispatcher.stop_sequence(request_id, sequence.index, keep, "stop!", self.now):
+            self.stopped[sequence] = keep
+            self.statistics["stopped by text"] += 1
+        self.collect(StepOutput())
+
+    def step(self, worker_id: str) -> None:
+        """One of the four things that move a worker on: plan, execute, deliver, or a fault in delivery."""
+        link = self.links[worker_id]
+        action = self.random.choice(["plan", "execute", "deliver"])
+        if action == "plan":
+            self.plan(worker_id)
+        elif action == "execute" and link.plans:
+            link.results.append(link.worker.execute(link.plans.popleft()))
+        elif action == "deliver" and link.results:
+            if self.has_unruly_results:
+                self.deliver_unruly(worker_id, link)
+            self.deliver(worker_id, link.results.popleft(), link)
+
+    def plan(self, worker_id: str) -> bool:
+        plan = self.dispatcher.schedule(worker_id, self.now)
+        self.dispatcher.check_integrity()
+        self.collect(StepOutput())
+        if plan is None:
+            return False
+        link = self.links[worker_id]
+        link.plans.append(plan)
+        assert len(link.plans) + len(link.results) <= self.config.max_plans_in_flight
+        return True
+
+    def deliver(self, worker_id: str, result: StepResult, link: Link) -> None:
+        link.delivered.append(result)
+        self.collect(self.dispatcher.apply(worker_id, result, self.now))
+
+    def deliver_unruly(self, worker_id: str, link: Link) -> None:
+        """Duplicates, results of dead workers, and results that overtake another."""
+        dice = self.random.random()
+        if dice < 0.2 and link.delivered:
+            self.deliver_stale(worker_id, self.random.choice(link.delivered))
+        elif dice < 0.4 and self.dead:
+            old = self.random.choice(self.dead)
+            while old.plans:
+                old.results.append(old.worker.execute(old.plans.popleft()))
+            for result in old.results:
+                self.deliver_stale(worker_id, result)
+        elif dice < 0.6 and len(link.results) > 1:
+            overtaking = link.results[1]
+            del link.results[1]
+            output = self.dispatcher.apply(worker_id, overtaking, self.now)
+            assert not output.token_ids
+            self.deliver_stale(worker_id, overtaking)
+            self.dispatcher.check_integrity()
+            link.delivered.append(overtaking)
+
+    def deliver_stale(self, worker_id: str, result: StepResult) -> None:
+        output = self.dispatcher.apply(worker_id, result, self.now)
+        assert not output.accepted
+        assert not output.token_ids
+        self.stale_sent += 1
+
+    def drain(self) -> None:
+        """No further faults: everything must come to its end, in a bounded number of steps."""
+        if not self.links:
+            self.join()
+        for _ in range(3000):
+            self.now += 1
+            if all(group.is_finished for group in self.groups):
+                return
+            moved = False
+            for worker_id, link in list(self.links.items()):
+                while self.plan(worker_id):
+                    moved = True
+                while link.plans:
+                    link.results.append(link.worker.execute(link.plans.popleft()))
+                if link.results:
+                    moved = True
+                    self.deliver(worker_id, link.results.popleft(), link)
+                    self.dispatcher.check_integrity()
+            stuck = [group for group in self.groups if not group.is_finished]
+            assert moved or not stuck, f"nothing moves, but {stuck} are not finished"
+        raise AssertionError("the end is not reached in 3000 steps")
+
+    # ---- what must hold
+
+    def collect(self, output: StepOutput) -> None:
+        """What an edge does with a step's output and events."""
+        assert len(output.sequences) == len(output.token_ids)
+        for sequence, token in zip(output.sequences, output.token_ids, strict=True):
+            assert not self.ends[sequence], f"{sequence} got a token after its end"
+            self.streams[sequence].append(token)
+        for position, entry in output.logprobs.items():
+            assert entry == logprob_of(output.token_ids[position])
+        for event in self.dispatcher.take_events():
+            if isinstance(event, Admitted):
+                self.admitted[event.group] += 1
+            elif isinstance(event, Finished):
+                self.ends[event.sequence] += 1
+            else:
+                for sequence in event.group.sequences:
+                    if sequence.finish is not None and sequence.finish.reason is FinishReason.ERROR:
+                        self.ends[sequence] += 1
+
+    def check_end(self) -> None:
+        for group in self.groups:
+            assert self.dispatcher.find(group.request.request_id) is group
+            for sequence in group.sequences:
+                self.check_sequence(sequence)
+            assert self.admitted[group] <= 1
+            if any(sequence.output for sequence in group.sequences):
+                assert self.admitted[group] == 1
+                if group.request.prompt_logprobs is not None:
+                    assert group.prompt_logprobs == [logprob_of(token) for token in group.request.prompt[1:]]
+            if group.failure is not None:
+                self.check_failure(group)
+        loads = self.dispatcher.loads()
+        assert loads.stale_results_total == self.stale_sent
+        for worker_id in self.links:
+            self.note_loads(worker_id)
+        for worker in loads.workers:
+            assert worker.kv_blocks_used == 0
+            assert worker.host_blocks_used == 0
+            assert worker.kv_waste_ratio == 0.0
+            assert worker.running_sequences == 0 or self.dispatcher.schedule(worker.worker_id, self.now) is None
+
+    def check_sequence(self, sequence: Sequence) -> None:
+        expected, reason = undisturbed_output(sequence.request, sequence.index)
+        finish, output = sequence.finish, sequence.output
+        assert finish is not None
+        assert self.ends[sequence] == 1, f"{sequence} ended {self.ends[sequence]} times"
+        assert self.streams[sequence][: len(output)] == output
+        assert output == expected[: len(output)], f"{sequence} gave {output}, not {expected}"
+        assert finish.usage.completion_tokens == len(output)
+        if sequence in self.stopped and finish.matched_stop:
+            assert len(output) == self.stopped[sequence]
+        elif finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert (output, finish.reason) == (expected, reason)
+            assert self.streams[sequence] == output
+            assert finish.matched_token_id == (output[-1] if reason is FinishReason.STOP else None)
+        if sequence.request.logprobs is not None:
+            assert sequence.logprobs == [logprob_of(token) for token in output]
+        self.statistics[finish.reason.value] += 1
+        self.statistics["preemptions"] += finish.usage.preemptions
+        self.statistics["recomputed tokens"] += finish.usage.recomputed_tokens
+        self.statistics["cached tokens"] += finish.usage.cached_tokens
+
+    def check_failure(self, group: SequenceGroup) -> None:
+        failed, request = group.failure, group.request
+        behaviour = request.payload
+        assert isinstance(failed, Failed)
+        assert isinstance(behaviour, Behaviour)
+        self.statistics[failed.reason] += 1
+        if failed.reason == "NONFINITE_LOGITS":
+            assert failed.code is StatusCode.INTERNAL
+            assert behaviour.nonfinite_at is not None
+        elif failed.reason == "OUT_OF_MEMORY":
+            assert failed.code is StatusCode.RESOURCE_EXHAUSTED
+            assert behaviour.out_of_memory_at is not None
+        else:
+            assert failed.reason == "KV_POOL_EXHAUSTED"
+            assert failed.code is StatusCode.RESOURCE_EXHAUSTED
+            # It must really be too large for the pool, at its largest; +1: an ended sequence may run once more.
+            size, shared = self.block_size, len(request.prompt) // self.block_size
+            longest = [len(request.prompt) + len(undisturbed_output(request, i)[0]) for i in range(request.n)]
+            need = shared + sum(-(-(length + 1) // size) - shared for length in longest)
+            slots_short = request.n > min(self.config.max_num_seqs, self.config.token_budget, 4)
+            assert need > max(2, self.pool_tokens // size) or slots_short
+
+    def note_loads(self, worker_id: str) -> None:
+        worker = next(w for w in self.dispatcher.loads().workers if w.worker_id == worker_id)
+        self.statistics["swap preemptions"] += worker.preemptions_total["swap"]
+        self.statistics["recompute preemptions"] += worker.preemptions_total["recompute"]
+        self.statistics["swapped in bytes"] += worker.swap_in_bytes_total
+
+
+def run_seeds(seeds: range) -> Counter[str]:
+    statistics: Counter[str] = Counter()
+    for seed in seeds:
+        try:
+            statistics += Simulation(seed).run()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: python -m tests.core.test_simulation {seed}") from error
+    return statistics
+
+
+@pytest.mark.parametrize("part", range(NUM_TESTS))
+def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part: int) -> None:
+    statistics = run_seeds(range(part * SEEDS_PER_TEST, (part + 1) * SEEDS_PER_TEST))
+    for happened in (
+        "swap preemptions",
+        "recompute preemptions",
+        "swapped in bytes",
+        "recomputed tokens",
+        "cached tokens",
+        "stop",
+        "length",
+        "aborted",
+        "stopped by text",
+        "lost workers",
+        "NONFINITE_LOGITS",
+        "OUT_OF_MEMORY",
+        "KV_POOL_EXHAUSTED",
+        "never",
+    ):
+        assert statistics[happened] > 0, f"no scenario of {SEEDS_PER_TEST} had {happened}: {statistics}"
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        print(given, dict(Simulation(int(given)).run()))  # noqa: T201
