@@ -269,7 +269,7 @@ class Blocks(RuleBasedStateMachine):
         """Writes one token's value through the block table; the block must be private."""
         block = self.tables[number].blocks[position // 2]
         assert self.manager.pool.references[block] == 1, "a write goes to a shared block"
-        self.kv[block] = self.kv.get(block, ())[: position % 2] + (value,)
+        self.kv[block] = (*self.kv.get(block, ())[: position % 2], value)
 
     def on_device(self) -> list[int]:
         return [number for number, table in enumerate(self.tables) if not table.on_host]

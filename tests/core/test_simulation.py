@@ -395,4 +395,4 @@ def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part:
 
 if __name__ == "__main__":
     for given in sys.argv[1:]:
-        print(given, dict(Simulation(int(given)).run()))  # noqa: T201
+        print(given, dict(Simulation(int(given)).run()))
