@@ -91,6 +91,7 @@ class ChatTemplate:
             stdout=asyncio.subprocess.PIPE,
             limit=MAX_LINE_BYTES,
             cwd=Path(__file__).resolve().parent.parent,
+            start_new_session=True,  # Ctrl-C in a terminal is for the gateway, which ends the renderer itself
         )
         async with asyncio.timeout(START_TIMEOUT_S):
             reply = await self._ask(self._start)

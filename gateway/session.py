@@ -12,7 +12,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import grpc.aio
 
@@ -178,12 +178,15 @@ class SchedulerLink:
                 try:
                     await self._session()
                 except grpc.aio.AioRpcError as error:
-                    log.info("session ended", code=error.code().name)
+                    code = error.code().name
                 except (TimeoutError, EOFError):
-                    log.info("session ended", code="no answer")
+                    code = "no answer"
                 if self.connected:
+                    log.warning("session lost", code=code, live_requests=len(self._entries))
                     self._disconnected()
                     backoff = FIRST_BACKOFF_S
+                else:
+                    log.debug("no session", code=code)
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, LONGEST_BACKOFF_S)
         finally:
@@ -191,8 +194,8 @@ class SchedulerLink:
                 self._give_up.cancel()
             await self.channel.close(None)
 
-    async def _session(self) -> None:
-        """One session, from hello to its end; ends with an exception."""
+    async def _session(self) -> NoReturn:
+        """One session, from hello to its end, which is an exception."""
         call = self._stub.Session()
         writer: asyncio.Task[None] | None = None
         try:
