@@ -82,9 +82,9 @@ def _decode_group(
     unseen = (positions >= context_lens.unsqueeze(1)) | (positions < first.unsqueeze(1))
     # [rows, columns, 2, Hkv, block_size, D] to [2, rows, Hkv, tokens, D], a copy either way.
     gathered = kv_layer[blocks].permute(2, 0, 3, 1, 4, 5).reshape(2, rows, num_kv_heads, -1, head_dim).float()
-    # Values too, not only scores: a weight of zero times a NaN in an unused slot would be NaN.
-    gathered.masked_fill_(unseen[:, None, :, None], 0.0)
     key, value = gathered.unbind(0)
+    # Scores are masked below, values here: a weight of zero times a NaN in an unused slot would be NaN.
+    value.masked_fill_(unseen[:, None, :, None], 0.0)
     grouped = query.reshape(rows, num_kv_heads, num_heads // num_kv_heads, head_dim).float()
     scores = _capped(torch.matmul(grouped, key.transpose(-1, -2)) * scale, soft_cap)
     scores.masked_fill_(unseen[:, None, None, :], float("-inf"))
