@@ -55,6 +55,9 @@ class SchedulerSettings(RoleSettings):
     stall_s: float = Field(default=10.0, gt=0.0, le=86400.0)
     """Seconds without progress after which a worker that owes a result no longer counts as ready in health and model
     state. It is still waited for until step_timeout_s."""
+    no_worker_s: float = Field(default=300.0, ge=0.0, le=86400.0)
+    """Seconds for which requests wait for a worker after the last one was lost; then they fail with UNAVAILABLE. Long
+    enough to load a large model again."""
 
     max_workers: int = Field(default=256, ge=1, le=4096)
     """Worker streams at once; more are refused."""

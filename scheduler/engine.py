@@ -24,7 +24,7 @@ from scheduler.codec import SubmitError
 from scheduler.config import SchedulerSettings
 from scheduler.dispatcher import Admission, Dispatcher, ResultError, StepOutput
 from scheduler.duplex import Refusal
-from scheduler.events import Admitted, Failed, Finished
+from scheduler.events import Admitted, Failed, Finished, StatusCode
 from scheduler.fanout import Fanout
 from scheduler.gateway_link import Listener, Session
 from scheduler.metrics import NS_PER_S, Metrics
@@ -76,8 +76,8 @@ class Engine:
         """What the first worker ever has loaded; every later one must agree."""
         self.block_size = 0
         self.draining = False
-        self.live_requests = 0
-        """Requests that were accepted and whose end has not been told yet."""
+        self.live: dict[str, SequenceGroup] = {}
+        """Requests that were accepted and whose end has not been told yet, by name."""
         self.started_at = clock()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception when the core is broken."""
@@ -92,6 +92,8 @@ class Engine:
         self._expiry_at: int | None = None
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._orphans: dict[str, asyncio.TimerHandle] = {}
+        self._no_worker_timer: asyncio.TimerHandle | None = None
+        self._gave_up = False
         self._awaiting_first_token: list[SequenceGroup] = []
 
     # Workers
@@ -130,6 +132,10 @@ class Engine:
             self._limits = codec.limits_of(self.model)
             self.block_size = link.hello.capacity.block_size
         self.workers[link.worker_id] = link
+        self._gave_up = False
+        if self._no_worker_timer is not None:
+            self._no_worker_timer.cancel()
+            self._no_worker_timer = None
         capacity, rates = codec.capacity_of(link.hello), codec.rates_of(link.hello)
         self.dispatcher.add_worker(link.worker_id, capacity, rates, link.epoch, self.clock())
         log.info("worker joined", worker=link.worker_id, epoch=link.epoch, device=link.hello.device)
@@ -144,9 +150,29 @@ class Engine:
         del self.workers[link.worker_id]
         self._fanout.forget(link.worker_id)
         self.dispatcher.remove_worker(link.worker_id, self.clock())
+        if not self.workers:
+            loop = asyncio.get_running_loop()
+            self._no_worker_timer = loop.call_later(self.settings.no_worker_s, self._give_up)
         log.warning("worker lost", worker=link.worker_id, epoch=link.epoch, last_step=link.last_step, why=why)
         self.state_changed()
         self._wake()
+
+    def _give_up(self) -> None:
+        """No worker has come back in time: ends everything that waits for one."""
+        self._no_worker_timer, self._gave_up = None, True
+        message = f"the workers were lost and none came back within {self.settings.no_worker_s:g} s"
+        now = self.clock()
+        for request_id in list(self.live):
+            self.dispatcher.fail(request_id, StatusCode.UNAVAILABLE, "WORKER_LOST", message, now, NO_WORKER_RETRY_NS)
+        self._wake()
+
+    def shut_down(self) -> None:
+        """Ends every stream, so that peers look for another scheduler or wait for this one to come back."""
+        refusal = Refusal(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down", reason="SHUTTING_DOWN")
+        for link in self.workers.values():
+            link.end(refusal)
+        for session in self.sessions.values():
+            session.end(refusal)
 
     def result(self, link: WorkerLink, message: worker_pb2.StepResult) -> None:
         """Applies a result, sends the worker its next plan, then tells the sessions.
@@ -258,7 +284,7 @@ class Engine:
             log.exception("a submission failed", request_id=message.request_id)
             self._refuse(session, stream, SubmitError(codec.INTERNAL, "INTERNAL", "the scheduler failed here"))
             return
-        self.live_requests += 1
+        self.live[group.request.request_id] = group
         group.listeners.append(session.listen(group, stream))
         self._fanout.listeners_changed()
         self._wake()
@@ -268,8 +294,8 @@ class Engine:
             raise SubmitError(
                 codec.UNAVAILABLE, "DRAINING", "the scheduler takes no new requests: it drains", DRAINING_RETRY_NS
             )
-        if self._limits is None:
-            raise SubmitError(codec.UNAVAILABLE, "NO_WORKER", "no worker has joined yet", NO_WORKER_RETRY_NS)
+        if self._limits is None or self._gave_up:
+            raise SubmitError(codec.UNAVAILABLE, "NO_WORKER", "no worker has joined", NO_WORKER_RETRY_NS)
         now = self.clock()
         request: Request = codec.decode_submit(message, self._limits, now)
         session.check_free(message.stream, request.n)
@@ -383,7 +409,7 @@ class Engine:
         """Stops (or resumes) the admission of new requests; returns how many live ones there are."""
         self.draining = not resume
         self.state_changed()
-        return self.live_requests
+        return len(self.live)
 
     def loads(self) -> control_pb2.GetLoadsResponse:
         """What every worker carries."""
@@ -468,7 +494,8 @@ class Engine:
         log.warning("request failed", request_id=group.request.request_id, reason=event.reason)
 
     def _ended(self, group: SequenceGroup) -> None:
-        self.live_requests -= 1
+        if self.live.get(group.request.request_id) is group:  # its name may have been used again already
+            del self.live[group.request.request_id]
         if group.finished_at is not None:
             self.metrics.e2e_latency.observe((group.finished_at - group.accepted_at) / NS_PER_S)
         for listener in list(group.listeners):

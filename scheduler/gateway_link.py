@@ -145,6 +145,7 @@ class Session:
         """Ends the stream from this side."""
         if not self.ended.done():
             self.ended.set_exception(refusal)
+            self.ended.exception()  # the stream may have ended by itself meanwhile; then nobody else looks
 
     def _has_step(self) -> bool:
         return bool(self.streams or self.attached or self.admitted or self.finished or self.failed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,7 @@ async def serving(settings: SchedulerSettings) -> AsyncIterator[Serving]:
         with contextlib.suppress(asyncio.CancelledError):
             await follower
         await health_servicer.enter_graceful_shutdown()
+        engine.shut_down()
         await server.stop(STOP_GRACE_S)
         if page is not None:
             await page.stop()
@@ -81,6 +83,7 @@ async def serve(settings: SchedulerSettings) -> None:
     """Runs the scheduler until it is cancelled. Raises StartError when it cannot start, and whatever broke its core."""
     async with serving(settings) as now:
         log.info("serving", grpc=now.addresses, metrics=now.metrics_address)
+        gc.freeze()  # what is imported by now lives for ever: collections need not walk it
         ready.announce(settings.ready_fd, grpc=",".join(now.addresses), metrics=now.metrics_address)
         await now.engine.failed
 

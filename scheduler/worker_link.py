@@ -92,6 +92,7 @@ class WorkerLink:
         """Ends the stream from this side."""
         if not self.ended.done():
             self.ended.set_exception(refusal)
+            self.ended.exception()  # the stream may have ended by itself meanwhile; then nobody else looks
 
     def outgoing(self) -> Awaitable[bytes]:
         """The next message to write."""

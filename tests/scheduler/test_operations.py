@@ -162,6 +162,14 @@ async def test_totals_of_a_lost_worker_are_kept() -> None:
         assert hits(await made.read()) == before
 
 
+async def test_a_scheduler_that_stops_ends_its_streams_with_unavailable() -> None:
+    async with pool() as made:
+        worker, gateway = await made.worker(), await made.gateway()
+        made.serving.engine.shut_down()
+        assert await worker.status() == (grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down")
+        assert await gateway.status() == (grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down")
+
+
 def hits(page: str) -> float:
     (line,) = [line for line in page.splitlines() if line.startswith('pagewire_prefix_cache_hits_total{tier="gpu"}')]
     return float(line.split()[-1])

@@ -65,7 +65,7 @@ async def test_a_step_reaches_a_session_as_one_message_with_the_tokens_of_all_it
 
 async def made_live(made: Pool, count: int) -> None:
     """Waits until the scheduler knows that many live requests."""
-    while made.serving.engine.live_requests < count:
+    while len(made.serving.engine.live) < count:
         await asyncio.sleep(0)
 
 
@@ -198,7 +198,7 @@ async def test_when_the_last_listener_detaches_the_request_is_cancelled() -> Non
         await gateway.until(lambda: len(gateway.on(20).tokens) == 2)
         await gateway.send(detach=scheduler_pb2.DetachStream(stream=20))
         worker.run()
-        while made.serving.engine.live_requests:
+        while made.serving.engine.live:
             await asyncio.sleep(0)
         group = made.serving.engine.dispatcher.find("r1")
         assert group is not None
@@ -364,7 +364,7 @@ async def test_the_requests_of_a_broken_session_are_cancelled_when_nobody_comes_
         await gateway.submit(2, [13, 12], max_tokens=30, detached=True)
         await made_live(made, 2)
         gateway.call.cancel()
-        while made.serving.engine.live_requests > 1:
+        while len(made.serving.engine.live) > 1:
             await asyncio.sleep(0.005)
         find = made.serving.engine.dispatcher.find
         lonely, detached = find("r1"), find("r2")
@@ -374,7 +374,7 @@ async def test_the_requests_of_a_broken_session_are_cancelled_when_nobody_comes_
         assert detached is not None
         assert not detached.is_finished
         worker.run()
-        while made.serving.engine.live_requests:
+        while made.serving.engine.live:
             await asyncio.sleep(0.005)
         assert detached.sequences[0].output == expected([13, 12], 30)
 

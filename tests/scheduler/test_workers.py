@@ -82,6 +82,29 @@ async def test_requests_that_wait_for_a_lost_worker_end_at_their_deadline() -> N
         assert await gateway.finish(1) == [expected([11], 50)]
 
 
+async def test_requests_fail_with_worker_lost_when_no_worker_comes_back_in_time() -> None:
+    async with pool(no_worker_s=0.05) as made:
+        worker, gateway = await made.worker(), await made.gateway()
+        await gateway.submit(1, [11], max_tokens=50)
+        await worker.step()
+        await gateway.until(lambda: gateway.on(1).tokens)
+        await worker.stop()
+        await gateway.finish(1)
+        failed = gateway.on(1).failed
+        assert failed is not None
+        assert (failed.code, failed.reason) == (grpc.StatusCode.UNAVAILABLE.value[0], "WORKER_LOST")
+        assert failed.retry_after_ns > 0
+        await gateway.submit(2, [11], max_tokens=2)
+        await gateway.finish(2)
+        refused = gateway.on(2).failed
+        assert refused is not None
+        assert refused.reason == "NO_WORKER"
+        again = await made.worker("w2")
+        again.run()
+        await gateway.submit(3, [11], max_tokens=2)
+        assert await gateway.finish(3) == [expected([11], 2)]
+
+
 async def test_results_of_another_epoch_or_of_no_plan_are_counted_and_ignored() -> None:
     async with pool() as made:
         worker, gateway = await made.worker(), await made.gateway()
