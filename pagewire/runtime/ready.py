@@ -1,4 +1,4 @@
-"""How a role tells its supervisor that it is ready, or that it cannot start: one JSON line on an inherited descriptor."""
+"""How a role tells its supervisor that it is ready or cannot start: one JSON line on an inherited descriptor."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _told: set[int] = set()
 
 
 def announce(ready_fd: int | None, **fields: Any) -> None:
-    """Writes `fields` as one JSON line to `ready_fd` and closes it. Without a descriptor, or a second time, does nothing.
+    """Writes `fields` as one JSON line to `ready_fd` and closes it.
 
-    A supervisor that has gone is no error here: the process notices that by other means.
+    Does nothing without a descriptor, or the second time. A supervisor that has gone is no error here: the process
+    notices that by other means.
     """
     if ready_fd is None or ready_fd in _told:
         return
