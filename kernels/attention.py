@@ -92,6 +92,11 @@ def _workspace(device: torch.device) -> DecodeWorkspace:
     return _workspaces[device]
 
 
+def forget_workspaces() -> None:
+    """Drops the scratch memory that launches without a workspace share; captured graphs that use it must be gone."""
+    _workspaces.clear()
+
+
 def _check(
     query: torch.Tensor, kv_layer: torch.Tensor, block_tables: torch.Tensor, context_lens: torch.Tensor
 ) -> tuple[int, int]:

@@ -29,7 +29,7 @@ class EmulatorBackend:
 
     def __init__(self, folder: Path, num_processors: int = 3, seed: int = 0) -> None:
         self._folder = folder
-        self._num_processors = num_processors
+        self.num_processors = num_processors
         self._random = random.Random(seed)
         self.libraries: list[ctypes.CDLL] = []
 
@@ -39,7 +39,7 @@ class EmulatorBackend:
         return None if shutil.which("g++") else "the kernel emulator needs g++"
 
     def limits(self, device: torch.device) -> kernel_compile.DeviceLimits:
-        return kernel_compile.DeviceLimits(self._num_processors, shared_bytes=227 * 1024, processor_shared_bytes=228 * 1024)
+        return kernel_compile.DeviceLimits(self.num_processors, shared_bytes=227 * 1024, processor_shared_bytes=228 * 1024)
 
     def load(self, text: str, name: str, device: torch.device) -> EmulatedKernel:
         text = f"#define PAGEWIRE_EMULATED\n{text}\n{ENTRY.format(name=name)}"

@@ -1,0 +1,206 @@
+"""Rotary embedding, writes to the KV cache and block copies on CUDA devices: `csrc/cache.cu`.
+
+Twins: `kernels.reference.cache` and `kernels.reference.layers.rope`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import compile as kernel_compile
+
+_THREADS = 128
+_COPY_WORDS = 256 * 4
+
+
+def _vector(head_dim: int, rotary_dim: int, element_size: int, tensors: list[torch.Tensor], strides: list[int]) -> int:
+    """Elements of one access: as many as 16 bytes, sizes and places allow."""
+    vector = 16 // element_size
+    while vector > 1 and (
+        head_dim % vector
+        or (rotary_dim // 2) % vector
+        or any(stride % vector for stride in strides)
+        or any(tensor.data_ptr() % (vector * element_size) for tensor in tensors)
+    ):
+        vector //= 2
+    return vector
+
+
+def _check_heads(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if tensor.dim() != 3 or tensor.stride()[1:] != (tensor.shape[2], 1):
+        raise ValueError(f"{name} must be [T, heads, head_dim] with contiguous heads: {tuple(tensor.shape)} {tensor.stride()}")
+    if (tensor.shape[0], tensor.shape[2]) != (like.shape[0], like.shape[2]):
+        raise ValueError(f"{name} {tuple(tensor.shape)} does not fit {tuple(like.shape)}")
+    if tensor.dtype != like.dtype or tensor.device != like.device or tensor.dtype not in kernel_compile.CUDA_NAMES:
+        raise TypeError(f"{name} must be bfloat16, float16 or float32 on one device: {tensor.dtype}")
+
+
+def _check_layer(kv_layer: torch.Tensor, key: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    num_kv_heads, head_dim = key.shape[1:]
+    if kv_layer.dim() != 5 or kv_layer.shape[1:3] != (2, num_kv_heads) or kv_layer.shape[4] != head_dim:
+        raise ValueError(f"kv_layer {tuple(kv_layer.shape)} does not fit key {tuple(key.shape)}")
+    if kv_layer.stride()[2:] != (kv_layer.shape[3] * head_dim, head_dim, 1):
+        raise ValueError(f"kv_layer must be contiguous inside a block: strides {kv_layer.stride()}")
+    if kv_layer.dtype != key.dtype or kv_layer.device != key.device:
+        raise TypeError(f"kv_layer must be {key.dtype} on {key.device}: {kv_layer.dtype} on {kv_layer.device}")
+    _check_index("slot_mapping", slot_mapping, key)
+
+
+def _check_index(name: str, index: torch.Tensor, key: torch.Tensor) -> None:
+    if index.dtype != torch.int64 or index.shape != (key.shape[0],) or not index.is_contiguous():
+        raise ValueError(f"{name} must be contiguous int64 [{key.shape[0]}]: {tuple(index.shape)} {index.dtype}")
+    if index.device != key.device:
+        raise ValueError(f"{name} must be on {key.device}")
+
+
+def _launch(
+    query: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cos_sin: torch.Tensor | None,
+    kv_layer: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
+    *,
+    interleaved: bool,
+    return_key: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rotated queries, rotated keys); empty tensors where not asked for."""
+    head_dim = key.shape[2]
+    rotary_dim = 0
+    if cos_sin is not None:
+        assert positions is not None
+        _check_index("positions", positions, key)
+        rotary_dim = cos_sin.shape[1]
+        if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous() or rotary_dim % 2 or rotary_dim > head_dim:
+            raise ValueError(f"cos_sin must be contiguous float32 [positions, even, at most {head_dim}]: {tuple(cos_sin.shape)}")
+    block_size, block_stride, value_offset = 1, 0, 0
+    if kv_layer is not None:
+        assert slot_mapping is not None
+        _check_layer(kv_layer, key, slot_mapping)
+        block_size, block_stride, value_offset = kv_layer.shape[3], kv_layer.stride(0), kv_layer.stride(1)
+    tensors = [t for t in (query, key, value, kv_layer) if t is not None]
+    strides = [t.stride(0) for t in tensors] + [value_offset]
+    kernel = kernel_compile.kernel(
+        "cache.cu",
+        "rope_and_cache",
+        key.device,
+        DTYPE=kernel_compile.CUDA_NAMES[key.dtype],
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        BLOCK_SIZE=block_size,
+        INTERLEAVED=int(interleaved),
+        VECTOR=_vector(head_dim, rotary_dim, key.element_size(), tensors, strides),
+    )
+    query_heads = 0 if query is None else query.shape[1]
+    query_out = torch.empty((key.shape[0], query_heads, head_dim), dtype=key.dtype, device=key.device)
+    key_out = torch.empty(key.shape if return_key else (0,), dtype=key.dtype, device=key.device)
+    kernel(
+        (key.shape[0], 1, 1),
+        _THREADS,
+        0,
+        query_out.data_ptr(),
+        key_out.data_ptr() if return_key else 0,
+        0 if kv_layer is None else kv_layer.data_ptr(),
+        0 if query is None else query.data_ptr(),
+        key.data_ptr(),
+        0 if value is None else value.data_ptr(),
+        0 if positions is None else positions.data_ptr(),
+        0 if cos_sin is None else cos_sin.data_ptr(),
+        0 if slot_mapping is None else slot_mapping.data_ptr(),
+        query_heads,
+        key.shape[1],
+        0 if query is None else query.stride(0),
+        key.stride(0),
+        0 if value is None else value.stride(0),
+        block_stride,
+        value_offset,
+    )
+    return query_out, key_out
+
+
+def write_kv(key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """As the twin; key and value may be slices of a fused projection. Raises ValueError, TypeError, KernelError."""
+    _check_heads("key", key, key)
+    _check_heads("value", value, key)
+    _launch(None, key, value, None, None, kv_layer, slot_mapping, interleaved=False, return_key=False)
+
+
+def rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the twin; positions are not checked against cos_sin's rows. Raises ValueError, TypeError, KernelError."""
+    _check_heads("key", key, key)
+    _check_heads("query", query, key)
+    return _launch(query, key, None, positions, cos_sin, None, None, interleaved=interleaved, return_key=True)
+
+
+def rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """As the twin, in one launch; query, key and value may be slices of a fused projection.
+
+    Raises ValueError, TypeError, KernelError.
+    """
+    _check_heads("key", key, key)
+    _check_heads("query", query, key)
+    _check_heads("value", value, key)
+    rotated, _ = _launch(
+        query, key, value, positions, cos_sin, kv_layer, slot_mapping, interleaved=interleaved, return_key=False
+    )
+    return rotated
+
+
+def copy_blocks(pool: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
+    """As the twin. Raises ValueError, KernelError."""
+    launch_copies(pool, pool, sources, destinations)
+
+
+def launch_copies(
+    source: torch.Tensor, destination: torch.Tensor, source_ids: torch.Tensor, destination_ids: torch.Tensor
+) -> None:
+    """`destination[destination_ids[i]] = source[source_ids[i]]` by a kernel on the ids' device.
+
+    source and destination are contiguous [blocks, ...] of one block shape and dtype, each in that device's memory or in
+    pinned host memory, which the kernel reads and writes across the bus. Raises ValueError, KernelError.
+    """
+    if source.shape[1:] != destination.shape[1:] or source.dtype != destination.dtype:
+        raise ValueError(f"blocks differ: {tuple(source.shape)} {source.dtype}, {tuple(destination.shape)} {destination.dtype}")
+    if not (source.is_contiguous() and destination.is_contiguous()):
+        raise ValueError("pools must be contiguous")
+    count = source_ids.numel()
+    for ids in (source_ids, destination_ids):
+        if ids.dtype != torch.int64 or ids.shape != (count,) or not ids.is_contiguous() or ids.device != source_ids.device:
+            raise ValueError(f"ids must be contiguous int64 [{count}] on one device: {tuple(ids.shape)} {ids.dtype}")
+    block_bytes = source[0].numel() * source.element_size()
+    if block_bytes % 16 or source.data_ptr() % 16 or destination.data_ptr() % 16:
+        raise ValueError(f"blocks must be a multiple of 16 bytes and aligned to them, not {block_bytes} bytes")
+    kernel = kernel_compile.kernel(
+        "cache.cu", "copy_blocks", source_ids.device,
+        DTYPE="bfloat16", HEAD_DIM=8, ROTARY_DIM=0, BLOCK_SIZE=1, INTERLEAVED=0, VECTOR=8,
+    )  # fmt: skip
+    words = block_bytes // 16
+    for first in range(0, count, 65535):  # the grid's second dimension
+        kernel(
+            (-(-words // _COPY_WORDS), min(count - first, 65535), 1),
+            256,
+            0,
+            destination.data_ptr(),
+            source.data_ptr(),
+            destination_ids.data_ptr() + first * 8,
+            source_ids.data_ptr() + first * 8,
+            words,
+        )

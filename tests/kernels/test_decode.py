@@ -1,0 +1,155 @@
+"""paged_attention_decode against attention in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import attention
+from kernels import compile as kernel_compile
+from tests.kernels.attention_cases import Case, expected, make_case, relative_error
+from tests.kernels.emulator import EmulatorBackend
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TOLERANCE = {BF16: 5e-3, FP16: 1e-3, FP32: 2e-6}
+
+
+def decode(
+    case: Case, query_len: int = 1, sliding_window: int | None = None, soft_cap: float | None = None
+) -> torch.Tensor:
+    query = case.query.unflatten(0, (-1, query_len))
+    out = attention.paged_attention_decode(
+        query[:, 0] if query_len == 1 else query,
+        case.kv_layer,
+        case.block_tables,
+        case.context_lens,
+        case.scale,
+        sliding_window,
+        soft_cap,
+    )
+    return out.reshape(case.query.shape)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "kv_heads", "head_dim", "block_size"),
+    [
+        (BF16, 8, 2, 128, 16),
+        (FP16, 8, 2, 128, 16),
+        (BF16, 8, 2, 128, 4),
+        (BF16, 4, 4, 64, 1),
+        (BF16, 8, 2, 64, 64),
+        (FP16, 16, 1, 64, 32),
+        (BF16, 5, 1, 80, 16),
+        (BF16, 4, 2, 96, 256),
+        (BF16, 12, 1, 256, 8),
+        (FP32, 4, 2, 64, 16),
+        (FP32, 4, 2, 256, 2),
+    ],
+)
+def test_decode_equals_attention_in_float64_over_ragged_random_block_tables(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    case = make_case(
+        [1, 333, 16, 70, 129],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+    )
+    assert relative_error(decode(case), expected(case)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("sliding_window", "soft_cap"), [(50, None), (1, None), (None, 5.0), (33, 5.0), (1000, None)])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_sliding_window_hides_what_lies_before_it_and_a_soft_cap_bounds_scores(
+    device: torch.device, dtype: torch.dtype, sliding_window: int | None, soft_cap: float | None
+) -> None:
+    case = make_case([300, 50, 51, 7], dtype=dtype, device=device)
+    error = relative_error(decode(case, 1, sliding_window, soft_cap), expected(case, sliding_window, soft_cap))
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("query_len", "heads", "kv_heads"), [(2, 4, 2), (5, 8, 2), (3, 3, 3)])
+def test_several_query_tokens_of_a_sequence_see_up_to_themselves(
+    device: torch.device, query_len: int, heads: int, kv_heads: int
+) -> None:
+    lengths = [query_len, 40, 130]
+    case = make_case(lengths, new_lens=[query_len] * 3, heads=heads, kv_heads=kv_heads, device=device)
+    assert relative_error(decode(case, query_len), expected(case)) < TOLERANCE[BF16]
+    assert relative_error(decode(case, query_len, 20), expected(case, 20)) < TOLERANCE[BF16]
+
+
+def test_rows_of_no_context_give_zeros_and_do_not_disturb_the_others(device: torch.device) -> None:
+    case = make_case([0, 77, 0, 0, 20, 0], new_lens=[1] * 6, device=device)
+    out = decode(case)
+    assert not out[[0, 2, 3, 5]].any()
+    assert relative_error(out, expected(case)) < TOLERANCE[BF16]
+
+
+def test_a_second_launch_finds_the_workspace_as_the_first_did(device: torch.device) -> None:
+    case = make_case([500, 90], device=device)
+    workspace = attention.DecodeWorkspace.allocate(device)
+    outs = [
+        attention.paged_attention_decode(
+            case.query, case.kv_layer, case.block_tables, case.context_lens, case.scale, workspace=workspace
+        )
+        for _ in range(3)
+    ]
+    assert not workspace.arrivals.any()
+    assert relative_error(outs[0], expected(case)) < TOLERANCE[BF16]
+    assert torch.equal(outs[1], outs[0])
+    assert torch.equal(outs[2], outs[0])
+
+
+@pytest.mark.parametrize("num_processors", [1, 2, 5, 40])
+def test_the_result_does_not_depend_on_how_many_processors_share_the_work(
+    emulator: EmulatorBackend, num_processors: int
+) -> None:
+    emulator.num_processors = num_processors
+    kernel_compile.limits.cache_clear()
+    case = make_case([900, 3, 200], heads=4, kv_heads=1)
+    assert relative_error(decode(case), expected(case)) < TOLERANCE[BF16]
+
+
+def test_reads_of_keys_and_values_have_no_bank_conflicts(emulator: EmulatorBackend) -> None:
+    for head_dim in (64, 80, 96, 128, 256):
+        decode(make_case([40], head_dim=head_dim))
+    assert emulator.bank_conflicts() == 0
+
+
+def test_queries_may_be_a_slice_of_a_fused_projection(device: torch.device) -> None:
+    case = make_case([60, 20], device=device)
+    fused = torch.full((2, 8, 64), float("nan"), dtype=BF16, device=device)
+    fused[:, :4] = case.query
+    out = attention.paged_attention_decode(
+        fused[:, :4], case.kv_layer, case.block_tables, case.context_lens, case.scale
+    )
+    assert relative_error(out, expected(case)) < TOLERANCE[BF16]
+
+
+def test_what_the_kernel_cannot_take_is_refused_before_the_launch(emulator: EmulatorBackend) -> None:
+    case = make_case([20], head_dim=64)
+
+    def call(**changes: torch.Tensor) -> None:
+        arguments = {
+            "query": case.query,
+            "kv_layer": case.kv_layer,
+            "block_tables": case.block_tables,
+            "context_lens": case.context_lens,
+        }
+        attention.paged_attention_decode(**{**arguments, **changes}, scale=1.0)
+
+    with pytest.raises(TypeError, match="int32"):
+        call(context_lens=case.context_lens.long())
+    with pytest.raises(TypeError, match="both be"):
+        call(query=case.query.float())
+    with pytest.raises(ValueError, match="not a multiple"):
+        call(query=case.query[:, :3].contiguous())
+    with pytest.raises(ValueError, match="does not fit"):
+        call(query=torch.zeros(1, 4, 32, dtype=BF16))
+    with pytest.raises(ValueError, match="contiguous inside a block"):
+        call(kv_layer=case.kv_layer.transpose(3, 4).contiguous().transpose(3, 4))
+    with pytest.raises(ValueError, match="block tables but"):
+        call(context_lens=torch.tensor([1, 2], dtype=torch.int32))
