@@ -50,8 +50,11 @@ class BlockManager:
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         """Appends blocks until the table holds `num_tokens` tokens."""
-        for _ in range(blocks_for(num_tokens, self.block_size) - len(table.blocks)):
-            self.append(table)
+        count = blocks_for(num_tokens, self.block_size) - len(table.blocks)
+        if count > 0:
+            for _ in range(min(count - self.pool.num_free, self.cache.num_unreferenced)):
+                self.pool.put_back(self.cache.evict())
+            table.blocks.extend(self.pool.take_many(count))
 
     def fork(self, parent: BlockTable, num_blocks: int | None = None) -> BlockTable:
         """A new table that shares the parent's blocks, or its first `num_blocks`."""
@@ -155,9 +158,9 @@ class BlockManager:
             self.cache.revive(block)
         table.blocks.extend(blocks)
 
-    def register(self, block: int, key: bytes) -> None:
-        """Makes a used, full block findable."""
-        self.cache.register(block, key)
+    def register(self, blocks: Iterable[tuple[int, bytes]]) -> None:
+        """Makes used, full blocks findable by their keys."""
+        self.cache.register(blocks)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """Makes blocks unfindable, because their contents are not what their keys say."""
@@ -166,7 +169,7 @@ class BlockManager:
             if block is not None:
                 self.pool.put_back(block)
 
-    # ---- the only two that touch the free list of the KV pool
+    # ---- with extend and forget, all that touches the free list of the KV pool
 
     def _take(self) -> int:
         if not self.pool.num_free and self.cache.num_unreferenced:

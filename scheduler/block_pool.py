@@ -44,6 +44,18 @@ class BlockPool:
         self.references[block] = 1
         return block
 
+    def take_many(self, count: int) -> list[int]:
+        """`count` free blocks, with one reference each. Raises OutOfBlocksError, and takes none, if there are fewer."""
+        if count > len(self._free):
+            raise OutOfBlocksError(f"{count} blocks are wanted, {len(self._free)} of {self.num_blocks} are free")
+        first = len(self._free) - count
+        blocks = self._free[first:]
+        del self._free[first:]
+        blocks.reverse()
+        for block in blocks:
+            self.references[block] = 1
+        return blocks
+
     def share(self, block: int) -> None:
         """One more reference to a used or parked block."""
         self.references[block] += 1

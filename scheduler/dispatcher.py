@@ -105,9 +105,9 @@ class Dispatcher:
         if request.request_id in self._groups:
             return Submitted(Admission.DUPLICATE, f"request {request.request_id!r} is live")
         group = SequenceGroup(request, self._arrivals, now)
-        verdicts = [scheduler.why_never(group) for scheduler in self._schedulers.values()]
-        if verdicts and None not in verdicts:
-            return Submitted(Admission.NEVER, verdicts[0] or "")
+        able = self._able(group)
+        if not able and self._schedulers:
+            return Submitted(Admission.NEVER, self._why_never(group))
         if self._num_waiting() >= self._config.max_waiting:
             return Submitted(Admission.LATER, f"{self._config.max_waiting} requests are waiting already")
         self._arrivals += 1
@@ -115,9 +115,10 @@ class Dispatcher:
         self._groups[request.request_id] = group
         if request.deadline is not None:
             self._note_deadline(request.deadline, group)
-        self._unassigned.append(group)
-        if self._schedulers:
-            self._distribute(now)
+        if able:
+            self._assign(group, able)
+        else:
+            self._unassigned.append(group)
         return Submitted(Admission.OK, group=group)
 
     def abort(self, request_id: str, reason: FinishReason, now: int) -> bool:
@@ -256,13 +257,27 @@ class Dispatcher:
             return
         groups, self._unassigned = sorted(self._unassigned, key=lambda group: group.rank), []
         for group in groups:
-            able = [scheduler for scheduler in self._schedulers.values() if scheduler.why_never(group) is None]
+            able = self._able(group)
             if able:
-                min(able, key=lambda scheduler: scheduler.assigned_sequences / scheduler.max_rows).add(group)
+                self._assign(group, able)
             else:
-                why = next(iter(self._schedulers.values())).why_never(group) or ""
+                why = self._why_never(group)
                 failed = Failed(group, StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_EXHAUSTED", why)
                 self._fail_unassigned(group, failed, now)
+
+    def _able(self, group: SequenceGroup) -> list[Scheduler]:
+        """The workers that could run a group."""
+        return [scheduler for scheduler in self._schedulers.values() if scheduler.why_never(group) is None]
+
+    def _why_never(self, group: SequenceGroup) -> str:
+        """Why the first worker could not run a group."""
+        return next(iter(self._schedulers.values())).why_never(group) or ""
+
+    def _assign(self, group: SequenceGroup, able: list[Scheduler]) -> None:
+        """Gives a group to the least loaded of the workers that could run it."""
+        if len(able) > 1:
+            able.sort(key=lambda scheduler: scheduler.assigned_sequences / scheduler.max_rows)
+        able[0].add(group)
 
     def _fail_unassigned(self, group: SequenceGroup, failed: Failed, now: int) -> None:
         for sequence in group.live:

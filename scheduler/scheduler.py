@@ -327,8 +327,7 @@ class Scheduler:
             self._give_back_released(draft)
             return None
         step = self._step = draft.step
-        for block, key in draft.registered:
-            self.blocks.register(block, key)
+        self.blocks.register(draft.registered)
         draft.decoding = self.decoding
         for sequence in self._ends_at.pop(step, ()):
             self._expect_end(sequence, draft)
@@ -367,11 +366,12 @@ class Scheduler:
         blocks, size = self.blocks, self.capacity.block_size
         live = group.live
         leader, others = live[0], live[1:]
+        known = leader.num_tokens
         is_fresh = not leader.output
         keys = self._lookup_keys(leader)
         found = blocks.find_prefix(keys)
         shared = 0 if is_fresh else len(group.request.prompt) // size
-        need = blocks_for(leader.num_tokens, size) - len(found)
+        need = blocks_for(known, size) - len(found)
         if not is_fresh:
             need += sum(blocks_for(sequence.num_tokens, size) - shared for sequence in others)
         # Copy-on-write comes with the next step: no room for it now would be a preemption then.
@@ -379,9 +379,9 @@ class Scheduler:
         if not self._has_room(need + blocks.num_parked(found), soon):
             return self._fail_if_alone(group, now)
 
-        self._leave_queue(group)
+        self._leave_queue(group, live)
         blocks.share_prefix(leader.table, found)
-        blocks.extend(leader.table, leader.num_tokens)
+        blocks.extend(leader.table, known)
         leader.computed = len(found) * size
         leader.starts_at = 0
         leader.status = PREFILLING
@@ -389,7 +389,7 @@ class Scheduler:
         for sequence in others:
             sequence.status = PREFILLING
             if is_fresh:
-                sequence.computed = leader.num_tokens  # when the leader has got there, it is forked
+                sequence.computed = known  # when the leader has got there, it is forked
                 sequence.starts_at = NEVER_STARTS
             else:
                 sequence.table = blocks.fork(leader.table, shared)
@@ -461,7 +461,7 @@ class Scheduler:
             return
         draft.sampling.append(sequence)
         self._after_prefill(sequence, draft)
-        if not sequence.output:
+        if not sequence.output and len(group.sequences) > 1:
             for other in group.live:
                 if other is not sequence:
                     self._fork(sequence, other, draft)
@@ -679,7 +679,7 @@ class Scheduler:
         need += sum(1 for sequence in live if sequence.computed % size == 0)
         if not self._has_room(need, 0):
             return self._fail_if_alone(group, now)
-        self._leave_queue(group)
+        self._leave_queue(group, live)
         self._resumed.add(group)
         moves = self.blocks.swap_in(tables, num_full)
         if not draft.swap_in:
@@ -725,12 +725,12 @@ class Scheduler:
         self.fail(group, StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_EXHAUSTED", message, now)
         return True
 
-    def _leave_queue(self, group: SequenceGroup) -> None:
+    def _leave_queue(self, group: SequenceGroup, live: list[Sequence]) -> None:
         """A waiting or preempted group starts to run: it has rows from now on."""
-        queue = self.waiting if group.live[0].status is WAITING else self.preempted
+        queue = self.waiting if live[0].status is WAITING else self.preempted
         queue.remove(group)
         self.running[group] = None
-        self._rows += len(group.live)
+        self._rows += len(live)
 
     def _take_row(self, sequence: Sequence) -> None:
         sequence.slot = self._free_slots.pop()
@@ -927,8 +927,7 @@ class Scheduler:
         if self.config.prefix_cache and sequence.table.blocks and not sequence.table.on_host:
             first = len(sequence.group.request.prompt) // self.capacity.block_size
             keys = self._output_keys(sequence, sequence.num_tokens - 1)
-            for block, key in zip(sequence.table.blocks[first:], keys, strict=False):
-                self.blocks.register(block, key)
+            self.blocks.register(zip(sequence.table.blocks[first:], keys, strict=False))
 
     def _prompt_keys(self, group: SequenceGroup) -> list[bytes]:
         """Prefix-cache keys of the prompt's full blocks."""

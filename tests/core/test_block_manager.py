@@ -51,6 +51,15 @@ def test_an_empty_pool_raises_rather_than_hand_out_a_block_twice() -> None:
         pool.take()
 
 
+def test_many_blocks_are_taken_all_or_none() -> None:
+    pool = BlockPool(4)
+    assert pool.take_many(3) == [0, 1, 2]
+    with pytest.raises(OutOfBlocksError, match="2 blocks are wanted, 1 of 4 are free"):
+        pool.take_many(2)
+    assert pool.take_many(0) == []
+    assert pool.take_many(1) == [3]
+
+
 def test_a_block_without_references_cannot_be_dropped() -> None:
     pool = BlockPool(1)
     with pytest.raises(AssertionError, match="block 0 has no reference"):
@@ -172,8 +181,7 @@ def test_a_registered_block_is_found_while_used_and_after() -> None:
     manager = make_manager()
     keys = keys_of(2)
     table = table_of(manager, 8)
-    for block, key in zip(table.blocks, keys, strict=True):
-        manager.register(block, key)
+    manager.register(zip(table.blocks, keys, strict=True))
     assert manager.find_prefix(keys) == [0, 1]
     manager.free(table)
     assert manager.num_free == 8
@@ -190,8 +198,7 @@ def test_unreferenced_blocks_are_given_up_only_when_no_other_is_free_and_the_old
     manager = make_manager(num_blocks=4)
     keys = keys_of(2)
     table = table_of(manager, 8)
-    for block, key in zip(table.blocks, keys, strict=True):
-        manager.register(block, key)
+    manager.register(zip(table.blocks, keys, strict=True))
     manager.free(table)
     other = table_of(manager, 8)
     assert other.blocks == [2, 3]
@@ -208,8 +215,8 @@ def test_the_first_block_of_a_key_stays_registered() -> None:
     manager = make_manager()
     (key,) = keys_of(1)
     first, second = table_of(manager, 4), table_of(manager, 4)
-    manager.register(first.blocks[0], key)
-    manager.register(second.blocks[0], key)
+    manager.register([(first.blocks[0], key)])
+    manager.register([(second.blocks[0], key)])
     assert manager.find_prefix([key]) == [0]
     manager.free(second)
     assert manager.find_prefix([key]) == [0]
@@ -220,8 +227,7 @@ def test_forgotten_blocks_are_not_found_and_free_once_unused() -> None:
     manager = make_manager(num_blocks=2)
     keys = keys_of(2)
     table = table_of(manager, 8)
-    for block, key in zip(table.blocks, keys, strict=True):
-        manager.register(block, key)
+    manager.register(zip(table.blocks, keys, strict=True))
     manager.forget(keys[1:])
     assert manager.find_prefix(keys) == [0]
     manager.free(table)
@@ -287,7 +293,7 @@ class Blocks(RuleBasedStateMachine):
         for position in range(2 * len(found), len(values)):
             self.write(len(self.tables) - 1, position, values[position])
         for block, key, start in zip(table.blocks, keys, range(0, len(values), 2), strict=False):
-            self.manager.register(block, key)
+            self.manager.register([(block, key)])
             self.cached[key] = tuple(values[start : start + 2])
 
     @precondition(lambda self: self.on_device() and self.manager.num_free)

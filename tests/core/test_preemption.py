@@ -1,0 +1,97 @@
+"""Who is preempted, and what the cost model predicts."""
+
+from __future__ import annotations
+
+from scheduler.policy import TransferRates
+from scheduler.preemption import CostModel, LearnedRate, choose_victim
+from scheduler.sequence import SequenceGroup
+from scheduler.step_plan import StepTimings
+from tests.core.factories import make_request
+
+
+def make_groups(*priorities: int) -> list[SequenceGroup]:
+    return [
+        SequenceGroup(make_request(str(arrival), priority=priority), arrival, 0)
+        for arrival, priority in enumerate(priorities)
+    ]
+
+
+def test_the_youngest_of_the_lowest_priority_yields() -> None:
+    groups = make_groups(0, -1, -1, 0)
+    assert choose_victim(groups[0], groups, ()) is groups[2]
+
+
+def test_a_group_yields_itself_when_everybody_else_ranks_before_it() -> None:
+    groups = make_groups(0, 0, 0)
+    assert choose_victim(groups[2], groups, ()) is groups[2]
+
+
+def test_nobody_yields_to_a_group_that_ranks_behind() -> None:
+    groups = make_groups(0, 0, 1)
+    assert choose_victim(groups[1], groups, ()) is groups[1]
+
+
+def test_a_resumed_group_is_not_the_next_victim_if_there_is_another() -> None:
+    groups = make_groups(0, 0, 0)
+    assert choose_victim(groups[0], groups, {groups[2]}) is groups[1]
+    assert choose_victim(groups[0], groups, {groups[1], groups[2]}) is groups[2]
+
+
+def test_the_head_never_yields() -> None:
+    groups = make_groups(0)
+    assert choose_victim(groups[0], groups, ()) is None
+
+
+def test_a_rate_holds_its_start_value_until_the_first_observation() -> None:
+    rate = LearnedRate(50.0)
+    assert rate.per_second == 50.0
+    rate.observe(0, 10)
+    rate.observe(10, 0)
+    assert rate.per_second == 50.0
+    rate.observe(30, 10**9)
+    assert rate.per_second == 30.0
+
+
+def test_a_rate_forgets_slowly_and_weighs_large_observations_more() -> None:
+    rate = LearnedRate(0.0)
+    rate.observe(1000, 10**9)
+    rate.observe(20, 10**8)
+    assert rate.per_second == (0.9 * 1000 + 20) / (0.9 * 1.0 + 0.1)
+
+
+def test_swapping_costs_both_ways_and_waits_for_pending_copies() -> None:
+    costs = CostModel(TransferRates(1000, 2000, 0))
+    assert costs.swap_ns(500) == 500_000_000 + 250_000_000
+    costs.planned(100, 200)
+    assert costs.swap_ns(500) == 600_000_000 + 350_000_000
+    costs.learn(100, 200, StepTimings())
+    assert costs.swap_ns(500) == 750_000_000
+
+
+def test_recomputing_costs_tokens_at_the_prefill_rate() -> None:
+    costs = CostModel(TransferRates(1000, 1000, 50))
+    assert costs.recompute_ns(100) == 2_000_000_000
+    assert costs.prefers_swap(999, 100)
+    assert not costs.prefers_swap(1001, 100)
+
+
+def test_unknown_rates_mean_swap() -> None:
+    costs = CostModel(TransferRates())
+    assert costs.swap_ns(1) is None
+    assert costs.recompute_ns(1) is None
+    assert costs.prefers_swap(1, 1)
+
+
+def test_the_prefill_rate_is_learned_from_steps_that_mostly_prefill() -> None:
+    costs = CostModel(TransferRates(1000, 1000, 0))
+    costs.learn(0, 0, StepTimings(forward_ns=10**9, chunk_tokens=1, decode_tokens=200))
+    assert costs.recompute_ns(100) is None
+    costs.learn(0, 0, StepTimings(forward_ns=10**9, chunk_tokens=190, decode_tokens=10))
+    assert costs.recompute_ns(100) == 500_000_000
+
+
+def test_swap_rates_are_learned_from_timings() -> None:
+    costs = CostModel(TransferRates(1, 1, 0))
+    costs.planned(1000, 3000)
+    costs.learn(1000, 3000, StepTimings(swap_out_ns=10**9, swap_in_ns=10**9))
+    assert costs.swap_ns(3000) == 3_000_000_000 + 1_000_000_000
