@@ -108,7 +108,7 @@ def sample(
     token_ids = torch.searchsorted(cumulative, draws.unsqueeze(1) * totals, right=True).squeeze(1)
     # Rounding can put draw * total at the total itself: take the last token that has any probability.
     last = torch.searchsorted(cumulative, totals, right=False).squeeze(1)
-    return token_ids.minimum(last)
+    return token_ids.minimum(last).clamp_(max=vocab_size - 1)  # an id always, even of parameters that are not finite
 
 
 def _keep_likeliest(

@@ -1,0 +1,96 @@
+"""The executor under the real scheduler core, through the wire format: every output equals the dense computation.
+
+The pool holds the largest group and little more, so groups are preempted again and again, by swap or by recompute.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+
+from pagewire.v1 import scheduler_pb2, worker_pb2
+from scheduler import codec as scheduler_codec
+from scheduler.dispatcher import Admission, Dispatcher, SchedulerConfig, TransferRates, WorkerCapacity
+from scheduler.events import Failed
+from tests.worker.toy import MAX_MODEL_LEN, VOCAB, ToyModel, make_executor
+from worker.codec import plan_from_wire, result_to_wire
+
+NUM_BLOCKS = {1: 110, 4: 29, 16: 10}
+"""By block size: just enough for the largest group alone, three samples of 36 + 20 tokens."""
+LIMITS = scheduler_codec.ModelLimits(VOCAB, MAX_MODEL_LEN, frozenset())
+
+
+def random_submit(generator: random.Random, number: int) -> scheduler_pb2.Submit:
+    """Greedy requests, and seeded ones of one to three samples; a third share a prefix of 16 tokens."""
+    shared = list(range(2, 18)) if number % 3 == 0 else []
+    own = [generator.randrange(VOCAB) for _ in range(generator.randint(1, 20))]
+    submit = scheduler_pb2.Submit(request_id=f"r{number}", token_ids=shared + own)
+    submit.sampling.seed = generator.getrandbits(64)
+    submit.sampling.temperature = generator.choice([0.0, 1.0])
+    submit.sampling.top_p = 0.9
+    submit.sampling.n = generator.randint(1, 3) if submit.sampling.temperature else 1
+    submit.stop.max_tokens = generator.randint(1, 20)
+    return submit
+
+
+def serve(
+    submits: list[scheduler_pb2.Submit], model: ToyModel, *, block_size: int, budget: int, mode: str, num_blocks: int
+) -> tuple[dict[str, list[list[int]]], int]:
+    """Runs the requests to their ends, two plans in flight. Returns outputs by request, and the preemptions."""
+    executor = make_executor(model, block_size=block_size, num_blocks=num_blocks, host_blocks=num_blocks)
+    dispatcher = Dispatcher(SchedulerConfig(token_budget=budget, preemption_mode=mode))  # type: ignore[arg-type]
+    capacity = WorkerCapacity(
+        block_size=block_size,
+        num_blocks=num_blocks,
+        host_blocks=num_blocks,
+        block_bytes=executor.pool.layout.block_bytes,
+        max_slots=8,
+        max_step_tokens=64,
+    )
+    dispatcher.add_worker("w", capacity, TransferRates(), epoch=1, now=0)
+    groups = {}
+    for submit in submits:
+        message = scheduler_pb2.Submit()
+        message.CopyFrom(submit)
+        submitted = dispatcher.submit(scheduler_codec.decode_submit(message, LIMITS, 0), 0)
+        assert submitted.admission is Admission.OK, submitted
+        groups[submit.request_id] = submitted.group
+    in_flight: deque[bytes] = deque()
+    now = 0
+    while True:
+        now += 1
+        while (plan := dispatcher.schedule("w", now)) is not None:
+            in_flight.append(scheduler_codec.encode_plan(plan))
+        if not in_flight:
+            break
+        wire = worker_pb2.JoinResponse.FromString(in_flight.popleft()).step_plan
+        result = result_to_wire(executor.execute(plan_from_wire(wire)))
+        executor.batch.check_integrity()
+        dispatcher.apply("w", scheduler_codec.decode_result(result), now)
+        dispatcher.check_integrity()
+        assert not [event for event in dispatcher.take_events() if isinstance(event, Failed)]
+        assert now < 5000, "the requests do not end"
+    outputs = {name: [sequence.output for sequence in group.sequences] for name, group in groups.items()}
+    return outputs, sum(group.preemptions for group in groups.values())
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+@pytest.mark.parametrize(("block_size", "budget"), [(1, 7), (4, 64), (4, 9), (16, 30)])
+def test_preempted_forked_and_cached_sequences_equal_the_undisturbed_run(
+    block_size: int, budget: int, mode: str
+) -> None:
+    model = ToyModel()
+    generator = random.Random(block_size * budget)
+    submits = [random_submit(generator, number) for number in range(24)]
+    outputs, preemptions = serve(
+        submits, model, block_size=block_size, budget=budget, mode=mode, num_blocks=NUM_BLOCKS[block_size]
+    )
+    assert preemptions > 0, "the pool was not small enough"
+    alone: dict[str, list[list[int]]] = {}
+    for submit in submits:
+        alone |= serve([submit], model, block_size=16, budget=64, mode=mode, num_blocks=40)[0]
+        if submit.sampling.temperature == 0:
+            assert alone[submit.request_id] == [model.greedy(list(submit.token_ids), submit.stop.max_tokens)]
+    assert outputs == alone
