@@ -185,20 +185,13 @@ class Stream:
         while True:
             if self._closed:
                 raise StopIteration
-            try:
-                response = next(self._call)
-            except StopIteration:
-                if self._state.done:
-                    self._closed = True
-                    raise
-                self._recover(ended_early(self.request_id))
+            response = self._next_response()
+            if isinstance(response, StatusDetails):
+                self._recover(response)
                 continue
-            except grpc.RpcError as error:
-                if self._state.complete:
-                    self._closed = True
-                    raise StopIteration from None
-                self._recover(decode(error))
-                continue
+            if response is None:
+                self._closed = True
+                raise StopIteration
             try:
                 piece = self._state.accept(response)
             except errors.StreamError:
@@ -207,6 +200,16 @@ class Stream:
             if piece is not None:
                 self._prompt = self._prompt or piece.prompt
                 return piece
+
+    def _next_response(self) -> inference_pb2.GenerateResponse | StatusDetails | None:
+        """What comes next: a response, the status of a call that failed, or None after the end."""
+        try:
+            response: inference_pb2.GenerateResponse = next(self._call)
+        except StopIteration:
+            return None if self._state.done else ended_early(self.request_id)
+        except grpc.RpcError as error:
+            return None if self._state.complete else decode(error)
+        return response
 
     def text(self) -> str:
         """Reads the stream to its end and returns the text of sequence 0."""

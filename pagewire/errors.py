@@ -27,7 +27,9 @@ class StatusError(PagewireError):
     """A call ended with a status other than OK. `details` has everything the server said."""
 
     def __init__(self, details: StatusDetails) -> None:
-        text = "; ".join([details.message, *(f"{path}: {what}" for path, what in details.violations)])
+        # The message of our servers names the first wrong field already.
+        violations = [f"{path}: {what}" for path, what in details.violations]
+        text = "; ".join([details.message, *(line for line in violations if line not in details.message)])
         super().__init__(f"{details.code.name}: {text}")
         self.details = details
 

@@ -198,6 +198,8 @@ class Supervisor:
 
     async def run(self) -> None:
         """Serves until cancelled. Raises StartError if a child cannot start."""
+        model = self.settings.model or BUNDLED_NAME
+        _say(f"starting {model}: scheduler, workers: {self.settings.num_workers}, gateways: {self.settings.gateways}")
         keepers = [asyncio.ensure_future(self._keep(child)) for child in self.children]
         try:
             either: list[asyncio.Future[Any]] = [self._failure, *keepers]
