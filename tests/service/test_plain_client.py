@@ -150,8 +150,8 @@ async def test_dropping_the_stream_cancels_the_request(up: service.Service) -> N
 async def test_cancel_by_name_ends_the_stream_with_cancelled(up: service.Service) -> None:
     async with up.channel() as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        call = stub.Generate(service.greedy(prompt(20, seed=4), 230, request_id="named"))
-        first = await call.read()
+        call = aiter(stub.Generate(service.greedy(prompt(20, seed=4), 230, request_id="named")))
+        first = await anext(call)
         assert (await stub.Cancel(inference_pb2.CancelRequest(request_id="named"))).found
         reason = None
         delivered = len(first.token_ids)
