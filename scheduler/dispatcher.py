@@ -10,10 +10,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
+from scheduler.draft import ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
+from scheduler.inspection import check_scheduler, worker_loads
 from scheduler.loads import Loads, WorkerLoads
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
-from scheduler.scheduler import ResultError, Scheduler, StepOutput
+from scheduler.scheduler import Scheduler
 from scheduler.sequence import FinishReason, Request, SequenceGroup, SequenceStatus
 from scheduler.step_plan import StepPlan, StepResult
 
@@ -222,7 +224,7 @@ class Dispatcher:
 
     def loads(self) -> Loads:
         """Figures over all workers; takes time linear in the sequences that run."""
-        workers = [scheduler.loads() for scheduler in self._schedulers.values()]
+        workers = [worker_loads(scheduler) for scheduler in self._schedulers.values()]
         return Loads(
             workers=workers,
             waiting=self._num_waiting(),
@@ -238,7 +240,7 @@ class Dispatcher:
         """Raises AssertionError when the books of any worker or the registry do not balance."""
         assigned: set[SequenceGroup] = set()
         for scheduler in self._schedulers.values():
-            scheduler.check_integrity()
+            check_scheduler(scheduler)
             assert not assigned & scheduler.groups.keys(), "a group has two workers"
             assigned |= scheduler.groups.keys()
         assert not assigned & set(self._unassigned), "an unassigned group has a worker"

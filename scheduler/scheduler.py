@@ -12,10 +12,7 @@ Rank is priority first, then arrival. Steps 3 and 4 are left out in a step that 
 The plan is made one step ahead: results of at most `max_plans_in_flight` plans are unknown while it is made. That
 costs nothing, because lengths advance without knowing tokens; a sequence that turns out to have ended runs once more
 and that token is dropped.
-
-What a steady decode step touches. Every member of the decode set advances by one position per step, so whatever
-depends on a position is a calendar over steps: `_block_due[s % block_size]` holds the sequences that need a block in
-step s, `_ends_at[s]` those that sample their last token in step s. A step looks at those few and at nobody else.
+A steady decode step touches only the sequences that need a block or end in it; the decode calendar knows them.
 """
 
 from __future__ import annotations
@@ -23,25 +20,17 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from scheduler.block_manager import BlockManager
 from scheduler.block_table import BlockTable, blocks_for
+from scheduler.decode_calendar import DecodeCalendar
+from scheduler.draft import Draft, ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
-from scheduler.loads import WorkerLoads
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, choose_victim
 from scheduler.prefix_cache import extend_chain, root_key
 from scheduler.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
-from scheduler.step_plan import (
-    NO_MOVES,
-    BlockMoves,
-    Fork,
-    NewSequence,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from scheduler.step_plan import Fork, NewSequence, StepPlan, StepResult, TokenLogprobs
 
 # Names of their own: looking up an enum's member costs more than comparing it.
 WAITING = SequenceStatus.WAITING
@@ -53,62 +42,6 @@ PREEMPTED = SequenceStatus.PREEMPTED
 
 NEVER_STARTS = 1 << 62
 """A step number that no epoch reaches."""
-
-
-class ResultError(ValueError):
-    """A step result contradicts its plan; the caller should drop the worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step result brought: accepted tokens only, dropped ones are not in it. Do not change the lists."""
-
-    accepted: bool = True  # False: the result was stale and has been ignored, or came early and is kept for its turn
-    sequences: list[Sequence] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)  # parallel to sequences
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in token_ids
-
-
-@dataclass(slots=True, eq=False)
-class Draft:
-    """A plan being made, with what has to be remembered until its result is in."""
-
-    step: int
-    left: int = 0  # token budget not used yet
-    has_preempted: bool = False
-    release_slots: list[int] = field(default_factory=list)
-    swap_out: BlockMoves = NO_MOVES
-    swap_in: BlockMoves = NO_MOVES
-    copies: BlockMoves = NO_MOVES
-    new_sequences: list[NewSequence] = field(default_factory=list)
-    append_slots: list[int] = field(default_factory=list)
-    append_blocks: list[int] = field(default_factory=list)
-    replace_slots: list[int] = field(default_factory=list)
-    replace_indices: list[int] = field(default_factory=list)
-    replace_blocks: list[int] = field(default_factory=list)
-    decode_add: list[int] = field(default_factory=list)
-    chunk_slots: list[int] = field(default_factory=list)
-    chunk_tokens: list[int] = field(default_factory=list)
-    forks: list[Fork] = field(default_factory=list)
-    # Remembered until the result:
-    decoding: list[Sequence] = field(default_factory=list)  # the decode set; never changed in place
-    sampling: list[Sequence] = field(default_factory=list)  # chunks that sample, in plan order
-    forked: list[Sequence] = field(default_factory=list)  # rows of forks, in plan order
-    chunks: dict[int, Sequence] = field(default_factory=dict)  # by slot
-    ending: list[Sequence] = field(default_factory=list)  # this step samples their last token by length
-    dropped: set[Sequence] = field(default_factory=set)  # ended or started over since: their tokens do not count
-    sharers: list[SequenceGroup] = field(default_factory=list)  # started in this plan on cached blocks
-    registered: list[tuple[int, bytes]] = field(default_factory=list)  # blocks findable once the plan is made
-    recomputed_tokens: int = 0
-
-    @property
-    def rows(self) -> list[Sequence]:
-        """The sequences behind the rows of the result, in order."""
-        return self.decoding + self.sampling + self.forked if self.sampling else self.decoding
-
-    def ignores(self, group: SequenceGroup) -> bool:
-        """Nothing that this step brings for the group counts."""
-        return all(sequence in self.dropped for sequence in group.live)
 
 
 class Scheduler:
@@ -144,19 +77,18 @@ class Scheduler:
         self.decoding: list[Sequence] = []  # the decode set in the worker's order; replaced, never changed in place
         self._emit = emit
         self._decoding_changed = False  # somebody in `decoding` has left
-        self._joining: list[Sequence] = []  # join the decode set with the next plan
-        self._block_due: list[dict[Sequence, None]] = [{} for _ in range(capacity.block_size)]
-        self._ends_at: dict[int, dict[Sequence, None]] = {}
+        self.joining: list[Sequence] = []  # join the decode set with the next plan
+        self.calendar = DecodeCalendar(capacity.block_size)
         self._ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
         self._resumed: set[SequenceGroup] = set()  # since the last preemption
-        self._free_slots = list(range(capacity.max_slots - 1, -1, -1))
-        self._released: list[int] = []  # rows that the next plan releases
-        self._rows = 0  # rows held or promised to running groups
-        self._step = 0  # last plan made
-        self._applied = 0  # last result applied
-        self._in_flight: deque[Draft] = deque()
+        self.free_slots = list(range(capacity.max_slots - 1, -1, -1))
+        self.released_slots: list[int] = []  # rows that the next plan releases
+        self.rows_held = 0  # rows held or promised to running groups
+        self.last_step = 0  # last plan made
+        self.last_applied = 0  # last result applied
+        self.in_flight: deque[Draft] = deque()
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
-        self._stop_counts: dict[int, int] = {}  # stop token -> groups of this worker that have it
+        self.stop_counts: dict[int, int] = {}  # stop token -> groups of this worker that have it
         # Figures.
         self.preemptions_total = {"swap": 0, "recompute": 0}
         self.predicted_ns = {"swap": 0, "recompute": 0}
@@ -193,8 +125,8 @@ class Scheduler:
         self.groups[group] = None
         self.assigned_sequences += len(group.live)
         for token in group.request.stop_ids:
-            self._stop_counts[token] = self._stop_counts.get(token, 0) + 1
-        insort(self.waiting if group.started_at is None else self.preempted, group, key=_rank)
+            self.stop_counts[token] = self.stop_counts.get(token, 0) + 1
+        insort(self.waiting if group.started_at is None else self.preempted, group, key=rank)
 
     def give_up_waiting(self) -> list[SequenceGroup]:
         """Gives back the groups that have not started, for another distribution over workers."""
@@ -205,7 +137,7 @@ class Scheduler:
 
     def give_up_all(self) -> list[SequenceGroup]:
         """Gives back all groups, because the worker is lost: with the tokens known so far, and without any KV."""
-        groups = sorted(self.groups, key=_rank)
+        groups = sorted(self.groups, key=rank)
         for group in groups:
             group.resumable_after = 0
             for sequence in group.live:
@@ -247,10 +179,10 @@ class Scheduler:
 
     def schedule(self, now: int) -> StepPlan | None:
         """The next plan. None: enough plans are in flight, or there is nothing to compute now."""
-        if len(self._in_flight) >= self.config.max_plans_in_flight or not self.groups:
+        if len(self.in_flight) >= self.config.max_plans_in_flight or not self.groups:
             return None
         while True:
-            draft = Draft(self._step + 1)
+            draft = Draft(self.last_step + 1)
             self._keep_running(draft, now)
             self._take_released(draft)
             self._continue_prefills(draft)
@@ -266,13 +198,13 @@ class Scheduler:
         """All decoding sequences go on, those whose prefill has just been planned join them, and each has a block
         for the position it will write."""
         step, blocks = draft.step, self.blocks
-        joining = self._joining
+        joining = self.joining
         if joining:
-            self._joining = []
+            self.joining = []
             joining = [sequence for sequence in joining if sequence.status is RUNNING]
             for sequence in joining:
-                self._enter_decode(sequence, step)
-        due = self._block_due[step % self.capacity.block_size]
+                self.calendar.enter(sequence, step)
+        due = self.calendar.due(step)
         copying = [sequence for sequence in joining if self._must_copy(sequence)]
         # A sequence whose last block is shared needs a copy, except the last one that shares it: counted as one too
         # many per fork at most, which only matters when nothing is left.
@@ -303,7 +235,7 @@ class Scheduler:
         """Preempted groups come back, by rank, once the results of their last steps are in."""
         while self.preempted and draft.left > 0:
             group = self.preempted[0]
-            if group.resumable_after > self._applied or not self._has_rows(group):
+            if group.resumable_after > self.last_applied or not self._has_rows(group):
                 return
             if group.live[0].status is SWAPPED:
                 resumed = self._swap_in(group, draft, now)
@@ -326,34 +258,17 @@ class Scheduler:
         if not (self.decoding or draft.chunk_slots or draft.swap_out or draft.swap_in):
             self._give_back_released(draft)
             return None
-        step = self._step = draft.step
+        step = self.last_step = draft.step
         self.blocks.register(draft.registered)
         draft.decoding = self.decoding
-        for sequence in self._ends_at.pop(step, ()):
+        for sequence in self.calendar.ending(step):
             self._expect_end(sequence, draft)
         size = self.capacity.block_bytes
         self.costs.planned(len(draft.swap_out) * size, len(draft.swap_in) * size)
         self.swap_out_blocks_total += len(draft.swap_out)
         self.swap_in_blocks_total += len(draft.swap_in)
-        self._in_flight.append(draft)
-        return StepPlan(
-            epoch=self.epoch,
-            step=step,
-            release_slots=draft.release_slots,
-            swap_out=draft.swap_out,
-            swap_in=draft.swap_in,
-            copies=draft.copies,
-            new_sequences=draft.new_sequences,
-            append_slots=draft.append_slots,
-            append_blocks=draft.append_blocks,
-            replace_slots=draft.replace_slots,
-            replace_indices=draft.replace_indices,
-            replace_blocks=draft.replace_blocks,
-            decode_add=draft.decode_add,
-            chunk_slots=draft.chunk_slots,
-            chunk_tokens=draft.chunk_tokens,
-            forks=draft.forks,
-        )
+        self.in_flight.append(draft)
+        return draft.plan(self.epoch)
 
     # ------------------------------------------------------------------ prefill
 
@@ -443,10 +358,7 @@ class Scheduler:
         end = min(known, start + draft.left)
         if not sequence.has_row:
             draft.new_sequences.append(self._new_row(sequence, start))
-        draft.left -= end - start
-        draft.chunk_slots.append(sequence.slot)
-        draft.chunk_tokens.append(end - start)
-        draft.chunks[sequence.slot] = sequence
+        draft.add_chunk(sequence, end - start)
         sequence.computed = end
         if start < sequence.computed_before:
             again = min(end, sequence.computed_before) - start
@@ -488,7 +400,7 @@ class Scheduler:
         if len(sequence.output) + 1 >= sequence.request.max_tokens:
             self._expect_end(sequence, draft)
         else:
-            self._joining.append(sequence)
+            self.joining.append(sequence)
 
     def _new_row(self, sequence: Sequence, computed: int) -> NewSequence:
         self._take_row(sequence)
@@ -506,29 +418,9 @@ class Scheduler:
 
     # ------------------------------------------------------------------ decode
 
-    def _enter_decode(self, sequence: Sequence, step: int) -> None:
-        """Puts a sequence on the calendars: from `step` on it writes one position per step."""
-        request = sequence.group.request
-        base = sequence.base_step = step - sequence.computed
-        # Step s samples output token s - base - len(prompt) + 1 (0-based).
-        end = sequence.end_step = base + len(request.prompt) + request.max_tokens - 2
-        self._block_due[base % self.capacity.block_size][sequence] = None
-        self._ends_at.setdefault(end, {})[sequence] = None
-
     def _leave_decode(self, sequence: Sequence) -> None:
-        """Takes a sequence off the calendars and says how far it is, all plans made so far included."""
-        if sequence.end_step == 0:
-            return
-        base = sequence.base_step
-        sequence.computed = self._step + 1 - base
-        del self._block_due[base % self.capacity.block_size][sequence]
-        due = self._ends_at.get(sequence.end_step)
-        if due is not None:
-            due.pop(sequence, None)
-            if not due:
-                del self._ends_at[sequence.end_step]
-        sequence.end_step = 0
-        self._decoding_changed = True
+        if self.calendar.leave(sequence, self.last_step):
+            self._decoding_changed = True
 
     def _expect_end(self, sequence: Sequence, draft: Draft) -> None:
         """The draft samples a sequence's last token by length: its row goes with the next plan, its blocks with the
@@ -548,15 +440,8 @@ class Scheduler:
     def _copy_on_write(self, sequence: Sequence, draft: Draft) -> None:
         index = sequence.computed // self.capacity.block_size
         moved = self.blocks.make_private(sequence.table, index)
-        if moved is None:
-            return
-        if not draft.copies:
-            draft.copies = BlockMoves()
-        draft.copies.sources.append(moved[0])
-        draft.copies.destinations.append(moved[1])
-        draft.replace_slots.append(sequence.slot)
-        draft.replace_indices.append(index)
-        draft.replace_blocks.append(moved[1])
+        if moved is not None:
+            draft.add_copy(sequence.slot, index, *moved)
 
     # ------------------------------------------------------------------ preemption
 
@@ -579,7 +464,7 @@ class Scheduler:
         """Frees blocks until every group that goes on has what it needs, those that rank first before the others.
         A victim never ranks before the group it yields to, so nothing that has been promised is taken back."""
         promised = 0
-        for group in sorted(needs, key=_rank):
+        for group in sorted(needs, key=rank):
             need = needs[group]
             while group in self.running and promised + need > self.blocks.num_free:
                 if self._ending:
@@ -617,10 +502,7 @@ class Scheduler:
                 self._release_row(sequence)
                 sequence.status = SWAPPED
             moves = self.blocks.swap_out([sequence.table for sequence in live])
-            if not draft.swap_out:
-                draft.swap_out = BlockMoves()
-            draft.swap_out.sources.extend(moves.sources)
-            draft.swap_out.destinations.extend(moves.destinations)
+            draft.add_swap_out(moves)
             victim.swapped_bytes += len(moves) * self.capacity.block_bytes
             self._set_aside(victim)
         else:
@@ -641,10 +523,10 @@ class Scheduler:
         self._set_aside(group)
 
     def _set_aside(self, group: SequenceGroup) -> None:
-        group.resumable_after = self._step
+        group.resumable_after = self.last_step
         self.running.pop(group, None)
         if group not in self.preempted:
-            insort(self.preempted, group, key=_rank)
+            insort(self.preempted, group, key=rank)
 
     def _preemption_mode(self, live: list[Sequence]) -> str:
         """Swap or recompute. Whoever is still being prefilled is recomputed: it has no output to lose, and what it
@@ -682,17 +564,14 @@ class Scheduler:
         self._leave_queue(group, live)
         self._resumed.add(group)
         moves = self.blocks.swap_in(tables, num_full)
-        if not draft.swap_in:
-            draft.swap_in = BlockMoves()
-        draft.swap_in.sources.extend(moves.sources)
-        draft.swap_in.destinations.extend(moves.destinations)
+        draft.add_swap_in(moves)
         group.swapped_bytes += len(moves) * self.capacity.block_bytes
         for sequence in live:
             sequence.status = RUNNING
             self.blocks.extend(sequence.table, sequence.computed + 1)
             draft.new_sequences.append(self._new_row(sequence, sequence.computed))
             draft.decode_add.append(sequence.slot)
-            self._enter_decode(sequence, draft.step)
+            self.calendar.enter(sequence, draft.step)
         self.decoding = self.decoding + live
         draft.left -= len(live)
         return True
@@ -700,7 +579,7 @@ class Scheduler:
     # ------------------------------------------------------------------ room
 
     def _has_rows(self, group: SequenceGroup) -> bool:
-        return self._rows + len(group.live) <= self.max_rows
+        return self.rows_held + len(group.live) <= self.max_rows
 
     def _has_room(self, need: int, soon: int) -> bool:
         """Whether `need` blocks can be taken so that `soon` more and the watermark stay free. Whoever would be alone
@@ -730,10 +609,10 @@ class Scheduler:
         queue = self.waiting if live[0].status is WAITING else self.preempted
         queue.remove(group)
         self.running[group] = None
-        self._rows += len(live)
+        self.rows_held += len(live)
 
     def _take_row(self, sequence: Sequence) -> None:
-        sequence.slot = self._free_slots.pop()
+        sequence.slot = self.free_slots.pop()
         sequence.has_row = True
 
     def _release_row(self, sequence: Sequence) -> None:
@@ -741,45 +620,45 @@ class Scheduler:
         releases it."""
         if sequence.has_row:
             sequence.has_row = False
-            self._released.append(sequence.slot)
+            self.released_slots.append(sequence.slot)
         else:
-            self._rows -= 1
+            self.rows_held -= 1
 
     def _take_released(self, draft: Draft) -> None:
-        draft.release_slots, self._released = self._released, []
-        self._free_slots.extend(draft.release_slots)
-        self._rows -= len(draft.release_slots)
+        draft.release_slots, self.released_slots = self.released_slots, []
+        self.free_slots.extend(draft.release_slots)
+        self.rows_held -= len(draft.release_slots)
 
     def _give_back_released(self, draft: Draft) -> None:
         """Undoes _take_released for a draft that fills no row."""
         if draft.release_slots:
-            del self._free_slots[-len(draft.release_slots) :]
-            self._rows += len(draft.release_slots)
-            self._released = draft.release_slots + self._released
+            del self.free_slots[-len(draft.release_slots) :]
+            self.rows_held += len(draft.release_slots)
+            self.released_slots = draft.release_slots + self.released_slots
 
     # ------------------------------------------------------------------ results
 
     def apply(self, result: StepResult, now: int) -> StepOutput | None:
         """Accepts the result of a plan in flight, once; None: it is stale. One that overtook another waits for it."""
-        flights = self._in_flight
-        if result.epoch != self.epoch or not self._applied < result.step <= self._applied + len(flights):
+        flights = self.in_flight
+        if result.epoch != self.epoch or not self.last_applied < result.step <= self.last_applied + len(flights):
             return None
         if result.step in self._early:
             return None
-        if result.step != self._applied + 1:
+        if result.step != self.last_applied + 1:
             self._early[result.step] = result
             return StepOutput(accepted=False)
         output = self._apply_next(result, now)
-        while (following := self._early.pop(self._applied + 1, None)) is not None:
-            output = _joined(output, self._apply_next(following, now))
+        while (following := self._early.pop(self.last_applied + 1, None)) is not None:
+            output = output.followed_by(self._apply_next(following, now))
         return output
 
     def _apply_next(self, result: StepResult, now: int) -> StepOutput:
-        flight = self._in_flight[0]
+        flight = self.in_flight[0]
         rows, tokens = flight.rows, result.token_ids
         self._check_result(flight, len(rows), result)
-        self._in_flight.popleft()
-        self._applied = flight.step
+        self.in_flight.popleft()
+        self.last_applied = flight.step
         self._learn(flight, result)
         if result.nonfinite_rows or result.out_of_memory_slots:
             self._drop_failed_rows(flight, rows, result, now)
@@ -799,7 +678,7 @@ class Scheduler:
                 logprobs[position] = entry
         if flight.chunks:
             self._note_first_tokens(flight, result, now)
-        if not self._stop_counts.keys().isdisjoint(tokens):
+        if not self.stop_counts.keys().isdisjoint(tokens):
             self._end_stopped(rows, tokens, now)
         for sequence in flight.ending:
             if sequence.finish is None and sequence not in flight.dropped:
@@ -868,11 +747,13 @@ class Scheduler:
             group = sequence.group
             keys = group.prompt_hashes or []
             self.blocks.forget(keys)
-            for later in self._in_flight:
+            for later in self.in_flight:
                 for sharer in later.sharers:
                     if keys and sharer is not group and (sharer.prompt_hashes or [b""])[0] == keys[0]:
                         self._start_over(sharer)
-            if group.is_finished or sequence in flight.dropped:
+            # A chunk is also the others' business: they are forked from it, or share its blocks.
+            is_chunk = flight.chunks.get(sequence.slot) is sequence
+            if group.is_finished or flight.ignores(group) or (sequence in flight.dropped and not is_chunk):
                 continue
             flight.dropped.update(group.sequences)
             if sequence in failed:
@@ -890,7 +771,7 @@ class Scheduler:
         """Recomputes a live group from its accepted tokens; what is in flight for it does not count."""
         if group.is_finished:
             return
-        for later in self._in_flight:
+        for later in self.in_flight:
             later.dropped.update(group.sequences)
         self.blocks.forget(group.prompt_hashes or [])
         for sequence in group.live:
@@ -909,7 +790,7 @@ class Scheduler:
         if sequence.status is PREFILLING:
             self.prefilling = [other for other in self.prefilling if other is not sequence]
         self._detach(sequence)
-        for flight in self._in_flight:
+        for flight in self.in_flight:
             flight.dropped.add(sequence)
 
     def _detach(self, sequence: Sequence) -> None:
@@ -985,116 +866,12 @@ class Scheduler:
         group.worker_id = None
         self.assigned_sequences -= len(group.live)
         for token in group.request.stop_ids:
-            count = self._stop_counts[token] - 1
+            count = self.stop_counts[token] - 1
             if count:
-                self._stop_counts[token] = count
+                self.stop_counts[token] = count
             else:
-                del self._stop_counts[token]
-
-    # ------------------------------------------------------------------ figures and checks
-
-    def loads(self) -> WorkerLoads:
-        """Figures of this worker; takes time linear in the sequences that run."""
-        size, blocks = self.capacity.block_bytes, self.blocks
-        return WorkerLoads(
-            worker_id=self.worker_id,
-            epoch=self.epoch,
-            step=self._step,
-            plans_in_flight=len(self._in_flight),
-            running_groups=len(self.running),
-            running_sequences=self._rows - len(self._released),
-            waiting_groups=len(self.waiting),
-            swapped_groups=sum(1 for group in self.preempted if _is_swapped(group)),
-            preempted_groups=sum(1 for group in self.preempted if not _is_swapped(group)),
-            kv_blocks_free=blocks.num_free,
-            kv_blocks_used=blocks.num_used,
-            kv_blocks_cached=blocks.cache.num_unreferenced,
-            host_blocks_free=blocks.host.num_free,
-            host_blocks_used=self.capacity.host_blocks - blocks.host.num_free,
-            kv_waste_ratio=self.kv_waste_ratio(),
-            preemptions_total=dict(self.preemptions_total),
-            preemption_cost_predicted_ns=dict(self.predicted_ns),
-            preemption_cost_actual_ns=dict(self.actual_ns),
-            swap_out_bytes_total=self.swap_out_blocks_total * size,
-            swap_in_bytes_total=self.swap_in_blocks_total * size,
-            prefix_cache_query_tokens_total=self.query_tokens_total,
-            prefix_cache_hit_tokens_total=self.hit_tokens_total,
-            prompt_tokens_total=self.prompt_tokens_total,
-            generation_tokens_total=self.generation_tokens_total,
-        )
-
-    def kv_waste_ratio(self) -> float:
-        """Slots of used blocks that hold no token, over all slots of used blocks. Blocks of prompt tokens that are
-        still to be computed hold those tokens. Only last blocks can have empty slots."""
-        size, used = self.capacity.block_size, self.blocks.num_used
-        if not used:
-            return 0.0
-        empty: dict[int, int] = {}
-        following = self._step + 1
-        for group in self.groups:
-            for sequence in group.sequences:
-                blocks = sequence.table.blocks
-                if blocks and not sequence.table.on_host:
-                    if sequence.status is PREFILLING:
-                        tokens = sequence.num_tokens
-                    else:
-                        tokens = following - sequence.base_step if sequence.end_step else sequence.computed
-                    empty[blocks[-1]] = len(blocks) * size - tokens
-        return sum(empty.values()) / (used * size)
-
-    def check_integrity(self) -> None:
-        """Raises AssertionError when the books do not balance."""
-        sequences = [sequence for group in self.groups for sequence in group.live]
-        self.blocks.check_integrity(sequence.table for sequence in sequences)
-        for group in self.groups:
-            assert group.worker_id == self.worker_id, f"{group} belongs to {group.worker_id}"
-            assert group.live, f"{group} has finished and is still here"
-            places = (group in self.waiting) + (group in self.preempted) + (group in self.running)
-            only_ending = all(sequence.status is ENDING for sequence in group.live)
-            assert places == (0 if only_ending else 1), f"{group} is in {places} places"
-        for queue in (self.waiting, self.preempted):
-            assert [group.rank for group in queue] == sorted(group.rank for group in queue), "a queue is out of order"
-        assert not {*self.waiting, *self.preempted, *self.running} - self.groups.keys(), "a finished group is queued"
-        joining = {sequence for sequence in self._joining if sequence.status is RUNNING}
-        decoding = {sequence for sequence in self.decoding if sequence.end_step}
-        for sequence in sequences:
-            tokens_in_place = sequence.status in (PREFILLING, RUNNING)
-            assert not sequence.has_row or tokens_in_place, f"{sequence} has a row"
-            assert (sequence in decoding) + (sequence in joining) == (sequence.status is RUNNING), f"{sequence} is lost"
-            assert sequence.table.on_host == (sequence.status is SWAPPED), f"{sequence} has {sequence.table}"
-            if sequence.status in (WAITING, PREEMPTED):
-                assert not sequence.table.blocks, f"{sequence} has {sequence.table}"
-        due = [sequence for bucket in self._block_due for sequence in bucket]
-        ends = [sequence for bucket in self._ends_at.values() for sequence in bucket]
-        assert len(due) == len(ends) == len(decoding), "the calendars differ from the decode set"
-        assert set(due) == set(ends) == decoding, "the calendars differ from the decode set"
-        rows = [sequence.slot for sequence in sequences if sequence.has_row]
-        promised = sum(1 for s in sequences if s.status in (PREFILLING, RUNNING) and not s.has_row)
-        assert self._rows == len(rows) + len(self._released) + promised, "rows are miscounted"
-        every_slot = sorted(rows + self._released + self._free_slots)
-        assert every_slot == list(range(self.capacity.max_slots)), "a slot is lost or held twice"
-        assert self.assigned_sequences == len(sequences), "assigned sequences are miscounted"
-        counts: dict[int, int] = {}
-        for group in self.groups:
-            for token in group.request.stop_ids:
-                counts[token] = counts.get(token, 0) + 1
-        assert counts == self._stop_counts, "stop tokens are miscounted"
+                del self.stop_counts[token]
 
 
-def _rank(group: SequenceGroup) -> tuple[int, int]:
+def rank(group: SequenceGroup) -> tuple[int, int]:
     return group.rank
-
-
-def _is_swapped(group: SequenceGroup) -> bool:
-    return any(sequence.status is SWAPPED for sequence in group.live)
-
-
-def _joined(first: StepOutput, second: StepOutput) -> StepOutput:
-    """The output of two results that were applied together."""
-    shift = len(first.token_ids)
-    return StepOutput(
-        True,
-        first.sequences + second.sequences,
-        first.token_ids + second.token_ids,
-        first.logprobs | {position + shift: entry for position, entry in second.logprobs.items()},
-    )

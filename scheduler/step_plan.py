@@ -36,6 +36,10 @@ class BlockMoves:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def followed_by(self, other: BlockMoves) -> BlockMoves:
+        """These moves, then the other ones."""
+        return BlockMoves(self.sources + other.sources, self.destinations + other.destinations)
+
 
 NO_MOVES = BlockMoves()
 """The empty list of moves, shared by all plans without any."""

@@ -448,6 +448,35 @@ def test_all_sequences_of_a_group_are_preempted_and_resumed_together() -> None:
     assert [sequence.output for sequence in pair.sequences] == [undisturbed_output(pair.request, i)[0] for i in (0, 1)]
 
 
+def test_samples_that_are_swapped_before_their_first_copy_on_write_come_back_with_blocks_of_their_own() -> None:
+    config = SchedulerConfig(watermark=0.0, preemption_mode="swap", prefix_cache=False)
+    service = OneWorker(config, num_blocks=5)
+    service.submit("a", [1] * 7, max_tokens=8)
+    service.step()
+    pair = service.submit("b", [2] * 6, n=2, max_tokens=3)
+    service.step()
+    out = service.step()  # the elder needs a block in the step in which the pair would copy one, and one is free
+    assert out.swap_out == BlockMoves([2, 3], [0, 1])
+    (back,) = [plan for plan in service.run_until_idle() if plan.swap_in]
+    assert back.swap_in.sources == [0, 1, 1]
+    assert [sequence.output for sequence in pair.sequences] == [undisturbed_output(pair.request, i)[0] for i in (0, 1)]
+
+
+def test_when_the_head_outgrows_the_pool_those_who_yielded_to_it_start_in_the_same_plan() -> None:
+    config = SchedulerConfig(watermark=0.0, preemption_mode="recompute", prefix_cache=False)
+    service = OneWorker(config, num_blocks=4)
+    service.submit("head", [1] * 4, n=2, max_tokens=20)
+    for _ in range(4):
+        service.step()
+    service.submit("next", [2] * 3, max_tokens=2)
+    service.step()
+    plan = service.plan()
+    assert [new.request.request_id for new in plan.new_sequences] == ["next"]
+    failed = service.dispatcher.take_events()[-1]
+    assert isinstance(failed, Failed)
+    assert failed.group.request.request_id == "head"
+
+
 def test_a_request_that_outgrows_the_whole_pool_alone_fails_by_name() -> None:
     service = OneWorker(num_blocks=3)
     service.submit("a", [1] * 7, max_tokens=50)

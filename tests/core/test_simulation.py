@@ -149,7 +149,10 @@ class Simulation:
     def submit(self) -> None:
         dice = self.random
         stem = dice.choice(self.stems)
-        prompt = stem[: dice.randint(1, 20)] if dice.random() < 0.6 else []
+        if self.groups and dice.random() < 0.3:  # the next turn of a conversation
+            said = dice.choice(dice.choice(self.groups).sequences)
+            stem = said.token_ids
+        prompt = stem[: dice.choice([dice.randint(1, 20), 40])] if dice.random() < 0.6 else []
         prompt = prompt + [dice.randrange(60) for _ in range(dice.randint(0 if prompt else 1, 8))]
         faulty = self.has_faulty_requests and dice.random() < 0.3
         request = Request(

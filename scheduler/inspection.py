@@ -1,0 +1,111 @@
+"""Looking at a scheduler from outside: its figures, and whether its books balance. Changes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scheduler.loads import WorkerLoads
+from scheduler.sequence import SequenceGroup, SequenceStatus
+
+if TYPE_CHECKING:
+    from scheduler.scheduler import Scheduler
+
+WAITING = SequenceStatus.WAITING
+PREFILLING = SequenceStatus.PREFILLING
+RUNNING = SequenceStatus.RUNNING
+ENDING = SequenceStatus.ENDING
+SWAPPED = SequenceStatus.SWAPPED
+PREEMPTED = SequenceStatus.PREEMPTED
+
+
+def worker_loads(scheduler: Scheduler) -> WorkerLoads:
+    """Figures of this worker; takes time linear in the sequences that run."""
+    size, blocks = scheduler.capacity.block_bytes, scheduler.blocks
+    return WorkerLoads(
+        worker_id=scheduler.worker_id,
+        epoch=scheduler.epoch,
+        step=scheduler.last_step,
+        plans_in_flight=len(scheduler.in_flight),
+        running_groups=len(scheduler.running),
+        running_sequences=scheduler.rows_held - len(scheduler.released_slots),
+        waiting_groups=len(scheduler.waiting),
+        swapped_groups=sum(1 for group in scheduler.preempted if _is_swapped(group)),
+        preempted_groups=sum(1 for group in scheduler.preempted if not _is_swapped(group)),
+        kv_blocks_free=blocks.num_free,
+        kv_blocks_used=blocks.num_used,
+        kv_blocks_cached=blocks.cache.num_unreferenced,
+        host_blocks_free=blocks.host.num_free,
+        host_blocks_used=scheduler.capacity.host_blocks - blocks.host.num_free,
+        kv_waste_ratio=kv_waste_ratio(scheduler),
+        preemptions_total=dict(scheduler.preemptions_total),
+        preemption_cost_predicted_ns=dict(scheduler.predicted_ns),
+        preemption_cost_actual_ns=dict(scheduler.actual_ns),
+        swap_out_bytes_total=scheduler.swap_out_blocks_total * size,
+        swap_in_bytes_total=scheduler.swap_in_blocks_total * size,
+        prefix_cache_query_tokens_total=scheduler.query_tokens_total,
+        prefix_cache_hit_tokens_total=scheduler.hit_tokens_total,
+        prompt_tokens_total=scheduler.prompt_tokens_total,
+        generation_tokens_total=scheduler.generation_tokens_total,
+    )
+
+
+def kv_waste_ratio(scheduler: Scheduler) -> float:
+    """Slots of used blocks that hold no token, over all slots of used blocks. Blocks of prompt tokens that are
+    still to be computed hold those tokens. Only last blocks can have empty slots."""
+    size, used = scheduler.capacity.block_size, scheduler.blocks.num_used
+    if not used:
+        return 0.0
+    empty: dict[int, int] = {}
+    following = scheduler.last_step + 1
+    for group in scheduler.groups:
+        for sequence in group.sequences:
+            blocks = sequence.table.blocks
+            if blocks and not sequence.table.on_host:
+                if sequence.status is PREFILLING:
+                    tokens = sequence.num_tokens
+                else:
+                    tokens = following - sequence.base_step if sequence.end_step else sequence.computed
+                empty[blocks[-1]] = len(blocks) * size - tokens
+    return sum(empty.values()) / (used * size)
+
+
+def check_scheduler(scheduler: Scheduler) -> None:
+    """Raises AssertionError when the books do not balance."""
+    sequences = [sequence for group in scheduler.groups for sequence in group.live]
+    scheduler.blocks.check_integrity(sequence.table for sequence in sequences)
+    for group in scheduler.groups:
+        assert group.worker_id == scheduler.worker_id, f"{group} belongs to {group.worker_id}"
+        assert group.live, f"{group} has finished and is still here"
+        places = (group in scheduler.waiting) + (group in scheduler.preempted) + (group in scheduler.running)
+        only_ending = all(sequence.status is ENDING for sequence in group.live)
+        assert places == (0 if only_ending else 1), f"{group} is in {places} places"
+    for queue in (scheduler.waiting, scheduler.preempted):
+        assert [group.rank for group in queue] == sorted(group.rank for group in queue), "a queue is out of order"
+    assert not {*scheduler.waiting, *scheduler.preempted, *scheduler.running} - scheduler.groups.keys(), (
+        "a finished group is queued"
+    )
+    joining = {sequence for sequence in scheduler.joining if sequence.status is RUNNING}
+    decoding = {sequence for sequence in scheduler.decoding if sequence.end_step}
+    for sequence in sequences:
+        tokens_in_place = sequence.status in (PREFILLING, RUNNING)
+        assert not sequence.has_row or tokens_in_place, f"{sequence} has a row"
+        assert (sequence in decoding) + (sequence in joining) == (sequence.status is RUNNING), f"{sequence} is lost"
+        assert sequence.table.on_host == (sequence.status is SWAPPED), f"{sequence} has {sequence.table}"
+        if sequence.status in (WAITING, PREEMPTED):
+            assert not sequence.table.blocks, f"{sequence} has {sequence.table}"
+    scheduler.calendar.check_integrity(decoding)
+    rows = [sequence.slot for sequence in sequences if sequence.has_row]
+    promised = sum(1 for s in sequences if s.status in (PREFILLING, RUNNING) and not s.has_row)
+    assert scheduler.rows_held == len(rows) + len(scheduler.released_slots) + promised, "rows are miscounted"
+    every_slot = sorted(rows + scheduler.released_slots + scheduler.free_slots)
+    assert every_slot == list(range(scheduler.capacity.max_slots)), "a slot is lost or held twice"
+    assert scheduler.assigned_sequences == len(sequences), "assigned sequences are miscounted"
+    counts: dict[int, int] = {}
+    for group in scheduler.groups:
+        for token in group.request.stop_ids:
+            counts[token] = counts.get(token, 0) + 1
+    assert counts == scheduler.stop_counts, "stop tokens are miscounted"
+
+
+def _is_swapped(group: SequenceGroup) -> bool:
+    return any(sequence.status is SWAPPED for sequence in group.live)
