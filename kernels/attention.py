@@ -19,7 +19,6 @@ MAX_SEQUENCES = 2048
 """Sequences of one decode launch: their prefix sums lie in shared memory."""
 _MAX_ROWS, _MAX_HEAD_DIM = 16, 256
 _MAX_UNITS = 1 << 18
-_WARPS = 4
 _RESERVED_SHARED = 1024
 """Shared memory that the system takes of every resident CTA."""
 
@@ -50,12 +49,12 @@ def _stage_bytes(head_dim: int) -> int:
 @functools.cache
 def decode_config(head_dim: int, rows: int, limits: kernel_compile.DeviceLimits) -> DecodeConfig:
     """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError."""
-    for ctas in (2, 1):
+    for warps, ctas, fewest_stages in ((4, 2, 3), (4, 1, 2), (2, 1, 2)):
         room = min(limits.shared_bytes, limits.processor_shared_bytes // ctas - _RESERVED_SHARED)
-        stages = (room - (MAX_SEQUENCES + 128) * 4) // (_WARPS * _stage_bytes(head_dim))
-        if stages >= 3 or (ctas == 1 and stages == 2):
+        stages = (room - (MAX_SEQUENCES + 128) * 4) // (warps * _stage_bytes(head_dim))
+        if stages >= fewest_stages:
             # O of 16 rows of 256 elements does not fit the registers: two passes over the keys there.
-            return DecodeConfig(2 if rows > 8 and head_dim <= 128 else 1, _WARPS, min(stages, 6), ctas)
+            return DecodeConfig(2 if rows > 8 and head_dim <= 128 else 1, warps, min(stages, 6), ctas)
     raise ValueError(f"head_dim {head_dim} needs more shared memory than this GPU has; use dtype float32")
 
 

@@ -18,6 +18,7 @@ constexpr int BINS = 2048;
 constexpr int CANDIDATES = 2048;
 constexpr float FINE = 65536.0f;        // finest bins per octave: 32 * BINS
 constexpr float UNIT = 17592186044416.0f;  // 2^44
+constexpr int MASSLESS_BIN = 45 * 32;      // from 45 octaves down a token's mass rounds to 0
 constexpr int PER_THREAD = BINS / THREADS;
 
 // What one CTA keeps in shared memory: about 57 KiB.
@@ -166,12 +167,14 @@ DEVICE int crossing_bin(bool by_mass, u64 goal, u64& count_before, u64& mass_bef
 }
 
 // The token at which the count (or the mass) of the likeliest tokens reaches `goal`, 1 <= goal. The histogram of level 0 must be
-// filled; it is overwritten only if finer bins are needed, which the second result tells.
-DEVICE Threshold find_threshold(const Row& row, bool by_mass, u64 goal, bool& overwritten, Workspace& w) {
+// filled; it is overwritten only if finer bins are needed, which is noted in `overwritten`. Where `exact` is not asked for, a
+// threshold among tokens too unlikely to have any mass becomes 0, which keeps the same masses.
+DEVICE Threshold find_threshold(const Row& row, bool by_mass, u64 goal, bool exact, bool& overwritten, Workspace& w) {
   u64 count_before = 0, mass_before = 0;
   u32 inside = 0;
   const int coarse = crossing_bin(by_mass, goal, count_before, mass_before, inside, w);
   if (coarse < 0) return Threshold{0, mass_before};  // everything is kept; the caller does not use the mass
+  if (!exact && coarse >= MASSLESS_BIN) return Threshold{0, mass_before};
   int fine = -1;
   if (inside > CANDIDATES) {
     fill_histogram(row, coarse, w);
@@ -255,7 +258,7 @@ sample(i64* __restrict__ out, const float* __restrict__ logits, const float* __r
   Threshold kept = {0, 0};
   bool overwritten = false;
   if (limited || nucleus) fill_histogram(row, -1, w);
-  if (limited) kept = find_threshold(row, false, k, overwritten, w);
+  if (limited) kept = find_threshold(row, false, k, false, overwritten, w);
   if (nucleus) {
     if (!limited) {
       u64 mass = 0;
@@ -265,7 +268,7 @@ sample(i64* __restrict__ out, const float* __restrict__ logits, const float* __r
     if (overwritten) fill_histogram(row, -1, w);
     const u64 goal = (u64)ceil((double)top_p[r] * (double)kept.mass);
     // Its goal lies within the mass that top-k keeps, so its threshold is at or above top-k's.
-    const Threshold narrower = find_threshold(row, true, goal > 0 ? goal : 1, overwritten, w);
+    const Threshold narrower = find_threshold(row, true, goal > 0 ? goal : 1, false, overwritten, w);
     kept.key = narrower.key > kept.key ? narrower.key : kept.key;
   }
   const float least = min_p[r];
@@ -359,7 +362,7 @@ token_logprobs(float* __restrict__ logprobs, i64* __restrict__ ranks, i64* __res
   if (num_top < size) {
     bool overwritten = false;
     fill_histogram(row, -1, w);
-    least = find_threshold(row, false, (u64)num_top, overwritten, w).key;
+    least = find_threshold(row, false, (u64)num_top, true, overwritten, w).key;
   }
   if (threadIdx.x == 0) w.number[1] = 0;
   __syncthreads();

@@ -1,0 +1,184 @@
+"""Every kernel compiles for every supported architecture without a GPU, and the tuned ones keep to their registers.
+
+Needs CuPy and NVRTC: `pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels import attention, sampling
+from kernels import compile as kernel_compile
+from kernels.compile import Cubin, DeviceLimits, KernelError
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+LIMITS = {
+    "sm_80": DeviceLimits(108, 163 * 1024, 164 * 1024),
+    "sm_89": DeviceLimits(142, 99 * 1024, 100 * 1024),
+    "sm_90a": DeviceLimits(132, 227 * 1024, 228 * 1024),
+}
+"""A100, L40S, H200."""
+HEAD_DIMS = (64, 80, 96, 128, 256)
+HALVES = ("bfloat16", "float16")
+REGISTERS_OF_A_PROCESSOR = 65536
+
+
+@functools.cache
+def why_no_compiler() -> str | None:
+    try:
+        kernel_compile.compile_to_cubin('extern "C" __global__ void nothing() {}', "sm_80")
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "arch" in request.fixturenames and why_no_compiler():
+        pytest.skip(why_no_compiler())
+    yield
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def build(file: str, arch: str, **defines: object) -> Cubin:
+    return kernel_compile.compile_to_cubin(kernel_compile.source(file, defines), arch)
+
+
+def assert_no_spills(cubin: Cubin) -> None:
+    spilled = {name: r for name, r in cubin.resources.items() if r.spill_bytes or r.stack_bytes}
+    assert not spilled
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("rows", [4, 16])
+def test_decode_fits_registers_and_shared_memory(arch: str, dtype: str, head_dim: int, rows: int) -> None:
+    config = attention.decode_config(head_dim, rows, LIMITS[arch])
+    cubin = build(
+        "attention_decode.cu",
+        arch,
+        DTYPE=dtype,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=16,
+        QUERY_TILES=config.query_tiles,
+        WARPS=config.warps,
+        STAGES=config.stages,
+        MIN_CTAS=config.ctas,
+    )
+    assert_no_spills(cubin)
+    shared = config.shared_bytes(head_dim, attention.MAX_SEQUENCES)
+    assert shared <= LIMITS[arch].shared_bytes
+    assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
+    registers = cubin.resources["paged_attention_decode"].registers
+    assert config.ctas * config.warps * 32 * registers <= REGISTERS_OF_A_PROCESSOR
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8, 32, 64, 128, 256])
+def test_decode_compiles_for_every_block_size(arch: str, block_size: int) -> None:
+    config = attention.decode_config(128, 4, LIMITS[arch])
+    assert_no_spills(
+        build(
+            "attention_decode.cu",
+            arch,
+            DTYPE="bfloat16",
+            HEAD_DIM=128,
+            BLOCK_SIZE=block_size,
+            QUERY_TILES=1,
+            WARPS=config.warps,
+            STAGES=config.stages,
+            MIN_CTAS=config.ctas,
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (80, 16), (96, 16), (128, 16), (128, 4), (128, 64), (256, 16)])
+def test_prefill_fits_registers_and_shared_memory(arch: str, dtype: str, head_dim: int, block_size: int) -> None:
+    config = attention.prefill_config(head_dim, LIMITS[arch])
+    cubin = build(
+        "attention_prefill.cu",
+        arch,
+        DTYPE=dtype,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        WARPS=config.warps,
+        ROW_TILES=config.row_tiles,
+        KV_TILE=config.kv_tile,
+        MIN_CTAS=config.ctas,
+    )
+    assert_no_spills(cubin)
+    assert config.shared_bytes(head_dim) <= LIMITS[arch].shared_bytes
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, "float32"])
+def test_small_kernels_compile_without_spills(arch: str, dtype: str) -> None:
+    vector = 4 if dtype == "float32" else 8
+    for width, row_warps, cta_rows in ((128, 1, 4), (4096, 8, 1)):
+        assert_no_spills(build("norm.cu", arch, DTYPE=dtype, WIDTH=width, ROW_WARPS=row_warps, CTA_ROWS=cta_rows))
+    assert_no_spills(build("activation.cu", arch, DTYPE=dtype))
+    for head_dim, rotary_dim, interleaved in ((128, 128, 0), (80, 32, 1), (64, 0, 0)):
+        assert_no_spills(
+            build(
+                "cache.cu",
+                arch,
+                DTYPE=dtype,
+                HEAD_DIM=head_dim,
+                ROTARY_DIM=rotary_dim,
+                BLOCK_SIZE=16,
+                INTERLEAVED=interleaved,
+                VECTOR=vector,
+            )
+        )
+    build("attention_simple.cu", arch, DTYPE=dtype, HEAD_DIM=128, BLOCK_SIZE=16)
+
+
+def test_sampling_compiles_without_spills_where_rows_are_aligned(arch: str) -> None:
+    assert_no_spills(build("sampling.cu", arch, VECTOR=4))
+    build("sampling.cu", arch, VECTOR=1)
+
+
+def test_the_wrapper_knows_the_size_of_sampling_s_workspace(arch: str) -> None:
+    text = kernel_compile.source("sampling.cu", {"VECTOR": 4})
+    text += f'static_assert(sizeof(Workspace) == {sampling._SHARED_BYTES}, "as the wrapper says");\n'
+    kernel_compile.compile_to_cubin(text, arch)
+
+
+def test_a_compiler_s_refusal_is_one_line_that_says_what(arch: str) -> None:
+    with pytest.raises(KernelError, match="undefined_name") as refusal:
+        kernel_compile.compile_to_cubin('extern "C" __global__ void bad() { undefined_name; }', arch)
+    assert "\n" not in str(refusal.value)
+
+
+def test_source_holds_the_text_of_its_headers_once() -> None:
+    text = kernel_compile.source("norm.cu", {"WIDTH": 64})
+    assert "#define WIDTH 64" in text
+    assert text.count("struct bfloat16") == 1
+    assert not re.search(r'^#include "device', text, re.MULTILINE)
+
+
+def test_parameters_are_read_from_the_kernel_s_source() -> None:
+    text = 'extern "C" __global__ void __launch_bounds__(1)\nk(const DTYPE* __restrict__ a, int n,\n i64 m, float s, u64* p) {'
+    assert kernel_compile.parameters(text, "k") == ("pointer", "int", "i64", "float", "pointer")
+    with pytest.raises(KernelError, match="no kernel"):
+        kernel_compile.parameters(text, "other")
+
+
+def test_a_gpu_that_is_too_old_is_refused_with_the_mend() -> None:
+    assert kernel_compile.architecture((9, 0)) == "sm_90a"
+    assert kernel_compile.architecture((8, 9)) == "sm_89"
+    with pytest.raises(KernelError, match=r"7\.5.*Ampere"):
+        kernel_compile.architecture((7, 5))
+
+
+def test_tensors_without_a_backend_are_refused() -> None:
+    with pytest.raises(KernelError, match=r"kernels\.reference"):
+        kernel_compile.limits(torch.device("meta"))
