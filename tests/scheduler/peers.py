@@ -109,6 +109,7 @@ class FakeWorker:
     plans: list[worker_pb2.StepPlan] = field(default_factory=list)
     tasks: list[asyncio.Task] = field(default_factory=list)
     progress: int = 0
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def receive(self) -> worker_pb2.JoinResponse:
         async with asyncio.timeout(LIMIT_S):
@@ -159,7 +160,8 @@ class FakeWorker:
         return result
 
     async def send(self, **message: object) -> None:
-        await self.call.write(worker_pb2.JoinRequest(**message))
+        async with self.writing:  # gRPC takes one write at a time
+            await self.call.write(worker_pb2.JoinRequest(**message))
 
     async def step(self) -> worker_pb2.StepPlan:
         """Executes the next plan and sends its result."""
