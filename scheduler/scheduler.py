@@ -121,7 +121,7 @@ class Scheduler:
     def add(self, group: SequenceGroup) -> None:
         """Takes a group over: a new one waits, one that has run before is resumed by recompute."""
         group.worker_id = self.worker_id
-        group.prompt_hashes = None  # the worker before may have had another block size
+        group.prompt_hashes = group.lookup_keys = None  # the worker before may have had another block size
         self.groups[group] = None
         self.assigned_sequences += len(group.live)
         for token in group.request.stop_ids:
@@ -312,6 +312,7 @@ class Scheduler:
                 sequence.computed = shared * size
                 sequence.starts_at = 0 if leader.computed >= sequence.computed else NEVER_STARTS
                 self.prefilling.append(sequence)
+        group.lookup_keys = None
         group.shares_prefix = bool(found)
         if found:
             draft.sharers.append(group)
@@ -344,10 +345,12 @@ class Scheduler:
             return []
         if request.prompt_logprobs is not None and not group.announced:
             return []
-        keys = self._prompt_keys(group)
-        if leader.output:
-            keys = keys + self._output_keys(leader, leader.num_tokens)
-        return keys[: (leader.num_tokens - 1) // self.capacity.block_size]
+        if group.lookup_keys is None:  # kept while it queues: its tokens do not change before it starts
+            keys = self._prompt_keys(group)
+            if leader.output:
+                keys = keys + self._output_keys(leader, leader.num_tokens)
+            group.lookup_keys = keys[: (leader.num_tokens - 1) // self.capacity.block_size]
+        return group.lookup_keys
 
     def _plan_chunk(self, sequence: Sequence, draft: Draft) -> None:
         """Computes as many further known tokens of a sequence as the budget allows. The last chunk samples."""
@@ -839,6 +842,7 @@ class Scheduler:
         group = sequence.group
         sequence.end(reason, now, matched_stop=matched_stop, matched_token_id=matched_token_id)
         self.assigned_sequences -= 1
+        group.lookup_keys = None  # they may have been this sequence's
         self._emit(Finished(sequence))
         if group.is_finished:
             self._remove_finished(group)
@@ -855,10 +859,9 @@ class Scheduler:
     def _remove_finished(self, group: SequenceGroup) -> None:
         self.running.pop(group, None)
         self._resumed.discard(group)
-        if group in self.waiting:
-            self.waiting.remove(group)
-        if group in self.preempted:
-            self.preempted.remove(group)
+        queue = self.waiting if group.started_at is None else self.preempted
+        if group in queue:
+            queue.remove(group)
         self._forget_group(group)
 
     def _forget_group(self, group: SequenceGroup) -> None:

@@ -175,6 +175,7 @@ class SequenceGroup:
         "finished_at",
         "first_token_at",
         "listeners",
+        "lookup_keys",
         "preemptions",
         "prompt_hashes",
         "prompt_logprobs",
@@ -199,6 +200,7 @@ class SequenceGroup:
         self.failure: object = None  # the Failed event, when the request failed
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt positions 1, 2, ..., if asked for
         self.prompt_hashes: list[bytes] | None = None  # prefix-cache chain of the prompt's full blocks, once needed
+        self.lookup_keys: list[bytes] | None = None  # prefix-cache keys it will look up when it starts, once needed
         self.cache_allowed = True  # False: do not look its prompt up (again)
         self.shares_prefix = False  # it runs on blocks that the prefix cache gave it
         self.announced = False  # the Admitted event has been made
