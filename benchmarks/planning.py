@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -57,6 +58,11 @@ def make_request(number: int, prompt: list[int]) -> Request:
     submit.sampling.temperature = 0.0
     submit.sampling.seed = number
     return Request(submit.request_id, prompt, max_tokens=16384, stop_ids=frozenset({2}), payload=submit)
+
+
+def submit_all(dispatcher: Dispatcher, requests: list[Request]) -> None:
+    for request in requests:
+        dispatcher.submit(request, 0)
 
 
 def answer(plan: StepPlan, rows: int, dice: random.Random) -> StepResult:
@@ -103,8 +109,8 @@ def steady_decode(num_seqs: int, steps: int) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
     while len(total) < steps:
-        plan = timed(schedule, lambda step=step: dispatcher.schedule("w", step))
-        data = timed(encode, lambda plan=plan: encode_plan(plan))
+        plan = timed(schedule, partial(dispatcher.schedule, "w", step))
+        data = timed(encode, partial(encode_plan, plan))
         decoding += len(plan.decode_add)
         for new in plan.new_sequences:
             known[new.slot] = len(new.token_ids) - new.computed_tokens
@@ -116,7 +122,7 @@ def steady_decode(num_seqs: int, steps: int) -> dict[str, Any]:
         waiting.append((plan, rows))
         if len(waiting) == 2:
             result = answer(*waiting.pop(0), dice)
-            timed(apply, lambda result=result, step=step: dispatcher.apply("w", result, step))
+            timed(apply, partial(dispatcher.apply, "w", result, step))
             dispatcher.take_events()
         step += 1
         if decoding < num_seqs or plan.decode_add or not apply:
@@ -156,10 +162,10 @@ def admission(rounds: int) -> dict[str, Any]:
             make_request(number + offset, [dice.randrange(10, 31000) for _ in range(PROMPT)]) for offset in range(batch)
         ]
         number += batch
-        timed(submit, lambda requests=requests: [dispatcher.submit(request, 0) for request in requests])
-        plan = timed(schedule, lambda: dispatcher.schedule("w", 0))
+        timed(submit, partial(submit_all, dispatcher, requests))
+        plan = timed(schedule, partial(dispatcher.schedule, "w", 0))
         assert len(plan.new_sequences) == batch
-        size = len(timed(encode, lambda plan=plan: encode_plan(plan))) // batch
+        size = len(timed(encode, partial(encode_plan, plan))) // batch
         total.append(submit[-1] + schedule[-1] + encode[-1])
         dispatcher.apply("w", answer(plan, batch, dice), 0)
         for request in requests:

@@ -290,6 +290,8 @@ class Dispatcher:
     def _record(self, event: Event) -> None:
         """Notes an event; a group that has ended moves from the live to the retained ones."""
         self._events.append(event)
+        if isinstance(event, Admitted):
+            return
         group = event.sequence.group if isinstance(event, Finished) else event.group
         if group.is_finished:
             del self._groups[group.request.request_id]

@@ -7,6 +7,10 @@ The two costs are predicted from live figures. For a group with `bytes` of KV an
 
 Rates start from what the worker measured and are then learned from step results. This is the choice that the
 PagedAttention paper leaves to the operator (section 4.5, figure 19).
+
+Why this ends. A group yields only to itself or to a group that ranks before it, when that group needs a block for its
+next token; the head of all never yields. So the head runs to its end, and a group is preempted at most once per block
+that the groups before it and itself ever need.
 """
 
 from __future__ import annotations

@@ -300,7 +300,6 @@ class Scheduler:
         leader.computed = len(found) * size
         leader.starts_at = 0
         leader.status = PREFILLING
-        self.prefilling.append(leader)
         for sequence in others:
             sequence.status = PREFILLING
             if is_fresh:
@@ -311,7 +310,6 @@ class Scheduler:
                 blocks.extend(sequence.table, sequence.num_tokens)
                 sequence.computed = shared * size
                 sequence.starts_at = 0 if leader.computed >= sequence.computed else NEVER_STARTS
-                self.prefilling.append(sequence)
         group.lookup_keys = None
         group.shares_prefix = bool(found)
         if found:
@@ -320,7 +318,8 @@ class Scheduler:
         for sequence in live[:1] if is_fresh else live:
             if draft.left > 0:
                 self._plan_chunk(sequence, draft)
-        self.prefilling = [sequence for sequence in self.prefilling if sequence.status is PREFILLING]
+            if sequence.status is PREFILLING:
+                self.prefilling.append(sequence)
         return True
 
     def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, now: int) -> None:
@@ -371,15 +370,15 @@ class Scheduler:
             keys = self._prompt_keys(group)
             covered = slice(start // size, end // size)
             draft.registered.extend(zip(sequence.table.blocks[covered], keys[covered], strict=False))
-        self._unblock(group, end, draft)
-        if end < known:
-            return
-        draft.sampling.append(sequence)
-        self._after_prefill(sequence, draft)
-        if not sequence.output and len(group.sequences) > 1:
-            for other in group.live:
-                if other is not sequence:
-                    self._fork(sequence, other, draft)
+        if len(group.sequences) > 1:
+            self._unblock(group, end, draft)
+        if end == known:
+            draft.sampling.append(sequence)
+            self._after_prefill(sequence, draft)
+            if not sequence.output and len(group.sequences) > 1:
+                for other in group.live:
+                    if other is not sequence:
+                        self._fork(sequence, other, draft)
 
     def _unblock(self, group: SequenceGroup, computed: int, draft: Draft) -> None:
         """Lets the others of a recomputed group start in the next step, when the prompt blocks that they share have
@@ -587,9 +586,8 @@ class Scheduler:
     def _has_room(self, need: int, soon: int) -> bool:
         """Whether `need` blocks can be taken so that `soon` more and the watermark stay free. Whoever would be alone
         may take everything."""
-        if self._is_empty:
-            return need <= self.blocks.num_free
-        return need + max(soon, self.watermark_blocks) <= self.blocks.num_free
+        free = self.blocks.num_free
+        return need + max(soon, self.watermark_blocks) <= free or (need <= free and self._is_empty)
 
     @property
     def _is_empty(self) -> bool:
