@@ -477,6 +477,21 @@ def test_when_the_head_outgrows_the_pool_those_who_yielded_to_it_start_in_the_sa
     assert failed.group.request.request_id == "head"
 
 
+def test_a_queueing_group_whose_first_sequence_ends_looks_up_the_next_ones_blocks() -> None:
+    config = SchedulerConfig(watermark=0.25, preemption_mode="recompute")
+    service = OneWorker(config, num_blocks=8)
+    pair = service.submit("pair", [1] * 4, n=2, max_tokens=20)
+    service.step()
+    service.submit("urgent", [2] * 8, priority=1, max_tokens=20)
+    while not pair.preemptions:
+        service.step()
+    service.step()
+    assert pair.sequences[0].status is SequenceStatus.PREEMPTED
+    assert service.dispatcher.stop_sequence("pair", 0, 1, "END", service.tick())
+    service.run_until_idle()
+    assert pair.sequences[1].output == undisturbed_output(pair.request, 1)[0]
+
+
 def test_a_request_that_outgrows_the_whole_pool_alone_fails_by_name() -> None:
     service = OneWorker(num_blocks=3)
     service.submit("a", [1] * 7, max_tokens=50)

@@ -28,8 +28,8 @@ from scheduler.sequence import Request, Sequence, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
 from tests.core.simulated_worker import Behaviour, SimulatedWorker, logprob_of, undisturbed_output
 
-SEEDS_PER_TEST = 100
-NUM_TESTS = 24
+SEEDS_PER_TEST = 300
+NUM_TESTS = 8
 
 
 class Link:
@@ -125,7 +125,7 @@ class Simulation:
         capacity = WorkerCapacity(
             block_size=self.block_size,
             num_blocks=blocks,
-            host_blocks=self.random.choice([0, 1, 7, blocks, 4 * blocks]),
+            host_blocks=self.random.choice([0, 1, 7, blocks, 4 * blocks, 4 * blocks]),
             block_bytes=100 * self.block_size,
             max_slots=self.random.choice([4, 16]),
             max_step_tokens=64,
