@@ -488,6 +488,7 @@ def test_a_queueing_group_whose_first_sequence_ends_looks_up_the_next_ones_block
     service.step()
     assert pair.sequences[0].status is SequenceStatus.PREEMPTED
     assert service.dispatcher.stop_sequence("pair", 0, 1, "END", service.tick())
+    assert service.dispatcher.abort("urgent", FinishReason.CANCELLED, service.tick())
     service.run_until_idle()
     assert pair.sequences[1].output == undisturbed_output(pair.request, 1)[0]
 
