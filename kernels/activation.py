@@ -16,9 +16,7 @@ def _kernel(name: str, tensor: torch.Tensor, width: int) -> tuple[kernel_compile
     vector = 16 // tensor.element_size()
     if width % vector or tensor.data_ptr() % 16:
         raise ValueError(f"rows must be a multiple of {vector} elements and aligned to 16 bytes, not {width} elements")
-    kernel = kernel_compile.kernel(
-        "activation.cu", name, tensor.device, DTYPE=kernel_compile.CUDA_NAMES[tensor.dtype]
-    )
+    kernel = kernel_compile.kernel("activation.cu", name, tensor.device, DTYPE=kernel_compile.CUDA_NAMES[tensor.dtype])
     return kernel, -(-width // (vector * _THREADS))
 
 

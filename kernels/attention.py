@@ -19,6 +19,7 @@ MAX_SEQUENCES = 2048
 """Sequences of one decode launch: their prefix sums lie in shared memory."""
 _MAX_ROWS, _MAX_HEAD_DIM = 16, 256
 _MAX_UNITS = 1 << 18
+_MOST_CTAS = 4
 _RESERVED_SHARED = 1024
 """Shared memory that the system takes of every resident CTA."""
 
@@ -71,10 +72,10 @@ class DecodeWorkspace:
 
     @staticmethod
     def allocate(device: torch.device) -> DecodeWorkspace:
-        """About 10 MB on an H200. Not inside a graph capture: a replay would find other contents in its place."""
+        """About 18 MB on an H200. Not inside a graph capture: a replay would find other contents in its place."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise kernel_compile.KernelError("allocate a DecodeWorkspace (or run decode once) before capturing a graph")
-        slots = 2 * 2 * kernel_compile.limits(device).processors
+        slots = 2 * _MOST_CTAS * kernel_compile.limits(device).processors  # a CTA shares at most two units
         return DecodeWorkspace(
             partial_out=torch.empty(slots * _MAX_ROWS * _MAX_HEAD_DIM, dtype=torch.float32, device=device),
             partial_stats=torch.empty(slots * _MAX_ROWS * 2, dtype=torch.float32, device=device),
@@ -101,7 +102,9 @@ def _check(
 ) -> tuple[int, int]:
     """(query heads per KV head, block size). Raises ValueError or TypeError for what the kernels cannot take."""
     if query.dtype not in kernel_compile.CUDA_NAMES or kv_layer.dtype != query.dtype:
-        raise TypeError(f"query and kv_layer must both be bfloat16, float16 or float32: {query.dtype}, {kv_layer.dtype}")
+        raise TypeError(
+            f"query and kv_layer must both be bfloat16, float16 or float32: {query.dtype}, {kv_layer.dtype}"
+        )
     if block_tables.dtype != torch.int32 or context_lens.dtype != torch.int32:
         raise TypeError(f"block_tables and context_lens must be int32: {block_tables.dtype}, {context_lens.dtype}")
     if any(t.device != query.device for t in (kv_layer, block_tables, context_lens)):

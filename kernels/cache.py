@@ -28,7 +28,9 @@ def _vector(head_dim: int, rotary_dim: int, element_size: int, tensors: list[tor
 
 def _check_heads(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
     if tensor.dim() != 3 or tensor.stride()[1:] != (tensor.shape[2], 1):
-        raise ValueError(f"{name} must be [T, heads, head_dim] with contiguous heads: {tuple(tensor.shape)} {tensor.stride()}")
+        raise ValueError(
+            f"{name} must be [T, heads, head_dim], heads contiguous: {tuple(tensor.shape)} {tensor.stride()}"
+        )
     if (tensor.shape[0], tensor.shape[2]) != (like.shape[0], like.shape[2]):
         raise ValueError(f"{name} {tuple(tensor.shape)} does not fit {tuple(like.shape)}")
     if tensor.dtype != like.dtype or tensor.device != like.device or tensor.dtype not in kernel_compile.CUDA_NAMES:
@@ -73,7 +75,7 @@ def _launch(
         _check_index("positions", positions, key)
         rotary_dim = cos_sin.shape[1]
         if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous() or rotary_dim % 2 or rotary_dim > head_dim:
-            raise ValueError(f"cos_sin must be contiguous float32 [positions, even, at most {head_dim}]: {tuple(cos_sin.shape)}")
+            raise ValueError(f"cos_sin must be contiguous float32 [positions, even]: {tuple(cos_sin.shape)}")
     block_size, block_stride, value_offset = 1, 0, 0
     if kv_layer is not None:
         assert slot_mapping is not None
@@ -178,12 +180,13 @@ def launch_copies(
     pinned host memory, which the kernel reads and writes across the bus. Raises ValueError, KernelError.
     """
     if source.shape[1:] != destination.shape[1:] or source.dtype != destination.dtype:
-        raise ValueError(f"blocks differ: {tuple(source.shape)} {source.dtype}, {tuple(destination.shape)} {destination.dtype}")
+        raise ValueError(f"blocks differ: {source.shape} {source.dtype}, {destination.shape} {destination.dtype}")
     if not (source.is_contiguous() and destination.is_contiguous()):
         raise ValueError("pools must be contiguous")
     count = source_ids.numel()
     for ids in (source_ids, destination_ids):
-        if ids.dtype != torch.int64 or ids.shape != (count,) or not ids.is_contiguous() or ids.device != source_ids.device:
+        same_device = ids.device == source_ids.device
+        if ids.dtype != torch.int64 or ids.shape != (count,) or not ids.is_contiguous() or not same_device:
             raise ValueError(f"ids must be contiguous int64 [{count}] on one device: {tuple(ids.shape)} {ids.dtype}")
     block_bytes = source[0].numel() * source.element_size()
     if block_bytes % 16 or source.data_ptr() % 16 or destination.data_ptr() % 16:

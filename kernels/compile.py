@@ -1,13 +1,13 @@
 """From `csrc/*.cu` to something that can be launched: source text, cubin, loaded kernel.
 
-`source(file, defines)` is the whole text: headers are written into it (a cache key made of the text is then complete) and tile
-sizes, element type and layout stand in front as defines. `compile_to_cubin` turns it into machine code with NVRTC and needs no
-GPU. `kernel(...)` loads it for a tensor's device, once per process, and returns a `Kernel` whose launch costs a few microseconds:
-arguments are packed into one prepared buffer and handed to the driver on torch's current stream, so a launch inside
-`torch.cuda.graph` is captured like any of torch's own.
+`source(file, defines)` is the whole text: headers are written into it (a cache key made of the text is then complete)
+and tile sizes, element type and layout stand in front as defines. `compile_to_cubin` turns it into machine code with
+NVRTC and needs no GPU. `kernel(...)` loads it for a tensor's device, once per process, and returns a `Kernel`: its
+arguments are packed into one prepared buffer and handed to the driver on torch's current stream, without CuPy's object
+per argument; a launch inside `torch.cuda.graph` is captured like any of torch's own.
 
-Who runs a kernel is a `Backend`, chosen by the type of the tensors' device. CUDA devices get CuPy. Tests register an emulator
-for CPU tensors, and so run the very wrappers and kernels without a GPU.
+Who runs a kernel is a `Backend`, chosen by the type of the tensors' device. CUDA devices get CuPy. Tests register an
+emulator for CPU tensors, and so run the very wrappers and kernels without a GPU.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Loaded(Protocol):
     """A kernel that a backend has made ready."""
 
     def launch(self, grid: Grid, threads: int, shared_bytes: int, arguments: int) -> None:
-        """Starts it; `arguments` is the address of an array of pointers to the arguments. Copies them before it returns."""
+        """Starts it; `arguments` is the address of an array of pointers to the arguments, read before it returns."""
 
 
 class Backend(Protocol):
@@ -97,8 +97,8 @@ class Backend(Protocol):
 class Kernel:
     """One kernel, ready for one device. Call it with a grid, a block size, dynamic shared bytes and its arguments.
 
-    Arguments are Python numbers: `tensor.data_ptr()` for pointers. Their count and range are checked against the parameter
-    list in the source (struct.error); what the pointers point to is the wrapper's to check.
+    Arguments are Python numbers: `tensor.data_ptr()` for pointers. Their count and range are checked against the
+    parameter list in the source (struct.error); what the pointers point to is the wrapper's to check.
     """
 
     def __init__(self, loaded: Loaded, parameters: Sequence[str]) -> None:
@@ -164,7 +164,7 @@ def source(file: str, defines: Mapping[str, object]) -> str:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """NVRTC's name of a compute capability; 9.0 with its `a`, which wgmma needs. Raises KernelError for too old a GPU."""
+    """NVRTC's name of a compute capability; 9.0 with its `a`, which wgmma needs. Raises KernelError if too old."""
     if capability < OLDEST_CAPABILITY:
         raise KernelError(
             f"this GPU has compute capability {capability[0]}.{capability[1]}; Pagewire's kernels need "
@@ -178,14 +178,15 @@ def _nvrtc() -> Any:
         from cupy.cuda import nvrtc
     except ImportError as error:
         raise KernelError(
-            f"CuPy is not usable ({error}); install pagewire[cuda12] or pagewire[cuda13] to match `nvidia-smi`'s CUDA version"
+            f"CuPy is not usable ({_first_line(error)}); install pagewire[cuda12] or pagewire[cuda13], "
+            "whichever `nvidia-smi` says"
         ) from error
     try:
         nvrtc.getVersion()
     except Exception as error:  # the library is opened at the first call
         raise KernelError(
-            f"NVRTC, CUDA's run-time compiler, cannot be loaded ({_first_line(error)}); install nvidia-cuda-nvrtc-cu12 or "
-            "nvidia-cuda-nvrtc to match CuPy"
+            f"NVRTC, CUDA's run-time compiler, cannot be loaded ({_first_line(error)}); "
+            "install nvidia-cuda-nvrtc-cu12 or nvidia-cuda-nvrtc to match CuPy"
         ) from error
     return nvrtc
 
@@ -195,7 +196,7 @@ def _first_line(error: object) -> str:
 
 
 def compile_to_cubin(text: str, arch: str) -> Cubin:
-    """Machine code for `arch` ("sm_80", "sm_90a", ...), without a GPU. Raises KernelError with the compiler's first error."""
+    """Machine code for `arch` ("sm_80", "sm_90a", ...), without a GPU. Raises KernelError with the first error."""
     nvrtc = _nvrtc()
     program = nvrtc.createProgram(text, "kernel.cu", (), ())
     try:
@@ -272,12 +273,20 @@ class CupyBackend:
 
     def limits(self, device: torch.device) -> DeviceLimits:
         """As the driver reports them."""
-        properties = torch.cuda.get_device_properties(device)
+        _nvrtc()  # says what is wrong if CuPy is
+        from cupy.cuda import runtime
+
+        index = torch.cuda.current_device() if device.index is None else device.index
         return DeviceLimits(
-            processors=properties.multi_processor_count,
-            shared_bytes=properties.shared_memory_per_block_optin,
-            processor_shared_bytes=properties.shared_memory_per_multiprocessor,
+            processors=runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, index),
+            shared_bytes=runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+            processor_shared_bytes=runtime.deviceGetAttribute(
+                runtime.cudaDevAttrMaxSharedMemoryPerMultiprocessor, index
+            ),
         )
+
+
+_thread = threading.local()
 
 
 class _CupyKernel:
@@ -291,7 +300,7 @@ class _CupyKernel:
 
         self._function = function  # keeps the module loaded
         self._handle = int(function.kernel.ptr)
-        self._driver = cupy.cuda.driver
+        self._driver, self._runtime = cupy.cuda.driver, cupy.cuda.runtime
         self._name = name
         self._device_index = device_index
         self._shared_bytes = self.DEFAULT_SHARED_BYTES
@@ -299,6 +308,10 @@ class _CupyKernel:
     def launch(self, grid: Grid, threads: int, shared_bytes: int, arguments: int) -> None:
         if shared_bytes > self._shared_bytes:
             self._allow(shared_bytes)
+        if not getattr(_thread, "has_context", False):
+            # The driver, unlike the runtime, does not make the device's context current by itself.
+            self._runtime.setDevice(self._device_index)
+            _thread.has_context = True
         stream = torch._C._cuda_getCurrentRawStream(self._device_index)
         try:
             self._driver.launchKernel(

@@ -48,7 +48,7 @@ def _kernel(name: str, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[kern
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As the twin. hidden is [..., H]: contiguous, or [T, heads, H] with any stride between tokens (a slice of fused QKV).
+    """As the twin. hidden is [..., H], contiguous, or [T, heads, H] with any stride between tokens (part of fused QKV).
 
     Returns a contiguous tensor. Raises ValueError, TypeError, KernelError.
     """

@@ -1,7 +1,7 @@
 """Sampling on CUDA devices: `csrc/sampling.cu`. Twins: `kernels.reference.sampling` and `kernels.reference.philox`.
 
-Probabilities are float32 here and float64 in the twins: a draw that falls within rounding of a boundary, or a nucleus that
-ends there, may differ by one token. The same logits on the same device always give the same token.
+Probabilities are float32 here and float64 in the twins: a draw that falls within rounding of a boundary, or a nucleus
+that ends there, may differ by one token. The same logits on the same device always give the same token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _check_logits(logits: torch.Tensor) -> None:
 
 def _check_column(name: str, column: torch.Tensor, dtype: torch.dtype, count: int, device: torch.device) -> None:
     if column.dtype != dtype or column.shape != (count,) or not column.is_contiguous() or column.device != device:
-        raise ValueError(f"{name} must be contiguous {dtype} [{count}] on {device}: {tuple(column.shape)} {column.dtype}")
+        raise ValueError(f"{name} must be contiguous {dtype} [{count}] on {device}: {column.shape} {column.dtype}")
 
 
 def _kernel(name: str, logits: torch.Tensor) -> kernel_compile.Kernel:
@@ -141,7 +141,7 @@ def apply_penalties(
         _check_column("slots", slots, torch.int64, rows, logits.device)
     for name, table, dtype in (("prompt_seen", prompt_seen, torch.bool), ("output_counts", output_counts, torch.int32)):
         if table.dtype != dtype or table.shape != (state_rows, size) or not table.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {dtype} [{state_rows}, {size}]: {tuple(table.shape)} {table.dtype}")
+            raise ValueError(f"{name} must be contiguous {dtype} [{state_rows}, {size}]: {table.shape} {table.dtype}")
     for name, column in (("repetition", repetition), ("presence", presence), ("frequency", frequency)):
         _check_column(name, column, torch.float32, state_rows, logits.device)
     out = logits if in_place else torch.empty_strided(logits.shape, logits.stride(), device=logits.device)

@@ -1,8 +1,7 @@
 """Blocks between the KV pool and a pinned host arena. Twin: `kernels.reference.cache.swap_blocks`.
 
-A block-major pool makes a block one contiguous piece, so the copy engines do it: one copy per run of neighbouring blocks.
-Only pieces too small for them (tiny models, mid-size blocks of a few layers) go through a kernel that reads and writes mapped
-host memory.
+A block-major pool makes a block one contiguous piece, so the copy engines do it: one copy per run of neighbouring
+blocks. Only pieces too small for them (tiny models) go through a kernel that reads and writes mapped host memory.
 """
 
 from __future__ import annotations
@@ -34,10 +33,11 @@ def swap_blocks(
 ) -> None:
     """As the twin, on torch's current stream; a host tensor must be pinned. Ids on the host avoid a synchronisation.
 
-    Returns before the copies end: neither side may be reused until the stream has passed them. Raises ValueError, KernelError.
+    Returns before the copies end: neither side may be reused until the stream has passed them.
+    Raises ValueError, KernelError.
     """
     if source.shape[1:] != destination.shape[1:] or source.dtype != destination.dtype:
-        raise ValueError(f"blocks differ: {tuple(source.shape)} {source.dtype}, {tuple(destination.shape)} {destination.dtype}")
+        raise ValueError(f"blocks differ: {source.shape} {source.dtype}, {destination.shape} {destination.dtype}")
     device = destination.device if source.device.type == "cpu" else source.device
     if device.type == "cuda" and not all(t.device == device or t.is_pinned() for t in (source, destination)):
         raise ValueError("the host arena must be pinned memory")

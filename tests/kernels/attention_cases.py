@@ -13,7 +13,7 @@ UNUSED_BLOCK = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """One attention problem: S sequences with context_lens[s] tokens in the cache, of which the last new_lens[s] ask."""
+    """One attention problem: S sequences with context_lens[s] tokens in the cache; the last new_lens[s] of them ask."""
 
     query: torch.Tensor
     """[sum of new_lens, heads, head_dim]."""

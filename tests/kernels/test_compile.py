@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -38,10 +37,9 @@ def why_no_compiler() -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+def _compiler(request: pytest.FixtureRequest) -> None:
     if "arch" in request.fixturenames and why_no_compiler():
         pytest.skip(why_no_compiler())
-    yield
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -101,7 +99,9 @@ def test_decode_compiles_for_every_block_size(arch: str, block_size: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (80, 16), (96, 16), (128, 16), (128, 4), (128, 64), (256, 16)])
+@pytest.mark.parametrize(
+    ("head_dim", "block_size"), [(64, 16), (80, 16), (96, 16), (128, 16), (128, 4), (128, 64), (256, 16)]
+)
 def test_prefill_fits_registers_and_shared_memory(arch: str, dtype: str, head_dim: int, block_size: int) -> None:
     config = attention.prefill_config(head_dim, LIMITS[arch])
     cubin = build(
@@ -166,7 +166,7 @@ def test_source_holds_the_text_of_its_headers_once() -> None:
 
 
 def test_parameters_are_read_from_the_kernel_s_source() -> None:
-    text = 'extern "C" __global__ void __launch_bounds__(1)\nk(const DTYPE* __restrict__ a, int n,\n i64 m, float s, u64* p) {'
+    text = 'extern "C" __global__ void __launch_bounds__(1)\nk(const DTYPE* a, int n,\n i64 m, float s, u64* p) {'
     assert kernel_compile.parameters(text, "k") == ("pointer", "int", "i64", "float", "pointer")
     with pytest.raises(KernelError, match="no kernel"):
         kernel_compile.parameters(text, "other")

@@ -16,7 +16,8 @@ def run(emulator: EmulatorBackend, body: str, out: torch.Tensor, *inputs: torch.
     """Runs `body` as a kernel with pointers out, a, b and 4 KiB of shared memory."""
     text = kernel_compile.source("device.cuh", {})
     text += 'extern "C" __global__ void probe(float* out, unsigned short* a, unsigned short* b) {\n'
-    text += "SHARED_MEMORY(shared); const int lane = threadIdx.x; const int g = lane / 4, t = lane % 4;\n" + body + "}\n"
+    text += "SHARED_MEMORY(shared); const int lane = threadIdx.x; const int g = lane / 4, t = lane % 4;\n"
+    text += body + "}\n"
     kernel = kernel_compile.Kernel(emulator.load(text, "probe", CPU), kernel_compile.parameters(text, "probe"))
     pointers = [x.data_ptr() for x in inputs] + [0] * (2 - len(inputs))
     kernel((1, 1, 1), threads, 4096, out.data_ptr(), *pointers)
@@ -35,7 +36,7 @@ def test_mma_multiplies_matrices_laid_out_as_the_ptx_manual_says(emulator: Emula
       for (int i = 0; i < 2; ++i) fb[i] = pair(b, (2 * t + 8 * i) * 8 + g, (2 * t + 1 + 8 * i) * 8 + g);
       float c[4] = {0, 0, 0, 0};
       mma<bfloat16>(c, fa, fb[0], fb[1]);
-      out[g * 8 + 2 * t] = c[0], out[g * 8 + 2 * t + 1] = c[1], out[(g + 8) * 8 + 2 * t] = c[2], out[(g + 8) * 8 + 2 * t + 1] = c[3];
+      for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
     """
     run(emulator, body, out, a.view(torch.int16), b.view(torch.int16))
     torch.testing.assert_close(out, a.float() @ b.float())

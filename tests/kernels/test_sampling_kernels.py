@@ -25,7 +25,12 @@ def draws(device: torch.device, rows: int = ROWS, position: int = 0) -> torch.Te
 
 
 def sample_both(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, position: int = 0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    position: int = 0,
 ) -> tuple[list[int], list[int]]:
     rows, device = logits.shape[0], logits.device
     arguments = (
@@ -138,8 +143,9 @@ def test_logprobs_ranks_and_top_tokens_are_the_twin_s(device: torch.device, num_
 
 def test_more_top_tokens_than_the_vocabulary_has_are_all_of_it(device: torch.device) -> None:
     logits = logits_like_a_model(device, rows=2, size=7)
-    actual = sampling.token_logprobs(logits, column([0, 6], torch.int64, device), 20)
-    assert torch.equal(actual.top_ids, reference.token_logprobs(logits, column([0, 6], torch.int64, device), 20).top_ids)
+    chosen = column([0, 6], torch.int64, device)
+    actual, wanted = (f.token_logprobs(logits, chosen, 20) for f in (sampling, reference))
+    assert torch.equal(actual.top_ids, wanted.top_ids)
 
 
 @pytest.mark.parametrize("by_slots", [False, True])
@@ -147,11 +153,9 @@ def test_penalties_equal_their_twin(device: torch.device, by_slots: bool) -> Non
     logits = logits_like_a_model(device, rows=3, size=1500)
     generator = torch.Generator().manual_seed(1)
     seen = (torch.rand(5, 1500, generator=generator) < 0.3).to(device)
-    counts = (torch.randint(0, 4, (5, 1500), generator=generator) * (torch.rand(5, 1500, generator=generator) < 0.2)).to(
-        torch.int32
-    )
-    counts = counts.to(device)
-    factors = [column(v, torch.float32, device) for v in ([1.0, 1.3, 0.8, 2.0, 1.0], [0.0, 0.5, -0.5, 1.0, 0.1], [0.0, 0.2, 0.1, -0.3, 1.0])]
+    counts = torch.randint(-12, 4, (5, 1500), generator=generator).clamp(min=0).to(torch.int32).to(device)
+    penalties = ([1.0, 1.3, 0.8, 2.0, 1.0], [0.0, 0.5, -0.5, 1.0, 0.1], [0.0, 0.2, 0.1, -0.3, 1.0])
+    factors = [column(values, torch.float32, device) for values in penalties]
     slots = torch.tensor([4, 0, 3] if by_slots else [0, 1, 2], device=device)
     picked = [x[slots].contiguous() for x in (seen, counts, *factors)]
     wanted = reference.apply_penalties(logits, *picked)
@@ -184,5 +188,6 @@ def test_what_sampling_cannot_take_is_refused_before_the_launch(emulator: Emulat
         sampling.sample(logits, ones, ones, ones, ones, ones.double())
     with pytest.raises(ValueError, match="token_ids"):
         sampling.token_logprobs(logits, torch.zeros(3, dtype=torch.int64), 1)
+    seen, counts = (torch.zeros(3, 8, dtype=dtype) for dtype in (torch.bool, torch.int32))
     with pytest.raises(ValueError, match="slots"):
-        sampling.apply_penalties(logits, torch.zeros(3, 8, dtype=torch.bool), torch.zeros(3, 8, dtype=torch.int32), ones, ones, ones)
+        sampling.apply_penalties(logits, seen, counts, ones, ones, ones)

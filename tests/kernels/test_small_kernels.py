@@ -155,8 +155,8 @@ def test_what_the_small_kernels_cannot_take_is_refused_before_the_launch(emulato
         activation.silu_and_mul(torch.zeros(2, 9, dtype=BF16))
     with pytest.raises(ValueError, match="int64"):
         activation.gather_rows(rows, torch.zeros(2, dtype=torch.int32))
+    heads = torch.zeros(2, 1, 8, dtype=BF16)
     with pytest.raises(ValueError, match="slot_mapping"):
-        heads = torch.zeros(2, 1, 8, dtype=BF16)
         cache.write_kv(heads, heads, torch.zeros(4, 2, 1, 4, 8, dtype=BF16), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="multiple of 16 bytes"):
         cache.copy_blocks(torch.zeros(2, 3), torch.tensor([0]), torch.tensor([1]))

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels on CPU tensors: the source is compiled as C++ against `emulator.h`, one fiber per CUDA thread."""
+"""Runs the CUDA kernels on CPU tensors: their source compiled as C++ with `emulator.h`, a fiber per CUDA thread."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from kernels import compile as kernel_compile
 
 HERE = Path(__file__).parent
 
+OPTIONS = "-std=c++17 -O1 -g1 -shared -fPIC -fno-gnu-unique -fno-strict-aliasing -ffp-contract=off -w"
+"""Unique symbols would share the emulator's state among kernels."""
+
 ENTRY = """
-extern "C" int emulated_launch(unsigned x, unsigned y, unsigned z, int threads, size_t shared, void** arguments, unsigned seed) {{
+extern "C" int emulated_launch(unsigned x, unsigned y, unsigned z, int threads, size_t shared, void** arguments,
+                               unsigned seed) {{
   return emulator::run({name}, {{x, y, z}}, threads, shared, arguments, seed);
 }}
 extern "C" const char* emulated_failure() {{ return emulator::failure; }}
@@ -39,18 +43,20 @@ class EmulatorBackend:
         return None if shutil.which("g++") else "the kernel emulator needs g++"
 
     def limits(self, device: torch.device) -> kernel_compile.DeviceLimits:
-        return kernel_compile.DeviceLimits(self.num_processors, shared_bytes=227 * 1024, processor_shared_bytes=228 * 1024)
+        return kernel_compile.DeviceLimits(self.num_processors, 227 * 1024, processor_shared_bytes=228 * 1024)
 
     def load(self, text: str, name: str, device: torch.device) -> EmulatedKernel:
         text = f"#define PAGEWIRE_EMULATED\n{text}\n{ENTRY.format(name=name)}"
-        key = hashlib.sha256((text + (HERE / "emulator.h").read_text()).encode()).hexdigest()[:24]
+        key = hashlib.sha256((text + (HERE / "emulator.h").read_text() + OPTIONS).encode()).hexdigest()[:24]
         library = self._folder / f"{name}-{key}.so"
         if not library.exists():
             source = library.with_suffix(".cpp")
             source.write_text(text)
-            command = ["g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
             built = subprocess.run(
-                [*command, f"-I{HERE}", "-o", str(library), str(source)], capture_output=True, text=True, check=False
+                ["g++", *OPTIONS.split(), f"-I{HERE}", "-o", str(library), str(source)],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if built.returncode != 0:
                 raise kernel_compile.KernelError(f"g++ refuses {name}: {built.stderr[:2000]}")

@@ -1,0 +1,361 @@
+"""Times the kernels on a CUDA device: `python -m benchmarks.kernels --out results.json`.
+
+Every row is captured in a CUDA graph that runs the kernel once on each of several input sets, together larger than the
+L2 cache, and the graph is replayed; the figure is the median replay divided by the number of sets, the spread the
+distance from its 10th to its 90th percentile over the median. An attention row is compared with the simple kernel
+before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import activation, attention, cache, norm, sampling
+from kernels import compile as kernel_compile
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCABULARY = 32, 8, 128, 16, 4096, 14336, 128256
+"""Llama-3.1-8B."""
+BYTES_PER_US = 4.2e6
+"""What the H200 reads: 4.2 TB/s."""
+FLOPS_PER_US = 742e6
+"""Its matrix products: 742 TFLOP/s."""
+COLD_BYTES = 300e6
+"""Input sets of a row: several times the L2 cache."""
+DECODE = {
+    (1, 1024): 10.6,
+    (1, 8192): 14.9,
+    (1, 65536): 72.8,
+    (8, 2048): 25.1,
+    (8, 16384): 131.0,
+    (32, 1024): 42.6,
+    (64, 512): 45.6,
+    (64, 4096): 253.6,
+    (256, 512): 159.8,
+    (256, 2048): 524.0,
+}
+"""(batch, context) and FlashAttention-3's microseconds on an H200."""
+PREFILL = {
+    (1, 512, 512): 46,
+    (1, 2048, 2048): 119,
+    (1, 8192, 8192): 979,
+    (8, 1024, 1024): 227,
+    (4, 2048, 8192): 1639,
+    (16, 256, 4096): 568,
+}
+"""(sequences, new tokens, context) and FlashAttention-3's microseconds on an H200."""
+
+Row = dict[str, Any]
+
+
+def measure(launches: list[Callable[[], object]], replays: int = 30) -> tuple[float, float]:
+    """(median microseconds of one launch, relative spread)."""
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / len(launches))
+    deciles = statistics.quantiles(times, n=10)
+    median = statistics.median(times)
+    return median, (deciles[-1] - deciles[0]) / median
+
+
+def attention_inputs(batch: int, new: int, context: int) -> list[tuple[torch.Tensor, ...]]:
+    """Input sets (query, kv_layer, block_tables, context_lens, query_start), blocks placed at random."""
+    set_bytes = batch * context * KV_HEADS * HEAD_DIM * 2 * 2
+    count = max(1, min(64, round(COLD_BYTES / set_bytes)))
+    blocks = batch * context // BLOCK
+    sets = []
+    for _ in range(count):
+        pool = torch.randn((blocks, 1, 2, KV_HEADS, BLOCK, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
+        sets.append(
+            (
+                torch.randn((batch * new, HEADS, HEAD_DIM), device="cuda", dtype=torch.bfloat16),
+                pool[:, 0],
+                torch.randperm(blocks, device="cuda").to(torch.int32).view(batch, -1),
+                torch.full((batch,), context, device="cuda", dtype=torch.int32),
+                torch.arange(0, batch * new + 1, new, device="cuda", dtype=torch.int32),
+            )
+        )
+    return sets
+
+
+def check(name: str, out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Compares with the simple kernel. Raises SystemExit on a wrong result: no number without correctness."""
+    query, kv_layer, tables, lengths, starts = inputs
+    # The simple kernel is slow: of every sequence only the last tokens.
+    last = min(int(starts[1]), 128)
+    query, out = (x.unflatten(0, (len(lengths), -1))[:, -last:].flatten(0, 1).contiguous() for x in (query, out))
+    starts = torch.arange(0, len(query) + 1, last, device="cuda", dtype=torch.int32)
+    wanted = torch.empty_like(query)
+    attention._simple(query, wanted, kv_layer, tables, lengths, starts, 0, HEAD_DIM**-0.5, None, None)
+    error = float((out.double() - wanted.double()).norm() / wanted.double().norm())
+    if not error < 5e-3:
+        raise SystemExit(f"{name} is wrong: relative error {error}")
+
+
+def decode_row(batch: int, context: int) -> Row:
+    sets = attention_inputs(batch, 1, context)
+    scale = HEAD_DIM**-0.5
+
+    def launch(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return attention.paged_attention_decode(*inputs[:4], scale)
+
+    check(f"decode {batch} x {context}", launch(sets[0]), sets[0])
+    us, spread = measure([lambda inputs=inputs: launch(inputs) for inputs in sets])
+    moved = batch * context * KV_HEADS * HEAD_DIM * 2 * 2
+    return {
+        "kernel": "decode",
+        "batch": batch,
+        "new": 1,
+        "context": context,
+        "us": us,
+        "tb_s": moved / us / 1e6,
+        "limit_us": moved / BYTES_PER_US,
+        "peer_us": DECODE.get((batch, context)),
+        "spread": spread,
+    }
+
+
+def prefill_row(batch: int, new: int, context: int) -> Row:
+    sets = attention_inputs(batch, new, context)[:4]
+    scale = HEAD_DIM**-0.5
+
+    def launch(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return attention.paged_attention_prefill(*inputs, scale)
+
+    check(f"prefill {batch} x {new} ({context})", launch(sets[0]), sets[0])
+    us, spread = measure([lambda inputs=inputs: launch(inputs) for inputs in sets], replays=15)
+    pairs = new * (context - new) + new * (new + 1) // 2
+    flops = 4 * HEAD_DIM * HEADS * batch * pairs
+    return {
+        "kernel": "prefill",
+        "batch": batch,
+        "new": new,
+        "context": context,
+        "us": us,
+        "tflop_s": flops / us / 1e6,
+        "limit_us": flops / FLOPS_PER_US,
+        "peer_us": PREFILL.get((batch, new, context)),
+        "spread": spread,
+    }
+
+
+def other_rows() -> list[Row]:
+    """The small kernels; limits are the bytes that must move."""
+    rows: list[Row] = []
+
+    def add(kernel: str, batch: int, moved: float, make: Callable[[], Callable[[], object]]) -> None:
+        launches = [make() for _ in range(max(1, min(64, round(COLD_BYTES / moved))))]
+        us, spread = measure(launches)
+        rates = {"tb_s": moved / us / 1e6, "limit_us": moved / BYTES_PER_US, "spread": spread}
+        rows.append({"kernel": kernel, "batch": batch, "us": us, **rates})
+
+    def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=dtype)
+
+    for tokens in (1, 256, 2048):
+
+        def norms(tokens: int = tokens) -> Callable[[], object]:
+            hidden, residual, weight = rand(tokens, HIDDEN), rand(tokens, HIDDEN), rand(HIDDEN)
+            return lambda: norm.add_rms_norm(hidden, residual, weight, 1e-5)
+
+        def silus(tokens: int = tokens) -> Callable[[], object]:
+            gate_up = rand(tokens, 2 * INTERMEDIATE)
+            return lambda: activation.silu_and_mul(gate_up)
+
+        def ropes(tokens: int = tokens) -> Callable[[], object]:
+            fused = rand(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM)
+            query, key, value = fused.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+            positions, cos_sin = torch.arange(tokens, device="cuda"), rand(tokens, HEAD_DIM, dtype=torch.float32)
+            kv_layer = rand(tokens // BLOCK + 1, 1, 2, KV_HEADS, BLOCK, HEAD_DIM)[:, 0]
+            return lambda: cache.rope_and_cache(query, key, value, positions, cos_sin, kv_layer, positions)
+
+        add("add_rms_norm", tokens, tokens * HIDDEN * 2 * 4, norms)
+        add("silu_and_mul", tokens, tokens * INTERMEDIATE * 2 * 3, silus)
+        add("rope_and_cache", tokens, tokens * (HEADS + 2 * KV_HEADS) * HEAD_DIM * 2 * 2, ropes)
+
+    for batch in (1, 32, 256):
+        for name, settings in (
+            ("argmax", None),
+            ("sample", (0.8, 50, 0.95, 0.0)),
+            ("sample-nucleus", (1.0, 0, 0.95, 0.0)),
+            ("sample-all", (1.0, 0, 1.0, 0.0)),
+        ):
+
+            def samplers(batch: int = batch, settings: Any = settings) -> Callable[[], object]:
+                logits = rand(batch, VOCABULARY, dtype=torch.float32) * 3
+                if settings is None:
+                    return lambda: sampling.argmax(logits)
+                temperature, top_k, top_p, min_p = (torch.full((batch,), x, device="cuda") for x in settings)
+                draws = torch.rand(batch, device="cuda", dtype=torch.float64)
+                return lambda: sampling.sample(logits, temperature, top_k, top_p, min_p, draws)
+
+            add(name, batch, batch * VOCABULARY * 4, samplers)
+    return rows
+
+
+def swap_rows() -> list[Row]:
+    """Blocks of 2 MiB between pool and pinned arena, by copy engine and by kernel, in GB/s."""
+    rows: list[Row] = []
+    count, elements = 256, 1 << 20
+    pool = torch.randn(count, elements, device="cuda", dtype=torch.bfloat16)
+    arena = torch.empty(count, elements, dtype=torch.bfloat16, pin_memory=True)
+    ids = torch.randperm(count)
+    device_ids, device_order = ids.cuda(), torch.arange(count, device="cuda")
+
+    def engine_out() -> None:
+        for i, block in enumerate(ids.tolist()):
+            arena[i].copy_(pool[block], non_blocking=True)
+
+    def engine_in() -> None:
+        for i, block in enumerate(ids.tolist()):
+            pool[block].copy_(arena[i], non_blocking=True)
+
+    def kernel_out() -> None:
+        cache.launch_copies(pool, arena, device_ids, device_order)
+
+    def kernel_in() -> None:
+        cache.launch_copies(arena, pool, device_order, device_ids)
+
+    for name, run in (
+        ("swap_out", engine_out),
+        ("swap_in", engine_in),
+        ("swap_out-kernel", kernel_out),
+        ("swap_in-kernel", kernel_in),
+    ):
+        run()
+        times = []
+        for _ in range(5):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1000)
+        us = statistics.median(times)
+        rows.append({"kernel": name, "batch": count, "us": us, "gb_s": pool.numel() * 2 / us / 1e3})
+    return rows
+
+
+def eager_row() -> Row:
+    """Host microseconds of one decode call outside a graph, its checks and its output's allocation included."""
+    problem = attention_inputs(1, 1, 1024)[0][:4]
+    attention.paged_attention_decode(*problem, HEAD_DIM**-0.5)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(1000):
+        attention.paged_attention_decode(*problem, HEAD_DIM**-0.5)
+    us = (time.perf_counter() - begin) * 1000
+    torch.cuda.synchronize()
+    return {"kernel": "eager-launch", "batch": 1, "us": us}
+
+
+def sweep() -> list[Row]:
+    """Decode with other pipelines than the default: which warps, stages and CTAs are best at each size."""
+    rows = []
+    original = attention.decode_config
+    default = original(HEAD_DIM, HEADS // KV_HEADS, kernel_compile.limits(torch.device("cuda", 0)))
+    for warps, stages, ctas in ((4, 3, 2), (4, 2, 2), (4, 2, 3), (8, 2, 1), (8, 3, 1), (2, 3, 4), (2, 4, 3), (4, 6, 1)):
+        config = replace(default, warps=warps, stages=stages, ctas=ctas)
+        attention.decode_config = lambda *_, config=config: config  # type: ignore[assignment]
+        try:
+            for batch, context in ((1, 1024), (1, 65536), (32, 1024), (64, 512), (64, 4096), (256, 512)):
+                row = decode_row(batch, context)
+                rows.append({**row, "warps": warps, "stages": stages, "ctas": ctas})
+        except kernel_compile.KernelError as error:
+            print(f"sweep {warps} {stages} {ctas}: {error}", flush=True)
+        finally:
+            attention.decode_config = original
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Rows for people."""
+    columns = (("batch", 6), ("new", 6), ("context", 8), ("us", 10), ("rate", 14), ("limit us", 10), ("peer us", 9))
+    lines = [f"{'kernel':<16}" + "".join(f"{name:>{width}}" for name, width in columns) + f"{'spread':>8}"]
+    for row in rows:
+        rate = next((f"{row[key]:.3g} {key}" for key in ("tb_s", "tflop_s", "gb_s") if key in row), "")
+        shape = "".join(f"{row.get(key, ''):>{width}}" for key, width in (("batch", 6), ("new", 6), ("context", 8)))
+        limit = f"{row['limit_us']:.1f}" if "limit_us" in row else ""
+        spread = f"{row['spread']:.1%}" if "spread" in row else ""
+        config = "".join(f" {key}={row[key]}" for key in ("warps", "stages", "ctas") if key in row)
+        peer = row.get("peer_us") or ""
+        lines.append(f"{row['kernel']:<16}{shape}{row['us']:>10.1f}{rate:>14}{limit:>10}{peer:>9}{spread:>8}{config}")
+    return "\n".join(lines)
+
+
+def commit() -> str | None:
+    """The checkout's commit, if this is one."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def main() -> None:
+    """Runs the rows asked for; writes JSON if told where."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--only", choices=("decode", "prefill", "other", "swap", "sweep"), action="append")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.kernels needs a CUDA device")
+    torch.manual_seed(arguments.seed)
+    wanted = arguments.only or ["decode", "prefill", "other", "swap"]
+    rows: list[Row] = []
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "commit": commit(),
+        "command": " ".join(sys.argv),
+        "seed": arguments.seed,
+        "rows": rows,
+    }
+
+    def note(new: list[Row]) -> None:
+        rows.extend(new)
+        print(table(new).split("\n", 1)[1], flush=True)
+        if arguments.out:  # after every row: a run that is cut short keeps what it had
+            arguments.out.write_text(json.dumps(result, indent=1))
+
+    if "decode" in wanted:
+        for batch, context in DECODE:
+            note([decode_row(batch, context)])
+    if "prefill" in wanted:
+        for batch, new, context in PREFILL:
+            note([prefill_row(batch, new, context)])
+    if "other" in wanted:
+        note([eager_row()])
+        note(other_rows())
+    if "swap" in wanted:
+        note(swap_rows())
+    if "sweep" in wanted:
+        note(sweep())
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
