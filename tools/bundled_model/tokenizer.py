@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-"""Token 0: ends every document, and so both begins and ends a text."""
+"""Token 0: ends every document, and so stands before every document too. A prompt gets one in front, as in training."""
+
+END_ID = 0
 
 CHAT_TEMPLATE = (
+    "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}"
     "{% elif message['role'] == 'system' %}{{ message['content'] }}\n"
@@ -34,6 +37,9 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(documents, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}; give it more text")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, END_ID)]
+    )
     return tokenizer
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tools.bundled_model.corpus import Corpus, read_corpus
-from tools.bundled_model.tokenizer import train_tokenizer, write_tokenizer
+from tools.bundled_model.tokenizer import END_ID, train_tokenizer, write_tokenizer
 
 VOCAB_SIZE = 4096
 
@@ -41,9 +41,6 @@ WEIGHT_DECAY = 0.1
 
 LOG_SECONDS = 30
 CHECKPOINT_SECONDS = 120
-
-END_ID = 0
-"""The end-of-text token's id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ def learning_rate(progress: float) -> float:
 def token_stream(documents: list[str], tokenizer: tokenizers.Tokenizer) -> torch.Tensor:
     """Encode ``documents`` into one int64 stream with the end-of-text token before, between and after them."""
     ids = [END_ID]
-    for encoding in tokenizer.encode_batch(documents):
+    for encoding in tokenizer.encode_batch(documents, add_special_tokens=False):
         ids += [*encoding.ids, END_ID]
     return torch.tensor(ids, dtype=torch.int64)
 
