@@ -310,7 +310,10 @@ def table(rows: list[Row]) -> str:
 
 def commit() -> str | None:
     """The checkout's commit, if this is one."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return found.stdout.strip() or None
 
 

@@ -323,6 +323,7 @@ class _CupyKernel:
     def _allow(self, shared_bytes: int) -> None:
         try:
             self._function.max_dynamic_shared_size_bytes = shared_bytes
+            self._function.preferred_shared_memory_carveout = 100  # or fewer CTAs may be resident than fit
         except self._driver.CUDADriverError as error:
             raise KernelError(
                 f"{self._name} needs {shared_bytes} bytes of shared memory, more than this GPU has"

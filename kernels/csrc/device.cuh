@@ -103,7 +103,7 @@ DEVICE void load_matrix_x4_trans(u32 (&r)[4], const void* row) {
 
 DEVICE u32 transpose_8x8(u32 x) {
   u32 y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
 
