@@ -1,6 +1,6 @@
 """Every kernel compiles for every supported architecture without a GPU, and the tuned ones keep to their registers.
 
-Needs CuPy and NVRTC: `pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12`.
+Needs CuPy and NVRTC: `pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12`.
 """
 
 from __future__ import annotations
