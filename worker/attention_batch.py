@@ -1,4 +1,4 @@
-"""One step's attention: where its tokens are written and what they see. Models call `attend` once per layer."""
+"""One step's attention: where its tokens are written and what they see. Models call it once per layer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class AttentionBatch:
     kernels: PagedKernels
     """The paged operations for the pool's device."""
     slot_mapping: torch.Tensor
-    """int64 [T]: block * block_size + offset at which each token's key and value are stored."""
+    """int64 [T]: block * block_size + offset at which each token's key and value are stored; negative: nowhere."""
     num_decode: int
     """D, the number of decode rows."""
     decode_block_tables: torch.Tensor
     """int32 [D, M]."""
     decode_context_lens: torch.Tensor
-    """int32 [D]: tokens in the cache, the step's own included."""
+    """int32 [D]: tokens in the cache, the step's own included; 0: a row of padding."""
     chunk_block_tables: torch.Tensor
     """int32 [S, M]."""
     chunk_context_lens: torch.Tensor
@@ -60,32 +60,67 @@ class AttentionBatch:
         Returns [T, Hq, D].
         """
         kv_layer = self.layout.layer_view(self.pool, layer)
-        self.kernels.write_kv(key, value, kv_layer, self.slot_mapping)
-        parts = []
-        if self.num_decode:
-            parts.append(
-                self.kernels.paged_attention_decode(
-                    query[: self.num_decode],
-                    kv_layer,
-                    self.decode_block_tables,
-                    self.decode_context_lens,
-                    scale,
-                    sliding_window,
-                    soft_cap,
-                )
+        self.kernels.write_kv(_with_whole_heads(key), _with_whole_heads(value), kv_layer, self.slot_mapping)
+        return self._attend(_with_whole_heads(query), kv_layer, scale, sliding_window, soft_cap)
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """`attend` with queries and keys that are still to be rotated: positions int64 [T], cos_sin as in `rope`."""
+        kv_layer = self.layout.layer_view(self.pool, layer)
+        rotated = self.kernels.rope_and_cache(query, key, value, positions, cos_sin, kv_layer, self.slot_mapping)
+        return self._attend(rotated, kv_layer, scale, sliding_window, soft_cap)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_layer: torch.Tensor,
+        scale: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> torch.Tensor:
+        """Attention of all rows, their keys and values being in the cache."""
+        num_decode = self.num_decode
+        # Both kinds of rows write their part of one tensor: nothing is put together afterwards.
+        attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if num_decode:
+            self.kernels.paged_attention_decode(
+                query[:num_decode],
+                kv_layer,
+                self.decode_block_tables,
+                self.decode_context_lens,
+                scale,
+                sliding_window,
+                soft_cap,
+                out=attended[:num_decode],
             )
-        if self.num_decode < query.shape[0]:
-            parts.append(
-                self.kernels.paged_attention_prefill(
-                    query[self.num_decode :],
-                    kv_layer,
-                    self.chunk_block_tables,
-                    self.chunk_context_lens,
-                    self.chunk_query_start,
-                    scale,
-                    sliding_window,
-                    soft_cap,
-                )
+        if num_decode < query.shape[0]:
+            self.kernels.paged_attention_prefill(
+                query[num_decode:],
+                kv_layer,
+                self.chunk_block_tables,
+                self.chunk_context_lens,
+                self.chunk_query_start,
+                scale,
+                sliding_window,
+                soft_cap,
+                out=attended[num_decode:],
             )
         self.on_progress()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return attended
+
+
+def _with_whole_heads(heads: torch.Tensor) -> torch.Tensor:
+    """The same [T, heads, D] with elements and heads of a token contiguous, as kernels read them; tokens may stride."""
+    head_dim = heads.shape[2]
+    return heads if heads.stride()[1:] == (head_dim, 1) else heads.contiguous()

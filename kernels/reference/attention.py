@@ -19,19 +19,24 @@ def paged_attention_decode(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one new token per sequence over that sequence's whole context.
 
     query is [B, Hq, D]; kv_layer a layer view [num_blocks, 2, Hkv, block_size, D] of the same dtype, Hkv dividing Hq
     (query head h reads key head h // (Hq / Hkv)); block_tables int32 [B, M]; context_lens int32 [B], the tokens in the
-    cache, the new one included, in 1..M * block_size. Scores are `scale * q.k`; with soft_cap = c they become
-    `c * tanh(score / c)`. With sliding_window = w only the last w tokens are seen. Returns [B, Hq, D] of query's dtype.
+    cache, the new one included, in 1..M * block_size; 0 is a row of padding, which gives zeros. Scores are
+    `scale * q.k`; with soft_cap = c they become `c * tanh(score / c)`. With sliding_window = w only the last w tokens
+    are seen. Returns [B, Hq, D] of query's dtype, in `out` if given.
     """
     block_size = kv_layer.shape[3]
     lengths = context_lens.tolist()
     seen = [length if sliding_window is None else min(length, sliding_window) for length in lengths]
-    order = sorted(range(len(seen)), key=seen.__getitem__, reverse=True)
-    output = torch.empty_like(query)
+    order = sorted((row for row in range(len(seen)) if seen[row]), key=seen.__getitem__, reverse=True)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+    if len(order) < len(seen):
+        output.zero_()
     elements_per_token = kv_layer[0, :, :, 0].numel()
     start = 0
     while start < len(order):
@@ -101,17 +106,20 @@ def paged_attention_prefill(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of S chunks over their sequences' contexts; the chunks' own tokens are in the cache already.
 
     query is [T, Hq, D], the chunks one after another: chunk s is rows query_start[s] to query_start[s + 1], and its
     tokens are the last of the context_lens[s] tokens in the cache. kv_layer is a layer view [num_blocks, 2, Hkv,
     block_size, D]; block_tables int32 [S, M]; context_lens int32 [S], this chunk included; query_start int32 [S + 1].
-    scale, sliding_window and soft_cap as in `paged_attention_decode`. Returns [T, Hq, D] of query's dtype.
+    scale, sliding_window and soft_cap as in `paged_attention_decode`. Returns [T, Hq, D] of query's dtype, in
+    `out` if given.
     """
     block_size, head_dim = kv_layer.shape[3:]
     starts, lengths = query_start.tolist(), context_lens.tolist()
-    output = torch.empty_like(query)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     for row, context in enumerate(lengths):
         start, end = starts[row], starts[row + 1]
         if start == end:

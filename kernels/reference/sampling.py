@@ -88,14 +88,22 @@ def sample(
     min_p: torch.Tensor,
     draws: torch.Tensor,
 ) -> torch.Tensor:
-    """Draws one token per row: float32 logits [R, V] to int64 [R].
+    """Chooses one token per row: float32 logits [R, V] to int64 [R].
 
-    temperature float32 [R], positive; top_k int64 [R], 0 = all; top_p float32 [R] in (0, 1]; min_p float32 [R] in
-    [0, 1]; draws float64 [R] in (0, 1). Probabilities are softmax(logits / temperature). Kept are, one after another:
-    the top_k likeliest; of these, renormalised, the shortest likeliest-first prefix whose sum reaches top_p
-    (Holtzman et al. 2020); of these, those at least min_p times as probable as the likeliest. The token is the first,
-    by id, at which the cumulative kept probability exceeds draw times its total. Computed in float64.
+    temperature float32 [R]; rows of temperature 0 take their likeliest token, others draw. top_k int64 [R], 0 = all;
+    top_p float32 [R] in (0, 1]; min_p float32 [R] in [0, 1]; draws float64 [R] in (0, 1). Probabilities are
+    softmax(logits / temperature). Kept are, one after another: the top_k likeliest; of these, renormalised, the
+    shortest likeliest-first prefix whose sum reaches top_p (Holtzman et al. 2020); of these, those at least min_p times
+    as probable as the likeliest. The token is the first, by id, at which the cumulative kept probability exceeds draw
+    times its total. Computed in float64.
     """
+    drawing = (temperature > 0.0).nonzero().squeeze(1)
+    if drawing.numel() < temperature.numel():
+        token_ids = argmax(logits)
+        if drawing.numel():
+            settings = (column[drawing] for column in (temperature, top_k, top_p, min_p, draws))
+            token_ids[drawing] = sample(logits[drawing], *settings)
+        return token_ids
     probabilities = torch.softmax(logits.double() / temperature.double().unsqueeze(1), dim=-1)
     vocab_size = logits.shape[1]
     restricted = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0)

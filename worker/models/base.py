@@ -67,6 +67,26 @@ class PagedAttention(Protocol):
         """
         ...
 
+    def rotate_and_attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """Rotate queries and keys by position (`kernels.reference.rope`), then `attend`.
+
+        positions is int64 [T]; cos_sin float32 [max_positions, rotary_dim]. One operation, because a kernel that
+        rotates can write to the cache as well.
+        """
+        ...
+
 
 class PagedModel(Protocol):
     """A decoder whose keys and values live in blocks it does not see."""

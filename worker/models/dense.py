@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels import reference
+
 
 class DenseCache:
     """Keys and values of sequences as plain tensors, one per sequence and layer."""
@@ -55,6 +57,23 @@ class DenseBatch:
             context = self._cache.read(sequence, layer)
             outputs.append(causal_attention(queries, *context, scale, sliding_window, soft_cap))
         return torch.cat(outputs)
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """As in PagedAttention."""
+        query, key = reference.rope(query, key, positions, cos_sin)
+        return self.attend(layer, query, key, value, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
 
 
 def causal_attention(

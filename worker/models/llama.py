@@ -277,8 +277,16 @@ class LlamaModel:
         if layer.query_norm is not None and layer.key_norm is not None:
             query = ops.rms_norm(query, layer.query_norm, shape.norm_epsilon)
             key = ops.rms_norm(key, layer.key_norm, shape.norm_epsilon)
-        query, key = ops.rope(query, key, positions, self._cos_sin)
-        attended = batch.attend(number, query, key, value, scale=self._scale, sliding_window=shape.windows[number])
+        attended = batch.rotate_and_attend(
+            number,
+            query,
+            key,
+            value,
+            positions,
+            self._cos_sin,
+            scale=self._scale,
+            sliding_window=shape.windows[number],
+        )
         return functional.linear(attended.reshape(len(hidden), -1), layer.output, layer.output_bias)
 
 

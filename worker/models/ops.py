@@ -9,7 +9,10 @@ from typing import Protocol
 
 import torch
 
-from kernels import reference
+from kernels import activation, cache, norm, reference
+
+_WIDEST_NORM = 32 * 1024
+"""Elements of the widest row that the norm kernel takes."""
 
 
 class LayerOps(Protocol):
@@ -22,7 +25,7 @@ class LayerOps(Protocol):
     def add_rms_norm(
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the residual stream, then normalises: (normed sum, sum)."""
+        """Adds the residual stream, then normalises: (normed sum, sum). `residual` must not be read afterwards."""
         ...
 
     def rope(
@@ -36,7 +39,42 @@ class LayerOps(Protocol):
         ...
 
 
+class CudaOps:
+    """The kernels of `csrc/`; torch twins for rows that do not come in steps of 16 bytes."""
+
+    def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As in LayerOps."""
+        rms_norm = norm.rms_norm if _fits_norm(hidden) else reference.rms_norm
+        return rms_norm(hidden, weight, eps)
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in LayerOps; the sum replaces `residual`."""
+        add_rms_norm = norm.add_rms_norm if _fits_norm(hidden) else reference.add_rms_norm
+        return add_rms_norm(hidden, residual, weight, eps)
+
+    def rope(
+        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in LayerOps."""
+        return cache.rope(query, key, positions, cos_sin)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """As in LayerOps."""
+        fits = gate_up.shape[-1] // 2 % (16 // gate_up.element_size()) == 0
+        silu_and_mul = activation.silu_and_mul if fits else reference.silu_and_mul
+        return silu_and_mul(gate_up)
+
+
+def _fits_norm(hidden: torch.Tensor) -> bool:
+    width = hidden.shape[-1]
+    return width % (16 // hidden.element_size()) == 0 and width <= _WIDEST_NORM
+
+
+_CUDA_OPS = CudaOps()
+
+
 def ops_for(device: torch.device) -> LayerOps:
     """The operations for tensors on `device`."""
-    del device  # every device runs the torch twins as long as there are no others
-    return reference
+    return _CUDA_OPS if device.type == "cuda" else reference
