@@ -26,9 +26,11 @@ COMMANDS = {
     "gateway": "Run one gateway.",
     "generate": "Continue a prompt and stream the answer.",
     "chat": "Chat with the model.",
+    "bench": "Measure throughput, latency under load, and kernels.",
     "doctor": "Check this machine and say what to mend.",
 }
-"""Each is a module of `pagewire.commands` with a function `command() -> Callable`, which makes the typer command."""
+"""Each is a module of `pagewire.commands` with a function `command`, which makes the typer command, or an application
+with commands of its own."""
 
 ENVIRONMENT = {
     # gRPC's own log is no part of ours; what matters of it reaches us as statuses.
@@ -80,7 +82,10 @@ def _application(chosen: str | None) -> typer.Typer:
     application.callback()(_root)
     for name, summary in COMMANDS.items():
         command = _load(name) if name == chosen else _not_loaded
-        application.command(name, short_help=summary)(command)
+        if isinstance(command, typer.Typer):
+            application.add_typer(command, name=name, short_help=summary)
+        else:
+            application.command(name, short_help=summary)(command)
     return application
 
 
@@ -96,8 +101,8 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _load(name: str) -> Callable[..., Any]:
-    command: Callable[..., Any] = importlib.import_module(f"pagewire.commands.{name}").command()
+def _load(name: str) -> Callable[..., Any] | typer.Typer:
+    command: Callable[..., Any] | typer.Typer = importlib.import_module(f"pagewire.commands.{name}").command()
     return command
 
 

@@ -1,0 +1,189 @@
+"""Starts scheduler, worker and gateways as processes for a measurement, without a supervisor: what dies stays dead, and
+the row that was running says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pagewire.bench.session import BenchError
+from pagewire.runtime import parent
+
+ROOT = Path(__file__).resolve().parents[2]
+STOP_LIMIT_S = 10.0
+LOG_LINES = 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to start. None: the role's own default."""
+
+    model: str
+    load_format: str = "auto"
+    device: str | None = None
+    dtype: str | None = None
+    max_model_len: int | None = None
+    block_size: int | None = None
+    num_blocks: int | None = None
+    host_blocks: int | None = None
+    max_num_seqs: int = 512
+    token_budget: int = 8192
+    max_waiting: int = 8192
+    """Above the largest workload, because the whole set is submitted at once."""
+    gateways: int = 0
+    worker_module: tuple[str, ...] = ("pagewire.cli", "worker")
+    """Module and leading arguments of the worker's process; a measurement of the host's work puts a stand-in here."""
+
+
+class Service:
+    """The processes, their addresses and their logs. Blocking; made by `start`."""
+
+    def __init__(self, launch: Launch, folder: Path) -> None:
+        self.launch = launch
+        self.folder = folder
+        self._sockets = tempfile.TemporaryDirectory(prefix="pagewire-bench-", ignore_cleanup_errors=True)
+        self.scheduler = f"unix:{self._sockets.name}/scheduler.sock"
+        """Where sessions dial."""
+        self.metrics: str | None = None
+        """host:port of the Prometheus page."""
+        self.gateways: list[str] = []
+        """Addresses where clients dial."""
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, limit_s: float) -> None:
+        """Starts everything and waits until the worker and the gateways are ready.
+
+        Raises:
+            BenchError: a process could not start, or the limit passed. Nothing is left running then.
+        """
+        deadline = time.monotonic() + limit_s
+        launch = self.launch
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            answer = self._wait("scheduler", self._spawn("scheduler", self._scheduler_command()), deadline)
+            self.metrics = answer["metrics"]
+            pipes = {"worker": self._spawn("worker", self._worker_command())}
+            for index in range(launch.gateways):
+                name = f"gateway-{index}"
+                pipes[name] = self._spawn(name, self._gateway_command())
+            answers = {name: self._wait(name, pipe, deadline) for name, pipe in pipes.items()}
+            self.gateways = [answer["grpc"] for name, answer in answers.items() if name != "worker"]
+        except BaseException:
+            self.stop()
+            raise
+
+    def failure(self) -> str:
+        """Which process has ended, and its last words; empty if all run."""
+        for name, process in self._processes.items():
+            code = process.poll()
+            if code is not None:
+                return f"the {name} process ended with code {code}: {self._last_words(name)}"
+        return ""
+
+    def stop(self) -> None:
+        """Ends every process, gateways first."""
+        for name in reversed(self._processes):
+            process = self._processes[name]
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(STOP_LIMIT_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        self._processes.clear()
+        self._sockets.cleanup()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name."""
+        return {name: process.pid for name, process in self._processes.items()}
+
+    def _scheduler_command(self) -> list[str]:
+        launch = self.launch
+        options: dict[str, Any] = {
+            "--listen": self.scheduler,
+            "--metrics-port": 0,
+            "--max-num-seqs": launch.max_num_seqs,
+            "--token-budget": launch.token_budget,
+            "--max-waiting": launch.max_waiting,
+        }
+        return ["pagewire.cli", "scheduler", *_flags(options)]
+
+    def _worker_command(self) -> list[str]:
+        launch = self.launch
+        options = {
+            "--scheduler": self.scheduler,
+            "--model": launch.model,
+            "--load-format": launch.load_format,
+            "--device": launch.device,
+            "--dtype": launch.dtype,
+            "--max-model-len": launch.max_model_len,
+            "--block-size": launch.block_size,
+            "--num-blocks": launch.num_blocks,
+            "--host-blocks": launch.host_blocks,
+            "--max-num-seqs": launch.max_num_seqs,
+            "--token-budget": launch.token_budget,
+        }
+        return [*launch.worker_module, *_flags(options)]
+
+    def _gateway_command(self) -> list[str]:
+        # Without a model: requests are token ids, and a config-only folder has no tokenizer.
+        return ["pagewire.cli", "gateway", *_flags({"--scheduler": self.scheduler, "--listen": "127.0.0.1:0"})]
+
+    def _spawn(self, name: str, command: Sequence[str]) -> int:
+        """Starts a process; returns the descriptor on which it tells its readiness."""
+        reading, writing = os.pipe()
+        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+        try:
+            with (self.folder / f"{name}.log").open("ab") as log:
+                self._processes[name] = subprocess.Popen(
+                    [sys.executable, "-m", *command, "--ready-fd", str(writing)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(writing,),
+                    process_group=0,
+                    env={**os.environ, "PYTHONPATH": path, parent.VARIABLE: str(os.getpid())},
+                )
+        finally:
+            os.close(writing)
+        return reading
+
+    def _wait(self, name: str, pipe: int, deadline: float) -> dict[str, Any]:
+        """The process's readiness line. Closes the descriptor."""
+        received = b""
+        try:
+            while not received.endswith(b"\n"):
+                left = deadline - time.monotonic()
+                if left <= 0 or not select.select([pipe], [], [], left)[0]:
+                    raise BenchError(f"the {name} was not ready in time: {self._last_words(name)}")
+                part = os.read(pipe, 4096)
+                if not part:
+                    code = self._processes[name].wait()
+                    raise BenchError(f"the {name} ended with code {code}: {self._last_words(name)}")
+                received += part
+        finally:
+            os.close(pipe)
+        answer: dict[str, Any] = json.loads(received)
+        if "error" in answer:
+            raise BenchError(f"the {name} cannot start: {answer['error']}")
+        return answer
+
+    def _last_words(self, name: str) -> str:
+        lines = (self.folder / f"{name}.log").read_text(errors="replace").split("\n")
+        return " | ".join([line.strip()[:400] for line in lines if line.strip()][-LOG_LINES:])
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [part for flag, value in options.items() if value is not None for part in (flag, str(value))]

@@ -1,0 +1,174 @@
+"""A series of rows over one start of the service, recorded and shown. The model is loaded once for all of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pagewire.bench import results, serve, throughput, workloads
+from pagewire.bench.anchors import CONFIG, GPU
+from pagewire.bench.results import Recorder, Row
+from pagewire.bench.runner import Runner
+from pagewire.bench.serve import DEFAULT_LIMITS, At, Limits
+from pagewire.bench.service import ROOT, Launch
+from pagewire.bench.workloads import FULL, Scale
+
+PLACES: tuple[At, ...] = ("session", "gateway")
+LENGTH_STEP = 256
+"""Contexts are rounded up to this."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A service that is there already."""
+
+    scheduler: str
+    metrics: str
+    gateways: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows, how and where to."""
+
+    offline: tuple[str, ...] = ()
+    """Names of workloads."""
+    repeat: int = 1
+    """Runs of each offline row."""
+    online: tuple[tuple[float, int], ...] = ()
+    """Rates, each with its number of requests."""
+    places: tuple[str, ...] = ("gateway",)
+    """Of PLACES: where online rows are measured."""
+    goodput: Limits = DEFAULT_LIMITS
+    scale: Scale = FULL
+    row_limit_s: float = 120.0
+    limit_s: float = 3600.0
+    offline_output: Path | None = None
+    online_output: Path | None = None
+    logs: Path | None = None
+    """Folder for the processes' logs; None: a temporary one, which stays when a row fails."""
+
+
+async def main(plan: Plan, launch: Launch, given: Given | None = None) -> bool:
+    """Runs a plan, prints its tables last. True: every row has values."""
+    console = Console(highlight=False)
+    folder = plan.logs or Path(tempfile.mkdtemp(prefix="pagewire-bench-logs-"))
+    if given is None:
+        launch = with_context(launch, plan)
+        runner = Runner(launch, folder, limit_s=plan.limit_s, say=partial(console.print, markup=False))
+    else:
+        runner = Runner(
+            None,
+            folder,
+            scheduler=given.scheduler,
+            metrics_address=given.metrics or None,
+            gateways=given.gateways,
+            limit_s=plan.limit_s,
+        )
+    head = header(launch, given)
+    offline, online = Recorder(plan.offline_output, head), Recorder(plan.online_output, head)
+    try:
+        await _offline_rows(runner, plan, offline, console)
+        await _online_rows(runner, plan, online, console)
+    finally:
+        await runner.stop()
+    compare = is_comparable(plan, launch, given, head)
+    if offline.rows:
+        show(console, throughput.table(offline.rows, compare=compare))
+    if online.rows:
+        show(console, serve.table(online.rows, compare=compare))
+    failed = [row for row in [*offline.rows, *online.rows] if "error" in row]
+    if failed:
+        console.print(f"{len(failed)} rows failed; logs in {folder}", markup=False)
+    return not failed
+
+
+def header(launch: Launch, given: Given | None) -> dict[str, object]:
+    """The head of both files."""
+    layout = f"1 scheduler, 1 worker and {launch.gateways} gateways as processes, gRPC over Unix sockets; client in one"
+    model = launch.model.replace(f"{ROOT}/", "")
+    settings = {name: value for name, value in vars(launch).items() if value not in (None, launch.worker_module)}
+    return results.header(
+        model=None if given else model,
+        settings=None if given else {**settings, "model": model},
+        layout=f"a service that ran already at {given.scheduler}" if given else layout,
+        seeds={"prompts": workloads.PROMPT_SEED, "gaps": workloads.GAP_SEED, "online lengths": workloads.ONLINE_SEED},
+    )
+
+
+def is_comparable(plan: Plan, launch: Launch, given: Given | None, head: dict[str, object]) -> bool:
+    """Whether rows may stand beside the recorded ones: same requests, same model shape, same card."""
+    return given is None and plan.scale.is_full and Path(launch.model).name == CONFIG and GPU in str(head["gpu"])
+
+
+def with_context(launch: Launch, plan: Plan) -> Launch:
+    """`launch` with the context that the plan's rows need, within what the model's config allows."""
+    if launch.max_model_len is not None:
+        return launch
+    needs = [workloads.longest(workloads.offline(name, plan.scale)) for name in plan.offline]
+    needs += [workloads.longest(workloads.online(rate, count, plan.scale)[0]) for rate, count in plan.online]
+    needed = -(-max(needs, default=LENGTH_STEP) // LENGTH_STEP) * LENGTH_STEP
+    config = Path(launch.model) / "config.json"
+    if not config.is_file():
+        return launch
+    allowed = json.loads(config.read_text()).get("max_position_embeddings")
+    return replace(launch, max_model_len=min(needed, allowed) if isinstance(allowed, int) else needed)
+
+
+async def _offline_rows(runner: Runner, plan: Plan, recorder: Recorder, console: Console) -> None:
+    for name in plan.offline:
+
+        async def measure(name: str = name) -> Row:
+            return await throughput.measure(
+                runner, name, scale=plan.scale, repeat=plan.repeat, vocab_size=await runner.vocab_size()
+            )
+
+        recorder.add(await runner.row({"workload": name}, plan.row_limit_s, measure))
+        _tell(console, throughput.table(recorder.rows[-1:], compare=False))
+
+
+async def _online_rows(runner: Runner, plan: Plan, recorder: Recorder, console: Console) -> None:
+    for rate, count in plan.online:
+        for place in PLACES:
+            if place not in plan.places:
+                continue
+
+            async def measure(rate: float = rate, count: int = count, place: At = place) -> Row:
+                return await serve.measure(
+                    runner,
+                    place,
+                    rate,
+                    count,
+                    scale=plan.scale,
+                    limits=plan.goodput,
+                    vocab_size=await runner.vocab_size(),
+                )
+
+            recorder.add(await runner.row({"rate": rate, "at": place}, plan.row_limit_s, measure))
+            _tell(console, serve.table(recorder.rows[-1:], compare=False))
+
+
+def _tell(console: Console, lines: Sequence[Sequence[str]]) -> None:
+    """One row as soon as it is known: a run that is cut short has shown what it had."""
+    console.print("  ".join(lines[1]), markup=False, soft_wrap=True)
+
+
+def show(console: Console, lines: Sequence[Sequence[str]]) -> None:
+    """A table, its heading first."""
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(lines[0]):
+        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+    for line in lines[1:]:
+        if len(line) == len(lines[0]):
+            table.add_row(*line)
+    console.print(table)
+    for line in lines[1:]:
+        if len(line) != len(lines[0]):
+            console.print("  ".join(line), markup=False, soft_wrap=True)
