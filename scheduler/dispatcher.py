@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
@@ -60,8 +61,10 @@ class Submitted:
 class Dispatcher:
     """Requests in, step plans out, step results in, tokens out."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, make_scheduler: Callable[..., Scheduler] = Scheduler) -> None:
+        """`make_scheduler` takes the arguments of Scheduler: another policy for experiments, or a look at each one."""
         self._config = config
+        self._make_scheduler = make_scheduler
         self._schedulers: dict[str, Scheduler] = {}  # by worker id, in order of joining
         self._groups: dict[str, SequenceGroup] = {}  # live, by request id
         self._retained: OrderedDict[str, SequenceGroup] = OrderedDict()  # finished, oldest first
@@ -84,15 +87,24 @@ class Dispatcher:
         # Waiting groups are distributed anew, so that a worker that comes late gets its share.
         for scheduler in self._schedulers.values():
             self._unassigned.extend(scheduler.give_up_waiting())
-        self._schedulers[worker_id] = Scheduler(worker_id, self._config, capacity, rates, epoch, self._record)
+        self._schedulers[worker_id] = self._make_scheduler(
+            worker_id, self._config, capacity, rates, epoch, self._record
+        )
         self._distribute(now)
 
     def remove_worker(self, worker_id: str, now: int) -> None:
-        """Takes a lost worker's groups back: they go on elsewhere by recompute, or wait for a worker."""
+        """Takes a lost worker's groups back: they go on elsewhere by recompute, or wait for a worker. One whose workers
+        are lost again and again fails, so that it does not bring down every worker there is."""
         scheduler = self._schedulers.pop(worker_id, None)
-        if scheduler is not None:
-            self._unassigned.extend(scheduler.give_up_all())
-            self._distribute(now)
+        if scheduler is None:
+            return
+        for group in scheduler.give_up_all():
+            if group.losses < self._config.max_worker_losses:
+                self._unassigned.append(group)
+                continue
+            message = f"{group.losses} times the worker was lost that ran this request"
+            self._fail_unassigned(group, Failed(group, StatusCode.INTERNAL, "WORKER_LOST_REPEATEDLY", message), now)
+        self._distribute(now)
 
     def workers(self) -> list[str]:
         """Ids of the ready workers, in order of joining."""
