@@ -29,6 +29,7 @@ _TABLE = {
     "prompt.chat.messages": Ceiling(1, 1024, "every message is a turn of the template's loop"),
     "prompt.chat.messages.role.length": Ceiling(1, 64, "a role is a word that the template knows"),
     "prompt.chat.bytes": Ceiling(0, 2 << 20, "as for text"),
+    "prompt.entries": Ceiling(1, 256, "prompts in one HTTP request; each of them is a request of its own"),
     "sampling.temperature": Ceiling(0.0, 100.0, "beyond 100 the distribution is flat already"),
     "sampling.min_p": Ceiling(0.0, 1.0, "a probability"),
     "sampling.top_p": Ceiling(0.0, 1.0, "a probability, and above 0: with nothing kept there is nothing to draw"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
@@ -18,6 +19,12 @@ class GatewaySettings(RoleSettings):
     """Address of the scheduler: HOST:PORT or unix:PATH. The default is the scheduler's own."""
     listen: str = "127.0.0.1:50051"
     """Where clients connect: HOST:PORT (port 0: a free one) or unix:PATH. Loopback, as there is no TLS by default."""
+    http_listen: str = ""
+    """Where OpenAI clients connect: HOST:PORT, such as 127.0.0.1:8000 (port 0: a free one). Empty or off: no HTTP."""
+    http_max_body_bytes: int = Field(default=8 << 20, ge=1 << 10)
+    """Largest HTTP body in bytes. As for gRPC messages: 8 MiB hold a million token ids."""
+    api_keys_file: Path | None = None
+    """File with the API keys that HTTP clients must send: one KEY or KEY TENANT per line. Unset: none are asked for."""
     insecure: bool = False
     """Allow plaintext on an address that other machines can reach. Off: a prompt is private."""
     model: str = ""

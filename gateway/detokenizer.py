@@ -193,6 +193,29 @@ def factory_for(tokenizer: Any) -> DetokenizerFactory:
     return lambda after: WindowDetokenizer(decode, visible, after)
 
 
+def token_bytes_for(tokenizer: Any) -> Callable[[int], bytes] | None:
+    """What single ids add to a text that goes on, in bytes; None where only a decode of several ids says it.
+
+    Args:
+        tokenizer: the backend tokenizer, as for `factory_for`.
+    """
+    described = json.loads(tokenizer.to_str())
+    special = frozenset(token["id"] for token in described.get("added_tokens") or () if token.get("special"))
+    decoder = described.get("decoder") or {}
+    if decoder.get("type") == "ByteLevel":
+        return _cached_token_bytes(tokenizer, special)
+    fallback = _byte_fallback_steps(decoder)
+    if fallback is None:
+        return None
+    token_piece = _cached_token_piece(tokenizer, special, fallback[0])
+
+    def piece_bytes(token_id: int) -> bytes:
+        piece = token_piece(token_id)
+        return bytes([piece]) if isinstance(piece, int) else (piece or "").encode()
+
+    return piece_bytes
+
+
 def _byte_of_char() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for (GPT-2's table, Radford et al. 2019).
 

@@ -1,4 +1,4 @@
-"""The gateway process: one gRPC server for clients, one session to the scheduler."""
+"""The gateway process: a gRPC and an HTTP server for clients, one session to the scheduler."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 
 import grpc.aio
 from grpc_health.v1 import health_pb2
@@ -15,6 +16,10 @@ from gateway import control, native
 from gateway.chat import ChatTemplate
 from gateway.config import GatewaySettings
 from gateway.health import Health
+from gateway.openai.api_keys import load_api_keys
+from gateway.openai.app import Door, make_app
+from gateway.openai.server import HttpServer, is_on
+from gateway.openai.token_texts import TokenTexts
 from gateway.requests import RequestPath
 from gateway.session import SchedulerLink
 from gateway.tokenizer import Tokenizer, keep_torch_out, load_tokenizer
@@ -47,11 +52,15 @@ class Gateway:
         self.path = RequestPath(settings, self.link, tokenizer, self._chat)
         self._server = grpc.aio.server(options=server_options(internal=False))
         self._health = Health(self.link)
+        self._http = self._make_http() if is_on(settings.http_listen) else None
         self._changed = asyncio.Event()
         self._ready = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
         self.address = ""
         """Where clients connect, once started."""
+        self.http_address: str | None = None
+        """Where OpenAI clients connect; None while there is no HTTP."""
 
     async def start(self) -> None:
         """Binds the port and opens the session. Raises StartError for an address or a chat template that cannot be."""
@@ -68,6 +77,9 @@ class Gateway:
         await self._server.start()
         self.link.on_state(self._changed.set)
         self._tasks = [asyncio.create_task(self.link.run()), asyncio.create_task(self._follow_state())]
+        if self._http is not None:
+            self.http_address = self._http.start(self._settings.http_listen, insecure=self._settings.insecure)
+            self._tasks.append(asyncio.create_task(self._http.run()))
 
     async def wait_ready(self) -> None:
         """Returns when the scheduler has welcomed this gateway and a worker is ready."""
@@ -79,8 +91,12 @@ class Gateway:
 
     async def stop(self) -> None:
         """Says NOT_SERVING, gives calls their grace, and ends everything."""
+        self._stopping = True
         await self._health.stop()
-        await self._server.stop(self._settings.stop_grace_s)
+        stopping = [self._server.stop(self._settings.stop_grace_s)]
+        if self._http is not None:
+            stopping.append(self._http.stop())
+        await asyncio.gather(*stopping)
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
@@ -90,6 +106,19 @@ class Gateway:
             await self._chat.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
+
+    def _make_http(self) -> HttpServer:
+        settings = self._settings
+        door = Door(
+            path=self.path,
+            texts=TokenTexts(self._tokenizer),
+            keys=load_api_keys(settings.api_keys_file),
+            ready=lambda: self.link.ready and not self._stopping,
+            started=int(time.time()),
+            max_body_bytes=settings.http_max_body_bytes,
+            write_timeout_s=settings.write_timeout_s,
+        )
+        return HttpServer(make_app(door), write_timeout_s=settings.write_timeout_s, stop_grace_s=settings.stop_grace_s)
 
     async def _follow_state(self) -> None:
         while True:
@@ -113,13 +142,13 @@ async def serve(settings: GatewaySettings) -> None:
     gateway = Gateway(settings, tokenizer)
     try:
         await gateway.start()
-        log.info("listening", grpc=gateway.address)
+        log.info("listening", grpc=gateway.address, http=gateway.http_address)
         running = asyncio.create_task(gateway.run())
         waiting = asyncio.create_task(gateway.wait_ready())
         await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
-            log.info("ready", grpc=gateway.address)
-            ready.announce(settings.ready_fd, grpc=gateway.address, http=None)
+            log.info("ready", grpc=gateway.address, http=gateway.http_address)
+            ready.announce(settings.ready_fd, grpc=gateway.address, http=gateway.http_address)
         waiting.cancel()
         await running
     finally:

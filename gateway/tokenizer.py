@@ -9,12 +9,12 @@ import asyncio
 import importlib
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gateway.detokenizer import Detokenizer, DetokenizerFactory, WindowDetokenizer, factory_for
+from gateway.detokenizer import Detokenizer, DetokenizerFactory, WindowDetokenizer, factory_for, token_bytes_for
 from pagewire.runtime.errors import StartError
 
 # Below this a text is tokenized in about a millisecond, less than handing it to a thread costs under load.
@@ -39,11 +39,14 @@ class Tokenizer:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._factory: DetokenizerFactory
+        self._token_bytes: Callable[[int], bytes] | None
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._factory = factory_for(self._backend)
+            self._token_bytes = token_bytes_for(self._backend)
         else:
+            self._token_bytes = None
             self._factory = lambda after: WindowDetokenizer(self.decode, self._visible, after)
 
     @property
@@ -93,6 +96,12 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself, special ones included."""
         return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text that goes on; empty for special and unknown ids."""
+        if self._token_bytes is not None:
+            return self._token_bytes(token_id)
+        return self.decode([token_id]).encode()
 
     def close(self) -> None:
         """Ends the threads; texts being tokenized are not waited for."""
