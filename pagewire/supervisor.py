@@ -86,11 +86,15 @@ class UpSettings(RoleSettings):
     grpc_port: int = Field(default=50051, ge=0, le=65535)
     """Port of the gRPC API. 0 picks a free one. Further gateways take the following ports."""
     http_port: int = Field(default=8000, ge=0, le=65535)
-    """Port of the HTTP API. Not used: this version has no HTTP API yet."""
+    """Port of the OpenAI-compatible HTTP API. 0 picks a free one. Further gateways take the following ports."""
+    http: bool = True
+    """Serve the HTTP API."""
+    api_keys_file: Path | None = None
+    """File with the API keys that HTTP clients must send: one KEY or KEY TENANT per line. Unset: none are asked for."""
     metrics_port: int = Field(default=9090, ge=0, le=65535)
     """Port of the Prometheus page. 0 picks a free one."""
     host: str = "127.0.0.1"
-    """Address that the gRPC API listens on. Loopback, because it needs no password."""
+    """Address that both APIs listen on. Loopback, because it needs no password."""
     insecure: bool = False
     """Allow a host that other machines can reach, without TLS. For private networks only."""
 
@@ -224,13 +228,17 @@ class Supervisor:
         return ["--scheduler", self.scheduler_address, *self._model_arguments(), *self._flags(_WORKER_FLAGS)]
 
     def _gateway_arguments(self, index: int) -> list[str]:
-        # A replaced gateway listens where the one before it did, so that clients find it again.
-        port = _port_of(self._child("gateway", index).ready.get("grpc"))
-        if port is None:
-            port = self.settings.grpc_port + index if self.settings.grpc_port else 0
-        arguments = ["--scheduler", self.scheduler_address, "--listen", f"{self.settings.host}:{port}"]
+        listen = self._gateway_listens(index, "grpc", self.settings.grpc_port)
+        http = self._gateway_listens(index, "http", self.settings.http_port) if self.settings.http else "off"
+        arguments = ["--scheduler", self.scheduler_address, "--listen", listen, "--http-listen", http]
         arguments += ["--insecure"] if self.settings.insecure else []
+        arguments += ["--api-keys-file", str(self.settings.api_keys_file)] if self.settings.api_keys_file else []
         return arguments + self._model_arguments()
+
+    def _gateway_listens(self, index: int, door: str, port: int) -> str:
+        # A replaced gateway listens where the one before it did, so that clients find it again.
+        kept = _port_of(self._child("gateway", index).ready.get(door))
+        return f"{self.settings.host}:{kept or (port + index if port else 0)}"
 
     def _model_arguments(self) -> list[str]:
         model = self.settings.model or str(BUNDLED_MODEL)
@@ -315,7 +323,9 @@ class Supervisor:
         if all(child.ready for child in self.children):
             if not self._all_ready.is_set():
                 self._all_ready.set()
-                _say(f"ready: gRPC on {self._address('gateway', 'grpc')}; Ctrl-C stops everything")
+                http = self._address("gateway", "http")
+                doors = f"gRPC on {self._address('gateway', 'grpc')}" + (f", HTTP on http://{http}/v1" if http else "")
+                _say(f"ready: {doors}; Ctrl-C stops everything")
             self._write_ready_file()
 
     async def _stop(self) -> None:
@@ -377,7 +387,7 @@ class Supervisor:
             facts.append(str(child.ready["worker_id"]))
         if child.role == "gateway":
             facts.append(f"gRPC {child.ready.get('grpc')}")
-            facts.append(f"HTTP {child.ready['http']}" if child.ready.get("http") else "HTTP off (not built yet)")
+            facts.append(f"HTTP {child.ready['http']}" if child.ready.get("http") else "HTTP off")
         _say(f"{child.name:<10} ready after {seconds:5.1f} s  {', '.join(facts)}")
 
 
