@@ -69,7 +69,8 @@ class Outcome:
     completions: list[Completion] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     refused: int = 0
-    end_ns: int = 0
+    end_ns: int = 0  # the last answer
+    last_result_ns: int = 0  # rows that ran past their end come in after it
     workers: list[WorkerTally] = field(default_factory=list)
     preemptions: dict[str, int] = field(default_factory=dict)
 
@@ -86,8 +87,9 @@ class Outcome:
 
     @property
     def utilisation(self) -> float:
-        """Busy time of the workers over the time until the last request ended."""
-        return sum(tally.busy_ns for tally in self.workers) / (len(self.workers) * self.end_ns) if self.end_ns else 0.0
+        """Busy time of the workers over the whole time."""
+        whole = len(self.workers) * self.last_result_ns
+        return sum(tally.busy_ns for tally in self.workers) / whole if whole else 0.0
 
     @property
     def output_tokens_per_second(self) -> float:
@@ -136,7 +138,7 @@ class Simulation:
         self._answers_whole_batches = answers_whole_batches
         self._give_up_ns = give_up_ns
         self._arrivals = arrivals
-        self._held: list[SequenceGroup] = []
+        self._held: dict[SequenceGroup, None] = {}  # ended and not answered yet; an ordered set
         self._free_at = dict.fromkeys(range(len(profiles)), 0)  # when a worker has executed all its plans
         self._events: list[tuple[int, int, int, StepResult, StepLoad, int, int]] = []
         self._made = 0  # events ever made, so that equal times are taken in order
@@ -207,6 +209,7 @@ class Simulation:
     ) -> None:
         name = str(index)
         output = self.dispatcher.apply(name, result, now)
+        self.outcome.last_result_ns = now
         tally = self.outcome.workers[index]
         tally.steps += 1
         tally.busy_ns += duration
@@ -224,7 +227,7 @@ class Simulation:
     def _note_events(self, now: int) -> None:
         for event in self.dispatcher.take_events():
             if isinstance(event, Finished) and event.sequence.group.is_finished:
-                self._held.append(event.sequence.group)
+                self._held[event.sequence.group] = None  # several may end at once
             elif isinstance(event, Failed):
                 self.outcome.failures.append(event.message)
         if not self._answers_whole_batches:
