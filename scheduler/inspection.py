@@ -84,6 +84,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
     assert not {*scheduler.waiting, *scheduler.preempted, *scheduler.running} - scheduler.groups.keys(), (
         "a finished group is queued"
     )
+    assert scheduler.suspects.keys() <= scheduler.groups.keys(), "a group that is not here is suspected"
     joining = {sequence for sequence in scheduler.joining if sequence.status is RUNNING}
     decoding = {sequence for sequence in scheduler.decoding if sequence.end_step}
     for sequence in sequences:

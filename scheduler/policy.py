@@ -21,6 +21,7 @@ class SchedulerConfig:
     retention_ns: int = 60_000_000_000  # how long a finished request can be found
     max_retained: int = 4096  # finished requests kept at most
     max_plans_in_flight: int = 2
+    max_worker_losses: int = 3  # after so many worker losses without progress, a request that ran each time fails
 
 
 @dataclass(frozen=True, slots=True)

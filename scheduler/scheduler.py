@@ -40,6 +40,10 @@ ENDING = SequenceStatus.ENDING
 SWAPPED = SequenceStatus.SWAPPED
 PREEMPTED = SequenceStatus.PREEMPTED
 
+PROGRESS_TOKENS = 16
+"""Output tokens per sequence after which a request is no longer suspected of having brought its worker down. One that
+does so by what it asks for, or at some position, does so again within the first tokens after it has been resumed."""
+
 NEVER_STARTS = 1 << 62
 """A step number that no epoch reaches."""
 
@@ -81,6 +85,7 @@ class Scheduler:
         self.calendar = DecodeCalendar(capacity.block_size)
         self._ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
         self._resumed: set[SequenceGroup] = set()  # since the last preemption
+        self.suspects: dict[SequenceGroup, None] = {}  # were on a worker when it was lost, and no progress since
         self.free_slots = list(range(capacity.max_slots - 1, -1, -1))
         self.released_slots: list[int] = []  # rows that the next plan releases
         self.rows_held = 0  # rows held or promised to running groups
@@ -126,6 +131,9 @@ class Scheduler:
         self.assigned_sequences += len(group.live)
         for token in group.request.stop_ids:
             self.stop_counts[token] = self.stop_counts.get(token, 0) + 1
+        if group.losses:
+            group.acquitted_at = _num_output(group) + PROGRESS_TOKENS * len(group.live)
+            self.suspects[group] = None
         insort(self.waiting if group.started_at is None else self.preempted, group, key=rank)
 
     def give_up_waiting(self) -> list[SequenceGroup]:
@@ -136,10 +144,13 @@ class Scheduler:
         return groups
 
     def give_up_all(self) -> list[SequenceGroup]:
-        """Gives back all groups, because the worker is lost: with the tokens known so far, and without any KV."""
+        """Gives back all groups, because the worker is lost: with the tokens known so far, and without any KV. Those
+        that it was computing are suspected of having brought it down."""
         groups = sorted(self.groups, key=rank)
+        computing = {s.group for flight in self.in_flight for s in (*flight.rows, *flight.chunks.values())}
         for group in groups:
             group.resumable_after = 0
+            group.losses += group in computing
             for sequence in group.live:
                 if sequence.status is not WAITING:
                     self._leave_decode(sequence)
@@ -235,7 +246,7 @@ class Scheduler:
         """Preempted groups come back, by rank, once the results of their last steps are in."""
         while self.preempted and draft.left > 0:
             group = self.preempted[0]
-            if group.resumable_after > self.last_applied or not self._has_rows(group):
+            if group.resumable_after > self.last_applied or not self._has_rows(group) or self._must_be_alone(group):
                 return
             if group.live[0].status is SWAPPED:
                 resumed = self._swap_in(group, draft, now)
@@ -578,6 +589,12 @@ class Scheduler:
         draft.left -= len(live)
         return True
 
+    def _must_be_alone(self, group: SequenceGroup) -> bool:
+        """Whether a group's next loss is its last while another such group runs: the one that brings workers down must
+        not take the others with it."""
+        last = self.config.max_worker_losses - 1
+        return group.losses >= last and any(other.losses >= last and _is_running(other) for other in self.suspects)
+
     # ------------------------------------------------------------------ room
 
     def _has_rows(self, group: SequenceGroup) -> bool:
@@ -685,6 +702,8 @@ class Scheduler:
             if sequence.finish is None and sequence not in flight.dropped:
                 self._withdraw(sequence, keep_blocks_findable=True)
                 self._end(sequence, FinishReason.LENGTH, now)
+        if self.suspects:
+            self._acquit()
         return StepOutput(True, rows, tokens, logprobs)
 
     def _check_result(self, flight: Draft, num_rows: int, result: StepResult) -> None:
@@ -726,6 +745,12 @@ class Scheduler:
                 if sequence.group.first_token_at is None:
                     sequence.group.first_token_at = now
                 self._announce(sequence.group)
+
+    def _acquit(self) -> None:
+        """Forgets the losses of groups that have made progress since."""
+        for group in [group for group in self.suspects if _num_output(group) >= group.acquitted_at]:
+            group.losses = 0
+            del self.suspects[group]
 
     def _announce(self, group: SequenceGroup) -> None:
         if not group.announced:
@@ -864,6 +889,7 @@ class Scheduler:
 
     def _forget_group(self, group: SequenceGroup) -> None:
         del self.groups[group]
+        self.suspects.pop(group, None)
         group.worker_id = None
         self.assigned_sequences -= len(group.live)
         for token in group.request.stop_ids:
@@ -876,3 +902,11 @@ class Scheduler:
 
 def rank(group: SequenceGroup) -> tuple[int, int]:
     return group.rank
+
+
+def _num_output(group: SequenceGroup) -> int:
+    return sum(len(sequence.output) for sequence in group.sequences)
+
+
+def _is_running(group: SequenceGroup) -> bool:
+    return any(sequence.status in (PREFILLING, RUNNING, ENDING) for sequence in group.live)

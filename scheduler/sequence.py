@@ -167,6 +167,7 @@ class SequenceGroup:
 
     __slots__ = (
         "accepted_at",
+        "acquitted_at",
         "announced",
         "arrival",
         "cache_allowed",
@@ -176,6 +177,7 @@ class SequenceGroup:
         "first_token_at",
         "listeners",
         "lookup_keys",
+        "losses",
         "preemptions",
         "prompt_hashes",
         "prompt_logprobs",
@@ -205,6 +207,8 @@ class SequenceGroup:
         self.shares_prefix = False  # it runs on blocks that the prefix cache gave it
         self.announced = False  # the Admitted event has been made
         self.resumable_after = 0  # the step whose result must be in before it may be resumed
+        self.losses = 0  # workers lost while they ran it, since it last made progress
+        self.acquitted_at = 0  # output tokens over all sequences at which `losses` is forgotten
         self.accepted_at = now
         self.started_at: int | None = None  # first plan that ran it
         self.first_token_at: int | None = None

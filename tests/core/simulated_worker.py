@@ -40,6 +40,7 @@ class Behaviour:
     seed: int = 0
     nonfinite_at: int | None = None  # the number of output tokens at which its logits become NaN
     out_of_memory_at: int | None = None  # the number of known tokens at which its row cannot be computed
+    deadly_at: int | None = None  # the number of known tokens from which on computing its row kills the worker
 
 
 def extend_history(history: int, token: int) -> int:
@@ -100,6 +101,10 @@ class Row:
     def add(self, token: int) -> None:
         self.tokens.append(token)
         self.histories.append(extend_history(self.histories[-1], token))
+
+
+class WorkerDiedError(Exception):
+    """The worker has gone down with a plan; nothing of it can be used any more."""
 
 
 class SimulatedWorker:
@@ -192,6 +197,8 @@ class SimulatedWorker:
         for slot in self.decode_set:
             row = self.rows[slot]
             assert row.computed == len(row.tokens) - 1, f"slot {slot} decodes at {row.computed} of {len(row.tokens)}"
+        if any(self._is_deadly(self.rows[slot]) for slot, _ in work):
+            raise WorkerDiedError
         starved = [slot for slot, _ in work if self._is_starved(self.rows[slot])]
         spoilt = {slot for slot, _ in work if self._check_memory(slot, self.rows[slot])} | set(starved)
         written: set[tuple[int, int]] = set()
@@ -256,6 +263,11 @@ class SimulatedWorker:
         behaviour = row.request.payload
         assert isinstance(behaviour, Behaviour)
         return behaviour.out_of_memory_at is not None and len(row.tokens) >= behaviour.out_of_memory_at
+
+    def _is_deadly(self, row: Row) -> bool:
+        behaviour = row.request.payload
+        assert isinstance(behaviour, Behaviour)
+        return behaviour.deadly_at is not None and len(row.tokens) >= behaviour.deadly_at
 
     def _check_memory(self, slot: int, row: Row) -> bool:
         """All positions before the next one must be in the row's blocks. True: some are garbage."""

@@ -18,7 +18,7 @@ from scheduler.dispatcher import (
     TransferRates,
 )
 from tests.core.factories import CAPACITY, OneWorker, make_request
-from tests.core.simulated_worker import SimulatedWorker, undisturbed_output
+from tests.core.simulated_worker import Behaviour, SimulatedWorker, WorkerDiedError, undisturbed_output
 
 
 def two_workers(**settings: object) -> Dispatcher:
@@ -204,6 +204,61 @@ def test_what_waits_for_a_worker_can_be_cancelled_stopped_and_failed() -> None:
     assert isinstance(failed, Failed)
     assert (failed.reason, failed.retry_after_ns) == ("WORKER_LOST", 5)
     service.dispatcher.check_integrity()
+
+
+def serve_through_deaths(service: OneWorker, limit: int = 200) -> int:
+    """Runs everything to its end, with a new worker in place of each that dies; returns how many died."""
+    deaths = 0
+    for _ in range(limit):
+        try:
+            service.run_until_idle()
+            return deaths
+        except WorkerDiedError:
+            deaths += 1
+            service.dispatcher.remove_worker("w", service.tick())
+            service.dispatcher.check_integrity()
+            service.join(epoch=deaths + 1)
+    raise AssertionError(f"workers still die after {limit} steps")
+
+
+@pytest.mark.parametrize("deadly_at", [5, 6, 9])
+def test_a_request_that_brings_its_worker_down_three_times_fails_and_the_others_go_on(deadly_at: int) -> None:
+    service = OneWorker()
+    others = [service.submit(f"before-{number}", max_tokens=20) for number in range(2)]
+    poison = service.submit("poison", payload=Behaviour(deadly_at=deadly_at), max_tokens=20)
+    others += [service.submit(f"after-{number}", max_tokens=20) for number in range(2)]
+    assert serve_through_deaths(service) == 3
+    assert isinstance(poison.failure, Failed)
+    assert (poison.failure.code, poison.failure.reason) == (StatusCode.INTERNAL, "WORKER_LOST_REPEATEDLY")
+    assert poison.failure.message == "3 times the worker was lost that ran this request"
+    assert [group.sequences[0].output for group in others] == [
+        undisturbed_output(group.request, 0)[0] for group in others
+    ]
+    assert service.free_blocks == 16
+
+
+def test_worker_losses_between_which_a_request_made_progress_do_not_add_up() -> None:
+    service = OneWorker(num_blocks=64)
+    group = service.submit("a", max_tokens=100)
+    for epoch in range(2, 7):
+        for _ in range(17):
+            service.step()
+        service.plan()
+        service.dispatcher.remove_worker("w", service.tick())
+        service.join(epoch)
+    service.run_until_idle()
+    assert group.sequences[0].output == undisturbed_output(group.request, 0)[0]
+
+
+def test_a_worker_loss_does_not_count_against_who_only_waited() -> None:
+    service = OneWorker(SchedulerConfig(max_num_seqs=1, watermark=0.0))
+    poison = service.submit("poison", payload=Behaviour(deadly_at=5))
+    waiting = service.submit("waiting")
+    for epoch in (2, 3):
+        service.plan()
+        service.dispatcher.remove_worker("w", service.tick())
+        service.join(epoch)
+    assert (poison.losses, waiting.losses) == (2, 0)
 
 
 def test_a_running_request_can_be_failed_by_the_edge() -> None:

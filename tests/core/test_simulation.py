@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter, deque
+from contextlib import suppress
 
 import pytest
 
@@ -26,7 +27,7 @@ from scheduler.dispatcher import (
 )
 from scheduler.sequence import Request, Sequence, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
-from tests.core.simulated_worker import Behaviour, SimulatedWorker, logprob_of, undisturbed_output
+from tests.core.simulated_worker import Behaviour, SimulatedWorker, WorkerDiedError, logprob_of, undisturbed_output
 
 SEEDS_PER_TEST = 300
 NUM_TESTS = 8
@@ -66,6 +67,7 @@ class Simulation:
         self.meddling = choose([0.0, 0.005, 0.02])  # how often clients cancel and gateways find stop strings
         self.has_faulty_requests = chance() < 0.25
         self.has_lossy_workers = chance() < 0.4
+        self.has_deadly_requests = chance() < 0.2
         self.has_unruly_results = chance() < 0.3
         self.has_priorities = chance() < 0.3
         self.dispatcher = Dispatcher(self.config)
@@ -155,6 +157,7 @@ class Simulation:
         prompt = stem[: dice.choice([dice.randint(1, 20), 40])] if dice.random() < 0.6 else []
         prompt = prompt + [dice.randrange(60) for _ in range(dice.randint(0 if prompt else 1, 8))]
         faulty = self.has_faulty_requests and dice.random() < 0.3
+        deadly = self.has_deadly_requests and dice.random() < 0.2
         request = Request(
             request_id=f"request-{len(self.groups)}",
             prompt=prompt,
@@ -171,6 +174,7 @@ class Simulation:
                 seed=dice.randrange(1000),
                 nonfinite_at=dice.randint(0, 6) if faulty and dice.random() < 0.5 else None,
                 out_of_memory_at=dice.randint(1, 20) if faulty and dice.random() < 0.5 else None,
+                deadly_at=dice.randint(1, 30) if deadly else None,
             ),
         )
         answer = self.dispatcher.submit(request, self.now)
@@ -203,11 +207,19 @@ class Simulation:
         if action == "plan":
             self.plan(worker_id)
         elif action == "execute" and link.plans:
-            link.results.append(link.worker.execute(link.plans.popleft()))
+            self.execute(worker_id, link)
         elif action == "deliver" and link.results:
             if self.has_unruly_results:
                 self.deliver_unruly(worker_id, link)
             self.deliver(worker_id, link.results.popleft(), link)
+
+    def execute(self, worker_id: str, link: Link) -> None:
+        try:
+            link.results.append(link.worker.execute(link.plans.popleft()))
+        except WorkerDiedError:
+            self.statistics["killed workers"] += 1
+            link.plans.clear()
+            self.lose(worker_id)
 
     def plan(self, worker_id: str) -> bool:
         plan = self.dispatcher.schedule(worker_id, self.now)
@@ -231,8 +243,9 @@ class Simulation:
             self.deliver_stale(worker_id, self.random.choice(link.delivered))
         elif dice < 0.4 and self.dead:
             old = self.random.choice(self.dead)
-            while old.plans:
-                old.results.append(old.worker.execute(old.plans.popleft()))
+            with suppress(WorkerDiedError):
+                while old.plans:
+                    old.results.append(old.worker.execute(old.plans.popleft()))
             for result in old.results:
                 self.deliver_stale(worker_id, result)
         elif dice < 0.6 and len(link.results) > 1:
@@ -263,14 +276,21 @@ class Simulation:
                 while self.plan(worker_id):
                     moved = True
                 while link.plans:
-                    link.results.append(link.worker.execute(link.plans.popleft()))
-                if link.results:
+                    self.execute(worker_id, link)
+                if worker_id not in self.links:
+                    moved = True
+                    self.replace_lost_workers()
+                elif link.results:
                     moved = True
                     self.deliver(worker_id, link.results.popleft(), link)
                     self.dispatcher.check_integrity()
             stuck = [group for group in self.groups if not group.is_finished]
             assert moved or not stuck, f"nothing moves, but {stuck} are not finished"
         raise AssertionError("the end is not reached in 3000 steps")
+
+    def replace_lost_workers(self) -> None:
+        if not self.links:
+            self.join()
 
     # ---- what must hold
 
@@ -347,6 +367,11 @@ class Simulation:
         elif failed.reason == "OUT_OF_MEMORY":
             assert failed.code is StatusCode.RESOURCE_EXHAUSTED
             assert behaviour.out_of_memory_at is not None
+        elif failed.reason == "WORKER_LOST_REPEATEDLY":
+            assert failed.code is StatusCode.INTERNAL
+            # Nobody but the culprit, unless there are several, or workers were lost for no reason of any request's.
+            others = sum(other.request.payload.deadly_at is not None for other in self.groups)  # type: ignore[attr-defined]
+            assert behaviour.deadly_at is not None or others > 1 or self.has_lossy_workers
         else:
             assert failed.reason == "KV_POOL_EXHAUSTED"
             assert failed.code is StatusCode.RESOURCE_EXHAUSTED
@@ -390,6 +415,7 @@ def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part:
         "lost workers",
         "NONFINITE_LOGITS",
         "OUT_OF_MEMORY",
+        "WORKER_LOST_REPEATEDLY",
         "KV_POOL_EXHAUSTED",
         "never",
     ):
