@@ -1,11 +1,17 @@
 """What the host costs per step: real scheduler, real session, real worker link and codecs, no model.
 
     python -m benchmarks.host_path           prints a table, writes benchmarks/results/host_path.json
+    python -m benchmarks.host_path --rows    the offline workloads instead, to benchmarks/results/host_rows.json
+    python -m benchmarks.host_path --online  the online rows instead, to benchmarks/results/host_online.json
 
 The worker's device is a stand-in that takes a given time per step. With 0 ms it answers at once, and the steps per
 second are the most that the host's side can do. With the time that an H200 needs for the batch, the idle share is how
 much of the device's time the host would waste. CPU microseconds per step are the kernel's accounts, so they hold on a
 busy machine too.
+
+Workloads and online rows run on a device that takes exactly the time of the limit in docs/performance.md: weights,
+arithmetic and KV at the H200's measured rates. What is missing to the limit then is lost by the scheduler's policy and
+by the host.
 """
 
 from __future__ import annotations
@@ -17,17 +23,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import cast
 
-from benchmarks.rows import Rows
-from pagewire.bench import results, throughput
+from benchmarks.rows import Rows, Work
+from pagewire.bench import results, suite, throughput
+from pagewire.bench.anchors import OFFLINE as OFFLINE_ANCHORS
+from pagewire.bench.anchors import ONLINE
 from pagewire.bench.runner import Runner
 from pagewire.bench.service import Launch
-from pagewire.bench.workloads import Job
+from pagewire.bench.workloads import FULL, HIGHEST_ID, OFFLINE, Job
 from pagewire.runtime import logs, ready
 from pagewire.runtime.errors import run_role
 from pagewire.v1 import worker_pb2
@@ -44,12 +52,38 @@ SPIN_NS = 200_000
 """The end of a wait is spun through, because a sleeping thread wakes up late."""
 TOKEN = 17
 
+StepTime = Callable[[Work], int]
+"""Nanoseconds that a step takes."""
+
+
+WEIGHT_BYTES = 15.0e9
+"""Of Llama-3.1-8B in bfloat16, the embedding left out: a step reads a few of its rows."""
+KV_BYTES = 131_072
+"""Per token: 32 layers, key and value, 8 heads of 128, 2 bytes."""
+BYTES_PER_NS, FLOPS_PER_NS = 4.2e3, 742e3
+LIMIT = "limit"
+"""Name of the device that takes the limit's time."""
+
+
+def fixed(step_ms: float) -> StepTime:
+    """The same for every step."""
+    return lambda _work: int(step_ms * 1e6)
+
+
+def limit(work: Work) -> int:
+    """The larger of weights and arithmetic, and the KV; nanoseconds."""
+    tokens = work.decode_tokens + work.chunk_tokens
+    return int(
+        max(WEIGHT_BYTES / BYTES_PER_NS, tokens * WEIGHT_BYTES / FLOPS_PER_NS)
+        + work.context_tokens * KV_BYTES / BYTES_PER_NS
+    )
+
 
 class StandInDevice:
-    """Executes steps one after the other, each in the same time, and computes nothing. Has an executor's interface."""
+    """Executes steps one after the other and computes nothing. Has an executor's interface."""
 
-    def __init__(self, step_ns: int) -> None:
-        self.step_ns = step_ns
+    def __init__(self, step_time: StepTime) -> None:
+        self.step_time = step_time
         self.progress = Progress()
         self.reset()
 
@@ -60,14 +94,18 @@ class StandInDevice:
 
     def launch(self, plan: StepPlan) -> StandInStep:
         """Queues a step and returns."""
+        work = self.rows.apply(plan)
+        step_ns = self.step_time(work)
         now = time.perf_counter_ns()
         begin = max(now, self.free_at)
         idle_ns = begin - self.free_at if self.free_at else 0
-        self.free_at = begin + self.step_ns
+        self.free_at = begin + step_ns
         self.progress.last_step = plan.step
         self.progress.advance()
-        timings = StepTimings(idle_ns=idle_ns, forward_ns=self.step_ns, decode_tokens=len(self.rows.decode_set))
-        return StandInStep(plan, None, (), timings, num_rows=self.rows.apply(plan), done_at=self.free_at)
+        timings = StepTimings(
+            idle_ns=idle_ns, forward_ns=step_ns, chunk_tokens=work.chunk_tokens, decode_tokens=work.decode_tokens
+        )
+        return StandInStep(plan, None, (), timings, num_rows=work.sampled, done_at=self.free_at)
 
 
 @dataclass
@@ -92,8 +130,10 @@ def work(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--scheduler", required=True)
     parser.add_argument("--max-num-seqs", type=int, required=True)
+    parser.add_argument("--online", action="store_true", help="run the online rows, at session and gateway")
+    parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--token-budget", type=int, required=True)
-    parser.add_argument("--model", required=True, help="milliseconds per step")
+    parser.add_argument("--model", required=True, help="milliseconds per step, or limit")
     parser.add_argument("--ready-fd", type=int, required=True)
     given, _ = parser.parse_known_args(arguments)
     logs.configure("worker", "warning")
@@ -114,7 +154,7 @@ def work(arguments: Sequence[str]) -> None:
     link = SchedulerLink(
         given.scheduler,
         hello,
-        cast(Executor, StandInDevice(int(float(given.model) * 1e6))),
+        cast(Executor, StandInDevice(limit if given.model == LIMIT else fixed(float(given.model)))),
         on_welcome=lambda: ready.announce(given.ready_fd, worker_id=hello.worker_id),
         on_failure=fail,
     )
@@ -191,15 +231,63 @@ def profile_scheduler(pid: int, path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
+def limit_launch(token_budget: int, gateways: int = 0) -> Launch:
+    """A service whose device takes the limit's time."""
+    worker = ("benchmarks.host_path", "worker")
+    return Launch(model=LIMIT, token_budget=token_budget, gateways=gateways, worker_module=worker)
+
+
+async def measure_rows(names: Sequence[str], token_budget: int, path: Path) -> None:
+    """The offline workloads on the device that takes the limit's time."""
+    launch = limit_launch(token_budget)
+    recorder = results.Recorder(path, results.header(token_budget=token_budget, load_average=os.getloadavg()[0]))
+    with tempfile.TemporaryDirectory(prefix="pagewire-host-path-") as folder:
+        runner = Runner(launch, Path(folder), say=lambda _line: None)
+        print("workload              out tok/s   limit  of limit   seconds    idle  steps")
+        for name in names:
+            call = partial(throughput.measure, runner, name, scale=FULL, repeat=1, vocab_size=HIGHEST_ID)
+            row = await runner.row({"workload": name}, 120.0, call)
+            if "error" in row:
+                print(f"{name:<20}  {row['error']}")
+            else:
+                anchor = OFFLINE_ANCHORS[name]
+                value = row[anchor.unit]
+                share = 0.0 if anchor.limit is None else value / anchor.limit
+                row["of_limit"] = round(1 / share if anchor.unit == "seconds" and share else share, 4) or None
+                print(
+                    f"{name:<20}  {row['out_tok_s']:9.0f}  {anchor.limit or 0:6.0f}  {row['of_limit'] or 0:8.1%}"
+                    f"  {row['seconds']:8.2f}  {row['gpu_idle_ratio']:6.1%}  {row['steps']:5}",
+                    flush=True,
+                )
+            recorder.add(row)
+        await runner.stop()
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256, 512])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--step-ms", type=float, action="append", help="device time; default: 0 and the H200's")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", nargs="*", choices=OFFLINE, help="run these workloads; none named: all")
+    parser.add_argument("--online", action="store_true", help="run the online rows, at session and gateway")
+    parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--token-budget", type=int, default=Launch("").token_budget)
     parser.add_argument("--profile", type=Path, help="file for the scheduler's stacks; needs py-spy")
     options = parser.parse_args()
-    recorder = results.Recorder(options.out, results.header(steps=options.steps, load_average=os.getloadavg()[0]))
+    if options.rows is not None:
+        path = options.out or RESULTS.with_name("host_rows.json")
+        await measure_rows(options.rows or OFFLINE, options.token_budget, path)
+        return
+    if options.online:
+        path = options.out or RESULTS.with_name("host_online.json")
+        launch = limit_launch(options.token_budget, options.gateways)
+        rates = tuple((rate, anchor.requests) for rate, anchor in ONLINE.items())
+        await suite.main(suite.Plan(online=rates, places=suite.PLACES, online_output=path), launch)
+        return
+    recorder = results.Recorder(
+        options.out or RESULTS, results.header(steps=options.steps, load_average=os.getloadavg()[0])
+    )
     print("batch  device ms   ms/step   steps/s    idle   CPU us per step")
     for batch in options.batch:
         for step_ms in options.step_ms or (0.0, H200_STEP_MS[batch]):

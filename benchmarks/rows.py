@@ -29,23 +29,57 @@ class Plan(Protocol):
     def chunk_tokens(self) -> Sequence[int]: ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one step computes."""
+
+    decode_tokens: int
+    chunk_tokens: int
+    context_tokens: int
+    """Tokens whose KV is read: the contexts of all rows in the step, once each."""
+    sampled: int
+    """Rows that sample."""
+
+
 @dataclass
 class Rows:
     """The persistent batch, reduced to numbers. Plans must come in order, each once; forks are not followed."""
 
-    decode_set: set[int] = field(default_factory=set)
-    uncomputed: dict[int, int] = field(default_factory=dict)
-    """Known tokens of each row that are still to be computed."""
+    step: int = 0
+    decode_set: dict[int, int] = field(default_factory=dict)
+    """By slot: the row's known tokens, less the number of the step at which they were so many."""
+    offsets: int = 0
+    """Sum over the decode set, so that a steady step costs no loop."""
+    known: dict[int, int] = field(default_factory=dict)
+    """Known tokens of each row outside the decode set."""
+    computed: dict[int, int] = field(default_factory=dict)
+    """How many of them have KV."""
 
-    def apply(self, plan: Plan) -> int:
-        """Applies a plan; returns how many rows sample in it."""
-        self.decode_set.difference_update(plan.release_slots)
+    def apply(self, plan: Plan) -> Work:
+        """Applies a plan and says what it computes."""
+        self.step += 1
+        for slot in plan.release_slots:
+            self._leave(slot)
         for new in plan.new_sequences:
-            self.uncomputed[new.slot] = len(new.token_ids) - new.computed_tokens
-        self.decode_set.difference_update(plan.decode_remove)
-        self.decode_set.update(plan.decode_add)
+            self.known[new.slot], self.computed[new.slot] = len(new.token_ids), new.computed_tokens
+        for slot in plan.decode_remove:
+            self._leave(slot)
+        for slot in plan.decode_add:
+            self.decode_set[slot] = self.known.pop(slot) - self.step
+            self.offsets += self.decode_set[slot]
+        context = self.offsets + self.step * len(self.decode_set)
         finishing = 0
         for slot, tokens in zip(plan.chunk_slots, plan.chunk_tokens, strict=True):
-            self.uncomputed[slot] -= tokens
-            finishing += self.uncomputed[slot] == 0
-        return len(self.decode_set) + finishing
+            self.computed[slot] += tokens
+            context += self.computed[slot]
+            if self.computed[slot] == self.known[slot]:
+                finishing += 1
+                self.known[slot] += 1  # the token that it samples
+        return Work(len(self.decode_set), sum(plan.chunk_tokens), context, len(self.decode_set) + finishing)
+
+    def _leave(self, slot: int) -> None:
+        offset = self.decode_set.pop(slot, None)
+        if offset is not None:
+            self.offsets -= offset
+            self.known[slot] = offset + self.step
+            self.computed[slot] = self.known[slot] - 1
