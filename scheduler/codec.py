@@ -6,6 +6,7 @@ however long its sequences are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -240,6 +241,9 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
     stop_ids = frozenset(stop.stop_token_ids)
     if stop_ids and max(stop_ids) >= limits.vocab_size:
         raise _invalid(f"stop.stop_token_ids must be below the vocabulary size {limits.vocab_size}")
+    _check_sampling(sampling, limits)
+    if max(output.logprobs, output.prompt_logprobs) > limits.vocab_size:
+        raise _invalid(f"output.logprobs and output.prompt_logprobs must be at most {limits.vocab_size}")
     payload = scheduler_pb2.Submit()
     message.ClearField("token_ids")
     payload.CopyFrom(message)  # a copy of its own: the message's memory holds the prompt and its whole stream's parent
@@ -260,6 +264,30 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
         prompt_logprobs=output.prompt_logprobs if output.HasField("prompt_logprobs") else None,
         payload=payload,
     )
+
+
+def _check_sampling(sampling: inference_pb2.SamplingParams, limits: ModelLimits) -> None:
+    """Refuses numbers that a worker would fail at, and with it every request that it runs."""
+    ranges = [
+        ("temperature", 0.0, math.inf),
+        ("top_p", 0.0, 1.0),
+        ("min_p", 0.0, 1.0),
+        ("repetition_penalty", 0.0, math.inf),
+        ("presence_penalty", -math.inf, math.inf),
+        ("frequency_penalty", -math.inf, math.inf),
+    ]
+    for name, low, high in ranges:
+        value = getattr(sampling, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise _invalid(f"sampling.{name} is {value:g}, which is out of range")
+    for name in ("top_p", "repetition_penalty"):
+        if sampling.HasField(name) and getattr(sampling, name) == 0.0:
+            raise _invalid(f"sampling.{name} must be above 0")
+    if sampling.logit_bias:
+        if max(sampling.logit_bias) >= limits.vocab_size:
+            raise _invalid(f"the keys of sampling.logit_bias must be below the vocabulary size {limits.vocab_size}")
+        if not all(map(math.isfinite, sampling.logit_bias.values())):
+            raise _invalid("the values of sampling.logit_bias must be finite")
 
 
 def _invalid(message: str) -> SubmitError:
@@ -367,8 +395,7 @@ def encode_loads(loads: Loads, results: dict[str, int]) -> control_pb2.GetLoadsR
     for worker in loads.workers:
         response.loads.add(
             worker_id=worker.worker_id,
-            # Rows that the next plan releases still count there; without a running group there are only such.
-            running=worker.running_sequences if worker.running_groups else 0,
+            running=worker.running_sequences,
             waiting=worker.waiting_groups + worker.preempted_groups,
             swapped=worker.swapped_groups,
             total_blocks=worker.kv_blocks_free + worker.kv_blocks_used,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 
 from pagewire.v1 import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler import codec
-from scheduler.codec import ModelLimits
+from scheduler.codec import ModelLimits, SubmitError
 from scheduler.sequence import Request
 from scheduler.step_plan import (
     BlockMoves,
@@ -180,3 +183,34 @@ def test_log_probabilities_of_the_chosen_token_only_are_not_none_at_all(asked: i
 def test_max_tokens_is_cut_to_what_the_context_leaves(length: int, room: int) -> None:
     stop = inference_pb2.StopParams(max_tokens=1000)
     assert codec.decode_submit(submit(token_ids=[5] * length, stop=stop), LIMITS, now=0).max_tokens == room
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"sampling": sampling(temperature=math.nan)}, "sampling.temperature is nan"),
+        ({"sampling": sampling(temperature=-1.0)}, "sampling.temperature is -1"),
+        ({"sampling": sampling(top_p=0.0)}, "sampling.top_p must be above 0"),
+        ({"sampling": sampling(top_p=1.5)}, "sampling.top_p is 1.5"),
+        ({"sampling": sampling(min_p=-0.5)}, "sampling.min_p is -0.5"),
+        ({"sampling": sampling(repetition_penalty=0.0)}, "sampling.repetition_penalty must be above 0"),
+        ({"sampling": sampling(presence_penalty=math.inf)}, "sampling.presence_penalty is inf"),
+        ({"sampling": sampling(frequency_penalty=math.nan)}, "sampling.frequency_penalty is nan"),
+        ({"sampling": sampling(logit_bias={100: 1.0})}, "the keys of sampling.logit_bias must be below"),
+        ({"sampling": sampling(logit_bias={1: math.nan})}, "the values of sampling.logit_bias must be finite"),
+        ({"sampling": sampling(n=4097)}, "sampling.n must be at most 4096"),
+        ({"stop": inference_pb2.StopParams(max_tokens=1, stop_token_ids=[100])}, "stop.stop_token_ids must be below"),
+        ({"output": inference_pb2.OutputOptions(logprobs=101)}, "output.logprobs and output.prompt_logprobs must be"),
+        ({"output": inference_pb2.OutputOptions(prompt_logprobs=101)}, "output.logprobs and output.prompt_logprobs"),
+    ],
+)
+def test_what_a_worker_would_die_of_is_refused_though_a_gateway_let_it_pass(changes: dict, names: str) -> None:
+    with pytest.raises(SubmitError, match=re.escape(names)) as refusal:
+        codec.decode_submit(submit(**changes), LIMITS, now=0)
+    assert (refusal.value.code, refusal.value.reason) == (codec.INVALID_ARGUMENT, "INVALID_SUBMIT")
+
+
+def test_the_edges_of_every_range_are_taken() -> None:
+    widest = sampling(temperature=0.0, top_p=1.0, min_p=1.0, repetition_penalty=0.01, n=4096, logit_bias={99: -100.0})
+    output = inference_pb2.OutputOptions(logprobs=100, prompt_logprobs=100)
+    assert codec.decode_submit(submit(sampling=widest, output=output), LIMITS, now=0).n == 4096
