@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,5 +56,5 @@ def test_the_demo_works() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "3 prompt + 20 generated" in result.stdout
+    assert re.search(r"\d+ prompt \+ \d+ generated", result.stdout)
     assert "All processes have ended." in result.stdout
