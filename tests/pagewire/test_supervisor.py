@@ -201,16 +201,19 @@ def test_flags_go_to_the_role_concerned(start: Callable[..., Up]) -> None:
     ]
 
 
-def test_gateways_take_consecutive_ports_and_http_can_be_off(start: Callable[..., Up]) -> None:
+def test_gateways_take_consecutive_ports(start: Callable[..., Up]) -> None:
     up = start("--gateways", "2", "--grpc-port", "6000", "--http-port", "7000", "--api-keys-file", "/some/keys")
     for index, pid in enumerate(up.wait_ready()["pids"]["gateways"]):
         flags = up.flags_of(pid)
         assert flags[flags.index("--listen") + 1] == f"127.0.0.1:{6000 + index}"
         assert flags[flags.index("--http-listen") + 1] == f"127.0.0.1:{7000 + index}"
         assert flags[flags.index("--api-keys-file") + 1] == "/some/keys"
-    off = start("--no-http")
-    (gateway,) = off.wait_ready()["pids"]["gateways"]
-    flags = off.flags_of(gateway)
+
+
+def test_http_can_be_turned_off(start: Callable[..., Up]) -> None:
+    up = start("--no-http")
+    (gateway,) = up.wait_ready()["pids"]["gateways"]
+    flags = up.flags_of(gateway)
     assert flags[flags.index("--http-listen") + 1] == "off"
 
 
