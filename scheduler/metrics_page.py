@@ -7,6 +7,7 @@ page is rendered between two steps, in well under a millisecond per worker.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
@@ -32,9 +33,9 @@ class MetricsPage:
         try:
             self._server = await asyncio.start_server(self._serve, host, port, limit=REQUEST_BYTES)
         except OSError as error:
-            raise StartError(
-                f"cannot listen on {host}:{port} for metrics: {error.strerror or error}; choose another --metrics-port"
-            ) from None
+            what = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+            line = f"cannot listen on {host}:{port} for metrics: {what}; choose another --metrics-port"
+            raise StartError(f"{line} (0 picks a free one)") from None
         bound: int = self._server.sockets[0].getsockname()[1]
         return f"{host}:{bound}"
 

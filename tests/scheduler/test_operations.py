@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.utils import floatToGoString
 
@@ -170,6 +171,25 @@ async def test_a_scheduler_that_stops_ends_its_streams_with_unavailable() -> Non
         assert await gateway.status() == (grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down")
 
 
+async def test_a_worker_is_lost_with_a_warning_but_not_when_the_scheduler_itself_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logs = structlog.testing.CapturingLogger()
+    monkeypatch.setattr("scheduler.engine.log", logs)
+    async with pool() as made:
+        worker, other = await made.worker("w1"), await made.worker("w2")
+        engine = made.serving.engine
+        await worker.stop()
+        while len(engine.workers) > 1:
+            await asyncio.sleep(0)
+        engine.shut_down()
+        await other.status()
+        while engine.workers:
+            await asyncio.sleep(0)
+    levels = [(call.kwargs["worker"], call.method_name) for call in logs.calls if call.args == ("worker lost",)]
+    assert levels == [("w1", "warning"), ("w2", "info")]
+
+
 def hits(page: str) -> float:
     (line,) = [line for line in page.splitlines() if line.startswith('pagewire_prefix_cache_hits_total{tier="gpu"}')]
     return float(line.split()[-1])
@@ -239,7 +259,8 @@ def test_a_port_in_use_is_one_clear_line_and_exit_code_2(setting: str) -> None:
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 2
     (line,) = [line for line in errors.splitlines() if line.startswith("pagewire scheduler:")]
-    assert str(port) in line
+    assert f"127.0.0.1:{port}" in line
+    assert "it is in use" in line
     assert "Traceback" not in errors
 
 
