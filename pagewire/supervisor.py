@@ -117,6 +117,8 @@ class UpSettings(RoleSettings):
             raise ValueError("--replicas and --workers are the same setting: give only one of them")
         if self.ready_file is not None and not self.ready_file.parent.is_dir():
             raise ValueError(f"--ready-file: the folder {self.ready_file.parent} does not exist")
+        if self.ready_file is not None and self.ready_file.is_dir():
+            raise ValueError(f"--ready-file: {self.ready_file} is a folder; give a file in it")
         return self
 
     @property
@@ -198,10 +200,12 @@ class Supervisor:
         for index in range(settings.gateways):
             self.children.append(Child("gateway", index, partial(self._gateway_arguments, index)))
         self._all_ready = asyncio.Event()
+        self._is_announced = False
         self._failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Serves until cancelled. Raises StartError if a child cannot start."""
+        self._remove_old_ready_file()
         model = self.settings.model or BUNDLED_NAME
         _say(f"starting {model}: scheduler, workers: {self.settings.num_workers}, gateways: {self.settings.gateways}")
         keepers = [asyncio.ensure_future(self._keep(child)) for child in self.children]
@@ -359,6 +363,14 @@ class Supervisor:
     def _pids(self, role: str) -> list[int]:
         return [child.process.pid for child in self.children if child.role == role and child.process]
 
+    def _remove_old_ready_file(self) -> None:
+        """Whoever waits for the file must not find the one of an earlier run."""
+        if self.settings.ready_file is not None:
+            try:
+                self.settings.ready_file.unlink(missing_ok=True)
+            except OSError as error:
+                raise StartError(f"--ready-file {self.settings.ready_file}: {error.strerror}") from None
+
     def _write_ready_file(self) -> None:
         """Writes the ready file atomically: readers see the old one or the new one."""
         path = self.settings.ready_file
@@ -375,8 +387,18 @@ class Supervisor:
             },
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content) + "\n")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(content) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            # Those that are served need no file: only a start depends on it.
+            line = f"--ready-file {path}: {error.strerror}"
+            if self._is_announced:
+                _say(line, sys.stderr)
+            else:
+                self._fail(line)
+            return
+        self._is_announced = True
 
     def _say_ready(self, child: Child, seconds: float) -> None:
         assert child.process is not None

@@ -99,6 +99,33 @@ def test_the_ready_file_names_the_doors_and_every_process(start: Callable[..., U
     assert output.count(" ready after ") == 5, "one line per process"
 
 
+def test_a_ready_file_of_an_earlier_run_is_removed_before_anything_starts(
+    start: Callable[..., Up], tmp_path: Path
+) -> None:
+    (tmp_path / "ready.json").write_text("old")
+    code, _output, _errors = start(FAKE_WORKER="refuse").end()
+    assert code == 2
+    assert not (tmp_path / "ready.json").exists()
+
+
+def test_a_ready_file_that_cannot_be_written_ends_the_start_with_one_line(
+    start: Callable[..., Up], tmp_path: Path
+) -> None:
+    name = "x" * 255  # the temporary file beside it has too long a name
+    code, _output, errors = start("--ready-file", str(tmp_path / name)).end()
+    assert code == 2
+    assert errors == f"pagewire up: --ready-file {tmp_path / name}: File name too long\n"
+
+
+def test_the_children_read_their_tables_of_the_configuration_file(start: Callable[..., Up], tmp_path: Path) -> None:
+    config = tmp_path / "pagewire.toml"
+    config.write_text("[up]\nworkers = 2\n[scheduler]\nretention_s = 5\n")
+    up = start("--config", str(config))
+    ready = up.wait_ready()
+    assert len(ready["pids"]["workers"]) == 2
+    assert all(psutil.Process(pid).environ()["PAGEWIRE_CONFIG"] == str(config) for pid in pids(ready))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_children_and_exits_0(start: Callable[..., Up], number: signal.Signals) -> None:
     up = start()
@@ -229,6 +256,7 @@ def test_http_can_be_turned_off(start: Callable[..., Up]) -> None:
             "--replicas and --workers are the same setting: give only one of them",
         ),
         (["--ready-file", "/nowhere/ready.json"], "--ready-file: the folder /nowhere does not exist"),
+        (["--ready-file", "/tmp"], "--ready-file: /tmp is a folder; give a file in it"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_one_line(
