@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "GRPC_ENABLE_FORK_SUPPORT": "0",
     # A gateway has transformers without torch on purpose.
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    # Its retries while a host is offline; that it cannot be reached is said once, in our own words.
+    "HF_HUB_VERBOSITY": "error",
     # A worker shares its cores with the other roles. Threads that spin while they wait take the cores from those they
     # wait for: on two busy cores the bundled model made 40 tokens/s with spinning and 120 without.
     "OMP_WAIT_POLICY": "PASSIVE",

@@ -98,6 +98,9 @@ class _TomlTable(PydanticBaseSettingsSource):
         table = tables.get(self.table, {})
         if not isinstance(table, dict):
             raise StartError(f"{path}: {self.table!r} must be a table: [{self.table}]")
+        loose = [name for name, value in tables.items() if not isinstance(value, dict)]
+        if loose:
+            raise StartError(f"{path}: {loose[0]!r} stands outside the tables: put it below [{self.table}]")
         return table
 
 
@@ -163,6 +166,9 @@ def role_command(
 
     def command(**options: Any) -> None:
         config = options.pop("config", None)
+        if config:
+            # A supervisor's children read their own tables of the same file.
+            os.environ[CONFIG_VARIABLE] = str(Path(config).absolute())
         try:
             settings = load(settings_class, options, Path(config) if config else None)
         except StartError as error:

@@ -92,6 +92,7 @@ def test_a_wrong_value_names_its_flag_and_what_is_expected(flags: dict[str, str]
         ("[example]\nblok_size = 1\n", "unknown setting 'blok_size' in table [example] of the configuration file"),
         ("[example\n", "is not valid TOML"),
         ("example = 1\n", "'example' must be a table: [example]"),
+        ("block_size = 1\n[example]\n", "'block_size' stands outside the tables: put it below [example]"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, line: str) -> None:
