@@ -6,8 +6,10 @@ A row's tokens, half-open ranges:
     |  have KV  |  given, or the   |              (the one token sampled last)
     |           |  last sampled    |
 
-Lengths live on the host, where they follow from the plans alone; values (block ids, last tokens) live on the device,
-where the next step reads them without the host having seen them.
+Lengths and block tables follow from the plans alone, so the host knows them without asking: it checks every plan
+against its own copy and sends the device only what changes. Values of sampled tokens live on the device alone, where
+the next step reads them without the host having seen them; and a decode step moves the device's lengths on by itself,
+so that a step without changes needs nothing from the host.
 """
 
 from __future__ import annotations
@@ -22,8 +24,12 @@ import torch
 from kernels.kv_layout import KvLayout
 from worker.sampling_state import SamplingState, Slots
 from worker.step import Fork, NewSequence, PlanError
+from worker.upload import Upload
 
 NO_PROMPT_LOGPROBS = -1
+
+LAST, KNOWN, PROMPT = 0, 1, 2
+"""Rows of `Batch.tokens`."""
 
 _NO_SLOTS: Slots = np.zeros(0, dtype=np.int64)
 
@@ -42,38 +48,51 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class StepInputs:
-    """What one forward pass computes: T tokens, the decode rows first, then the chunks."""
+class StepLayout:
+    """What one forward pass computes: T tokens, the decode rows first, then the chunks. All of it on the host."""
 
-    token_ids: torch.Tensor
-    """int64 [T]."""
-    positions: torch.Tensor
-    """int64 [T]."""
-    slot_mapping: torch.Tensor
-    """int64 [T]."""
     decode_slots: Slots
     """[D], in the order of the decode set."""
-    decode_block_tables: torch.Tensor
-    """int32 [D, M]."""
-    decode_context_lens: torch.Tensor
-    """int32 [D]."""
+    decode_columns: int
+    """Blocks of the longest decode row."""
     chunks: Sequence[Chunk]
     """S of them."""
-    chunk_block_tables: torch.Tensor
-    """int32 [S, M]."""
-    chunk_context_lens: torch.Tensor
-    """int32 [S]."""
-    chunk_query_start: torch.Tensor
-    """int32 [S + 1]."""
+    chunk_slots: Slots
+    """[S]."""
+    chunk_lens: Slots
+    """[S]: tokens in the cache after the step."""
+    chunk_columns: int
+    """Blocks of the longest of them."""
+    query_start: Slots
+    """[S + 1]: where each chunk begins behind the decode rows."""
+    token_ids: Slots
+    """[T - D], of the chunks."""
+    positions: Slots
+    """[T - D], of the chunks."""
+    slot_mapping: Slots
+    """[T - D], of the chunks."""
+
+    @property
+    def num_decode(self) -> int:
+        """D."""
+        return self.decode_slots.size
 
     @property
     def num_tokens(self) -> int:
         """T."""
-        return self.token_ids.shape[0]
+        return self.decode_slots.size + self.token_ids.size
+
+    @property
+    def finishing(self) -> list[Chunk]:
+        """The chunks that sample."""
+        return [chunk for chunk in self.chunks if chunk.samples]
 
 
 class Batch:
-    """Rows 0..max_slots-1. Every method raises PlanError where a plan contradicts the rows; the batch is then void."""
+    """Rows 0..max_slots-1. Every method raises PlanError where a plan contradicts the rows; the batch is then void.
+
+    Row max_slots pads: its length is 0, and a step that computes it writes nothing and attends to nothing.
+    """
 
     def __init__(
         self,
@@ -84,18 +103,29 @@ class Batch:
         max_model_len: int,
         vocab_size: int,
         device: torch.device,
+        buckets: Sequence[int] = (),
     ) -> None:
+        """buckets: the sizes, ascending, that decode sets are padded to; the last is at least max_slots. None: no
+        padding."""
         self.layout = layout
         self.num_blocks = num_blocks
-        self.max_slots = max_slots
+        self.max_slots = self.padding_slot = max_slots
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
-        self.device = device
+        self.buckets = tuple(buckets)
         self.sampling = SamplingState(max_slots, vocab_size, device)
-        columns = layout.blocks_for(max_model_len)
-        self.block_tables = torch.zeros((max_slots, columns), dtype=torch.int32, device=device)
-        self.last_tokens = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        """The token each row sampled last, or its last known token."""
+        self.columns = layout.blocks_for(max_model_len)
+        self.block_tables = torch.zeros((max_slots + 1, self.columns), dtype=torch.int32, device=device)
+        self.tokens = torch.zeros((3, max_slots + 1), dtype=torch.int64, device=device)
+        """By LAST: the token each row sampled last, or its last known token; by KNOWN: tokens it has, the last sampled
+        one included; by PROMPT: those of its prompt."""
+        widest = max(max_slots, *self.buckets) if self.buckets else max_slots
+        self.decode_rows = torch.full((widest,), self.padding_slot, dtype=torch.int64, device=device)
+        """The slots of the decode set in its order, then padding."""
+        self._padding_known = self.tokens[KNOWN, max_slots:]
+
+        self.tables = np.zeros((max_slots + 1, self.columns), dtype=np.int32)
+        """The host's copy of block_tables."""
         self.known = np.zeros(max_slots, dtype=np.int64)
         """Tokens a row has, the last sampled one included. 0: the row is empty."""
         self.computed = np.zeros(max_slots, dtype=np.int64)
@@ -107,8 +137,11 @@ class Batch:
         self.prompt_logprobs = np.full(max_slots, NO_PROMPT_LOGPROBS, dtype=np.int64)
         self.decode_slots: Slots = _NO_SLOTS
         """The decode set, in its order."""
-        self._given: dict[int, torch.Tensor] = {}
-        """int64, on the host: the tokens a row was given, until all of them are computed."""
+        self._given: dict[int, Slots] = {}
+        """The tokens a row was given, until all of them are computed."""
+        self._edits: list[Slots] = []
+        """Places in `tables` that changed, row by row, since they were last sent."""
+        self._decode_changed = False
 
     def clear(self) -> None:
         """Empties every row: the stream to the scheduler has ended, and with it everything that was known."""
@@ -125,12 +158,14 @@ class Batch:
         for slot in slots:
             self._given.pop(slot, None)
 
-    def add(self, sequences: Sequence[NewSequence]) -> None:
+    def add(self, sequences: Sequence[NewSequence], upload: Upload) -> None:
         """Fills empty rows."""
+        if not sequences:
+            return
         for new in sequences:
             self._check_new(new)
             slot, num_tokens = new.slot, len(new.token_ids)
-            tokens = torch.tensor(new.token_ids, dtype=torch.int64)
+            tokens = np.asarray(new.token_ids, dtype=np.int64)
             if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
                 raise PlanError(f"slot {slot}: a token id beyond the vocabulary of {self.vocab_size}")
             self.known[slot] = num_tokens
@@ -140,13 +175,13 @@ class Batch:
             wanted = new.prompt_logprobs
             self.prompt_logprobs[slot] = NO_PROMPT_LOGPROBS if wanted is None else wanted
             self._given[slot] = tokens
-            if new.blocks:
-                blocks = torch.tensor(new.blocks, dtype=torch.int32)
-                self.block_tables[slot, : len(new.blocks)] = blocks.to(self.device)
-        if sequences:
-            slots = torch.tensor([new.slot for new in sequences], device=self.device)
-            self.last_tokens[slots] = torch.tensor([new.token_ids[-1] for new in sequences], device=self.device)
-        self.sampling.fill(sequences)
+            self._edit(np.full(len(new.blocks), slot), np.arange(len(new.blocks)), np.asarray(new.blocks, np.int64))
+        count = len(sequences)
+        slots = upload.put([new.slot for new in sequences])
+        columns = [(new.token_ids[-1], len(new.token_ids), new.prompt_tokens) for new in sequences]
+        values = upload.put(np.array(columns, dtype=np.int64).T)
+        upload.then(lambda: self.tokens.index_copy_(1, slots.tensor, values.tensor.view(3, count)))
+        self.sampling.fill(sequences, upload)
 
     def append_blocks(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         """Appends blocks[i] to the block table of row slots[i], in order; a row may occur several times."""
@@ -161,10 +196,10 @@ class Batch:
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
         counts = np.diff(np.append(starts, rows.size))
         columns = self.table_lens[ordered] + np.arange(rows.size) - np.repeat(starts, counts)
-        if (columns >= self.block_tables.shape[1]).any():
+        if (columns >= self.columns).any():
             raise PlanError("append_slots: a block table grows beyond max_model_len")
         self.table_lens[ordered[starts]] += counts
-        self.block_tables[self._tensor(ordered), self._tensor(columns)] = self._tensor(new_blocks[order]).int()
+        self._edit(ordered, columns, new_blocks[order])
 
     def replace_blocks(self, slots: Sequence[int], indices: Sequence[int], blocks: Sequence[int]) -> None:
         """Makes blocks[i] the entry indices[i] of row slots[i]'s block table."""
@@ -176,8 +211,7 @@ class Batch:
         columns = np.asarray(indices, dtype=np.int64)
         if (columns >= self.table_lens[rows]).any() or (columns < 0).any():
             raise PlanError("replace_indices: beyond the row's block table")
-        new_blocks = self._blocks(blocks, "replace_blocks")
-        self.block_tables[self._tensor(rows), self._tensor(columns)] = self._tensor(new_blocks).int()
+        self._edit(rows, columns, self._blocks(blocks, "replace_blocks"))
 
     def change_decode_set(self, remove: Sequence[int], add: Sequence[int]) -> None:
         """Takes rows out of the decode set, then appends rows to it."""
@@ -194,95 +228,150 @@ class Batch:
                 raise PlanError(f"decode_add: one of {list(add)} has tokens that are not computed yet")
             self.in_decode[rows] = True
             self.decode_slots = np.concatenate((self.decode_slots, rows))
+            self._decode_changed = True
 
-    def step_inputs(self, chunk_slots: Sequence[int], chunk_tokens: Sequence[int], max_tokens: int) -> StepInputs:
+    def lay_out(self, chunk_slots: Sequence[int], chunk_tokens: Sequence[int], max_tokens: int) -> StepLayout:
         """Lays out the tokens that this step computes, at most `max_tokens`."""
         chunks = self._chunks(chunk_slots, chunk_tokens)
         decode = self.decode_slots
-        num_decode = decode.size
         counts = np.fromiter((chunk.num_tokens for chunk in chunks), dtype=np.int64, count=len(chunks))
-        total = num_decode + int(counts.sum())
+        total = decode.size + int(counts.sum())
         if total > max_tokens:
             raise PlanError(f"a step of {total} tokens; at most {max_tokens} were announced")
-        chunk_rows = np.fromiter((chunk.slot for chunk in chunks), dtype=np.int64, count=len(chunks))
-        decode_lens, chunk_lens = self.known[decode], self.computed[chunk_rows] + counts
+        decode_lens = self.known[decode]
         self._check_room(decode, decode_lens)
-        self._check_room(chunk_rows, chunk_lens)
+        decode_columns = self.layout.blocks_for(int(decode_lens.max())) if decode.size else 0
+        if not chunks:
+            return StepLayout(
+                decode, decode_columns, (), _NO_SLOTS, _NO_SLOTS, 0, _NO_SLOTS, _NO_SLOTS, _NO_SLOTS, _NO_SLOTS
+            )
+        rows = np.fromiter((chunk.slot for chunk in chunks), dtype=np.int64, count=len(chunks))
+        lens = self.computed[rows] + counts
+        self._check_room(rows, lens)
         query_start = np.concatenate(([0], counts.cumsum()))
         # Positions of the chunks: a running number, shifted so that every chunk begins at its row's computed tokens.
-        shifts = np.repeat(self.computed[chunk_rows] - query_start[:-1], counts)
-        positions = np.concatenate((decode_lens - 1, np.arange(total - num_decode) + shifts))
-        token_slots = np.concatenate((decode, np.repeat(chunk_rows, counts)))
-        given = [self._given[chunk.slot][chunk.start : chunk.start + chunk.num_tokens] for chunk in chunks]
-        decode_tokens = self.last_tokens[self._tensor(decode)]
-        if num_decode == total:
-            token_ids = decode_tokens
-        else:
-            token_ids = torch.cat((decode_tokens, torch.cat(given).to(self.device)))
-        position_tensor = self._tensor(positions)
+        positions = np.arange(total - decode.size) + np.repeat(self.computed[rows] - query_start[:-1], counts)
         block_size = self.layout.block_size
-        blocks = self.block_tables[self._tensor(token_slots), position_tensor // block_size].long()
-        return StepInputs(
-            token_ids=token_ids,
-            positions=position_tensor,
-            slot_mapping=blocks * block_size + position_tensor % block_size,
+        blocks = self.tables[np.repeat(rows, counts), positions // block_size].astype(np.int64)
+        return StepLayout(
             decode_slots=decode,
-            decode_block_tables=self._tables(decode, decode_lens),
-            decode_context_lens=self._tensor(decode_lens).int(),
+            decode_columns=decode_columns,
             chunks=chunks,
-            chunk_block_tables=self._tables(chunk_rows, chunk_lens),
-            chunk_context_lens=self._tensor(chunk_lens).int(),
-            chunk_query_start=self._tensor(query_start).int(),
+            chunk_slots=rows,
+            chunk_lens=lens,
+            chunk_columns=self.layout.blocks_for(int(lens.max())),
+            query_start=query_start,
+            token_ids=np.concatenate([self._given[c.slot][c.start : c.start + c.num_tokens] for c in chunks]),
+            positions=positions,
+            slot_mapping=blocks * block_size + positions % block_size,
         )
 
-    def fork(self, forks: Sequence[Fork], sampling_chunks: Sequence[Chunk]) -> None:
-        """Copies rows for parallel samples. Parents are rows whose last chunk this step has computed."""
-        if not forks:
-            return
-        parents = {chunk.slot for chunk in sampling_chunks}
-        for fork in forks:
-            if fork.parent_slot not in parents:
-                raise PlanError(f"fork of slot {fork.parent_slot}, whose last chunk is not in this plan")
-            self._check_empty(fork.slot)
-            for array in (self.known, self.computed, self.prompt_tokens, self.table_lens):
-                array[fork.slot] = array[fork.parent_slot]
-            self.prompt_logprobs[fork.slot] = NO_PROMPT_LOGPROBS
-        sources, slots = [fork.parent_slot for fork in forks], [fork.slot for fork in forks]
-        self.block_tables[torch.tensor(slots, device=self.device)] = self.block_tables[
-            torch.tensor(sources, device=self.device)
-        ]
-        self.sampling.fork(sources, slots, [fork.index for fork in forks])
+    def stage(self, upload: Upload) -> None:
+        """Puts the changes of block tables and decode set into the upload."""
+        if self._edits:
+            flat = np.concatenate(self._edits)
+            self._edits.clear()
+            # A place that changed twice occurs twice, both times with what it is now.
+            places, blocks = upload.put(flat), upload.put(self.tables.reshape(-1)[flat], np.int32)
+            upload.then(lambda: self.block_tables.view(-1).index_copy_(0, places.tensor, blocks.tensor))
+        if self._decode_changed:
+            self._decode_changed = False
+            count = self.padded(self.decode_slots.size)
+            if count:
+                slots = np.full(count, self.padding_slot)
+                slots[: self.decode_slots.size] = self.decode_slots
+                placed = upload.put(slots)
+                upload.then(lambda: self.decode_rows[:count].copy_(placed.tensor))
 
-    def note_computed(self, inputs: StepInputs) -> None:
-        """The forward pass has written the KV of these tokens."""
-        self.computed[inputs.decode_slots] += 1
-        for chunk in inputs.chunks:
+    def padded(self, num_decode: int) -> int:
+        """The bucket for a decode set of this size."""
+        return next((bucket for bucket in self.buckets if bucket >= num_decode), num_decode) if num_decode else 0
+
+    def advance(self, layout: StepLayout, forks: Sequence[Fork], upload: Upload) -> tuple[Slots, Slots]:
+        """What the step changes that is known without its results: tokens get computed, forks appear, rows sample.
+
+        Returns the slots of the rows that sample, in the order of the result (decode set, finishing chunks, forks),
+        and how many output tokens each has so far.
+        """
+        finishing = layout.finishing
+        self.computed[layout.decode_slots] += 1
+        for chunk in layout.chunks:
             self.computed[chunk.slot] += chunk.num_tokens
             if chunk.samples:
                 self._given.pop(chunk.slot, None)
-
-    def note_sampled(self, slots: Slots, token_ids: torch.Tensor) -> None:
-        """Rows `slots` have sampled `token_ids`, int64 [R]."""
+        self._fork(forks, finishing, upload)
+        others = [chunk.slot for chunk in finishing] + [fork.slot for fork in forks]
+        slots = (
+            np.concatenate((layout.decode_slots, np.array(others, dtype=np.int64))) if others else layout.decode_slots
+        )
+        output_lens: Slots = self.known[slots] - self.prompt_tokens[slots]
         self.known[slots] += 1
-        self.last_tokens[self._tensor(slots)] = token_ids
+        return slots, output_lens
 
-    def given_tokens(self, slot: int) -> torch.Tensor:
-        """int64, on the host: the tokens the row was given. Only until its last chunk is computed."""
+    def note_sampled(self, slots: torch.Tensor, known: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """On the device: rows `slots`, int64 [R], of `known` tokens have sampled `token_ids`."""
+        self.tokens[LAST].index_copy_(0, slots, token_ids)
+        self.tokens[KNOWN].index_copy_(0, slots, known + 1)
+        self._padding_known.zero_()
+
+    def given_tokens(self, slot: int) -> Slots:
+        """The tokens the row was given. Only until its last chunk is computed."""
         return self._given[slot]
 
-    def output_lens(self, slots: Slots) -> Slots:
-        """Output tokens that the rows have so far."""
-        lens: Slots = self.known[slots] - self.prompt_tokens[slots]
-        return lens
+    def touched_blocks(self, layout: StepLayout) -> tuple[Slots, Slots]:
+        """Blocks of the pool that the step's rows hold, and those among them that it writes to."""
+        size, decode = self.layout.block_size, layout.decode_slots
+        rows = np.concatenate((decode, layout.chunk_slots))
+        in_table = np.arange(self.columns) < self.table_lens[rows][:, None]
+        held = self.tables[rows][in_table].astype(np.int64)
+        written = self.tables[decode, (self.known[decode] - 1) // size].astype(np.int64)
+        return held, np.concatenate((written, np.unique(layout.slot_mapping // size)))
 
     def check_integrity(self) -> None:
-        """Asserts what must hold between steps."""
+        """Asserts what must hold between steps, on the host and between host and device. Waits for the device."""
         assert np.array_equal(np.sort(self.decode_slots), np.flatnonzero(self.in_decode))
         assert (self.known[self.in_decode] == self.computed[self.in_decode] + 1).all()
         used = self.known > 0
         assert (self.computed[used] < self.known[used]).all()
         assert (self.table_lens[used] * self.layout.block_size >= self.computed[used]).all()
         assert not self.table_lens[~used].any()
+        tokens, tables = self.tokens.cpu().numpy(), self.block_tables.cpu().numpy()
+        assert tokens[KNOWN, self.padding_slot] == 0
+        assert np.array_equal(tokens[KNOWN, :-1][used], self.known[used])
+        assert np.array_equal(tokens[PROMPT, :-1][used], self.prompt_tokens[used])
+        for slot in np.flatnonzero(used):
+            assert np.array_equal(tables[slot, : self.table_lens[slot]], self.tables[slot, : self.table_lens[slot]])
+        if not self._decode_changed:
+            assert np.array_equal(self.decode_rows[: self.decode_slots.size].cpu().numpy(), self.decode_slots)
+
+    def _fork(self, forks: Sequence[Fork], finishing: Sequence[Chunk], upload: Upload) -> None:
+        """Copies rows for parallel samples. Parents are rows whose last chunk this step computes."""
+        if not forks:
+            return
+        parents = {chunk.slot for chunk in finishing}
+        for fork in forks:
+            if fork.parent_slot not in parents:
+                raise PlanError(f"fork of slot {fork.parent_slot}, whose last chunk is not in this plan")
+            self._check_empty(fork.slot)
+            for array in (self.known, self.computed, self.prompt_tokens, self.table_lens):
+                array[fork.slot] = array[fork.parent_slot]
+            self.tables[fork.slot] = self.tables[fork.parent_slot]
+            self.prompt_logprobs[fork.slot] = NO_PROMPT_LOGPROBS
+        slots = [fork.slot for fork in forks]
+        sources, targets = upload.put([fork.parent_slot for fork in forks]), upload.put(slots)
+
+        def copy_rows() -> None:
+            self.block_tables.index_copy_(0, targets.tensor, self.block_tables.index_select(0, sources.tensor))
+            self.tokens.index_copy_(1, targets.tensor, self.tokens.index_select(1, sources.tensor))
+
+        upload.then(copy_rows)
+        self.sampling.fork(forks, sources, targets, upload)
+
+    def _edit(self, rows: Slots, columns: Slots, blocks: Slots) -> None:
+        """Changes entries of block tables, on the host at once and on the device with the next upload."""
+        if rows.size:
+            self.tables[rows, columns] = blocks
+            self._edits.append(rows * self.columns + columns)
 
     def _chunks(self, slots: Sequence[int], tokens: Sequence[int]) -> list[Chunk]:
         _check_pairs("chunk", slots, tokens)
@@ -295,16 +384,11 @@ class Batch:
         for slot, num_tokens in zip(slots, tokens, strict=True):
             start, known = int(self.computed[slot]), int(self.known[slot])
             given = self._given.get(slot)
-            if num_tokens < 1 or start + num_tokens > known or given is None or given.numel() != known:
+            if num_tokens < 1 or start + num_tokens > known or given is None or given.size != known:
                 raise PlanError(f"slot {slot}: a chunk of {num_tokens} tokens, {start} of {known} are computed")
             chunks.append(Chunk(slot, start, num_tokens, first_row, samples=start + num_tokens == known))
             first_row += num_tokens
         return chunks
-
-    def _tables(self, slots: Slots, lens: Slots) -> torch.Tensor:
-        """Block tables of rows, as wide as the longest of `lens` needs."""
-        columns = self.layout.blocks_for(int(lens.max())) if slots.size else 0
-        return self.block_tables[:, :columns].index_select(0, self._tensor(slots))
 
     def _check_room(self, slots: Slots, lens: Slots) -> None:
         if (self.table_lens[slots] * self.layout.block_size < lens).any():
@@ -317,7 +401,7 @@ class Batch:
             raise PlanError(f"{where}: {new.computed_tokens} computed of {num_tokens} tokens")
         if not 1 <= new.prompt_tokens <= num_tokens:
             raise PlanError(f"{where}: a prompt of {new.prompt_tokens} in {num_tokens} tokens")
-        if len(new.blocks) > self.block_tables.shape[1]:
+        if len(new.blocks) > self.columns:
             raise PlanError(f"{where}: {len(new.blocks)} blocks are more than max_model_len needs")
         if len(new.blocks) * self.layout.block_size < new.computed_tokens:
             raise PlanError(f"{where}: {len(new.blocks)} blocks cannot hold {new.computed_tokens} tokens")
@@ -346,13 +430,10 @@ class Batch:
             raise PlanError(f"{where}: not all of {list(blocks)} are blocks of a pool of {self.num_blocks}")
         return ids
 
-    def _leave_decode(self, rows: Slots) -> None:
+    def _leave_decode(self, rows: npt.NDArray[np.int64]) -> None:
         self.in_decode[rows] = False
         self.decode_slots = self.decode_slots[self.in_decode[self.decode_slots]]
-
-    def _tensor(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
-        """A host array on the device. The copy keeps later changes of the host's array out of it."""
-        return torch.tensor(array, device=self.device)
+        self._decode_changed = True
 
 
 def _check_pairs(where: str, first: Sequence[int], second: Sequence[int]) -> None:

@@ -1,41 +1,85 @@
-"""Executes step plans, in the documented order, on whatever device the model and the pool are."""
+"""Executes step plans, in the documented order, on whatever device the model and the pool are.
+
+A launch works through a plan on the host first: checks it, moves the host's copy of the batch on, and gathers all that
+the device has to be told into one upload. Then it hands the device its work and returns; it waits for nothing. What the
+step answers is copied to the host behind it, and `LaunchedStep.result` waits for that copy on another thread.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from kernels.backend import kernels_for
+from kernels.backend import Kernels, kernels_for
+from kernels.reference import TokenLogprobRows
 from pagewire.runtime.fault_points import fault_point
+from pagewire.runtime.logs import get_logger
 from worker.attention_batch import AttentionBatch
-from worker.batch import NO_PROMPT_LOGPROBS, Batch, Chunk, StepInputs
+from worker.batch import KNOWN, NO_PROMPT_LOGPROBS, PROMPT, Batch, StepLayout
+from worker.decode import DecodeGraphs, DecodeStep, Mode, decode_rows
+from worker.device import DeviceRuntime, runtime_for
 from worker.kv_pool import KvPool
 from worker.models.base import PagedModel
-from worker.sampler import Sampled, Sampler, describe_logprobs
+from worker.sampler import SamplePlan, Sampler, describe_logprobs
 from worker.sampling_state import Slots
-from worker.step import PlanError, PromptLogprobs, StepPlan, StepResult, StepTimings, TokenLogprobs
-from worker.swapper import Swapper
+from worker.step import Fork, PlanError, PromptLogprobs, StepPlan, StepResult, StepTimings, TokenLogprobs
+from worker.swapper import Moves, SwapMarks, Swapper
+from worker.upload import Placed, Upload
 
 _LOGIT_ELEMENTS = 1 << 24
 """Most logits computed at once for prompt log-probabilities (64 MiB): their memory does not grow with the chunk."""
 
+log = get_logger("worker.executor")
+
 
 @dataclass
 class Progress:
-    """How far the worker is. Written by the executing thread, read by the heartbeat's."""
+    """How far the worker is. Written by executing and sending threads, read by the heartbeat's."""
 
     last_step: int = 0
     """Number of the last finished step of this epoch."""
     count: int = 0
     """Pieces of work done, ever: layers and steps."""
+    session: int = 0
+    """Counts epochs, so that a step that ends after its epoch is not taken for one of the next."""
 
     def advance(self) -> None:
         """One piece more."""
         self.count += 1
+
+    def finish(self, session: int, step: int) -> None:
+        """A step of that session is over."""
+        self.count += 1
+        if session == self.session:
+            self.last_step = step
+
+
+@dataclass(frozen=True)
+class _PromptPiece:
+    """Log-probabilities of consecutive prompt tokens, on their way to the host."""
+
+    slot: int
+    first_token: int
+    num_top: int
+    rows: TokenLogprobRows
+
+
+@dataclass(frozen=True)
+class _StepMarks:
+    """Points in the device's work on one step."""
+
+    before: Any
+    """The end of the step before; None: there was none."""
+    start: Any
+    before_forward: Any
+    after_forward: Any
+    """With a replayed graph the end of sampling."""
+    end: Any
 
 
 @dataclass
@@ -43,31 +87,91 @@ class LaunchedStep:
     """A step whose work has been handed to the device. `result` waits for it and may run on another thread."""
 
     plan: StepPlan
-    sampled: Sampled | None
-    """None: the plan computed nothing that samples."""
-    prompt_logprobs: Sequence[PromptLogprobs]
-    timings: StepTimings
+    runtime: DeviceRuntime
+    marks: _StepMarks
+    timings: Callable[[], StepTimings]
+    """To be called when the last mark has passed."""
+    encoded: torch.Tensor | None
+    """On the host, complete with the last mark: sampled tokens as in `Sampled.encoded`. None: nothing samples."""
+    logprob_rows: Sequence[int]
+    num_top: Sequence[int]
+    logprobs: TokenLogprobRows | None
+    prompt_pieces: Sequence[_PromptPiece]
+    out_of_memory_slots: Sequence[int]
+    on_finish: Callable[[], None]
     _result: StepResult | None = field(default=None, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def result(self) -> StepResult:
         """The answer to the plan; computed once, then remembered."""
-        if self._result is None:
-            answer = StepResult(
-                epoch=self.plan.epoch,
-                step=self.plan.step,
-                prompt_logprobs=self.prompt_logprobs,
-                timings=self.timings,
-            )
-            if (sampled := self.sampled) is not None:
-                answer = replace(
-                    answer,
-                    token_ids=sampled.token_ids.tolist(),
-                    nonfinite_rows=sampled.nonfinite.nonzero().squeeze(1).tolist(),
-                    logprob_rows=sampled.logprob_rows,
-                    logprobs=sampled.logprobs,
-                )
-            self._result = answer
-        return self._result
+        with self._lock:
+            if self._result is None:
+                self.runtime.wait(self.marks.end)
+                self._result = self._read()
+                self.on_finish()
+            return self._result
+
+    def _read(self) -> StepResult:
+        answer = StepResult(
+            epoch=self.plan.epoch,
+            step=self.plan.step,
+            prompt_logprobs=_join(self.prompt_pieces),
+            timings=self.timings(),
+            out_of_memory_slots=self.out_of_memory_slots,
+        )
+        if self.encoded is None:
+            return answer
+        encoded = self.encoded.numpy()
+        nonfinite = np.flatnonzero(encoded < 0)
+        return replace(
+            answer,
+            token_ids=np.where(encoded < 0, ~encoded, encoded).tolist(),
+            nonfinite_rows=nonfinite.tolist(),
+            logprob_rows=self.logprob_rows,
+            logprobs=[] if self.logprobs is None else describe_logprobs(self.logprobs, self.num_top),
+        )
+
+
+def _join(pieces: Sequence[_PromptPiece]) -> list[PromptLogprobs]:
+    """One entry per slot, of its pieces in order."""
+    entries: dict[int, tuple[int, list[TokenLogprobs]]] = {}
+    for piece in pieces:
+        _, logprobs = entries.setdefault(piece.slot, (piece.first_token, []))
+        logprobs += describe_logprobs(piece.rows, [piece.num_top] * piece.rows.ranks.numel())
+    return [PromptLogprobs(slot, first_token, logprobs) for slot, (first_token, logprobs) in entries.items()]
+
+
+@dataclass(frozen=True)
+class _PromptWant:
+    """Prompt tokens whose log-probabilities this step gives: of rows first_row.. of its hidden states."""
+
+    slot: int
+    first_token: int
+    num_top: int
+    first_row: int
+    tokens: Placed
+
+
+@dataclass(frozen=True)
+class _StepWork:
+    """A plan, worked through on the host: what is left for the device."""
+
+    layout: StepLayout
+    moves: Moves
+    chunk_inputs: dict[str, Placed]
+    """The layout's arrays of the same names, in the upload."""
+    num_rows: int
+    """R, the rows that sample."""
+    other_slots: Placed | None
+    """Slots of the rows that sample behind the decode set."""
+    logit_rows: Placed | None
+    """Rows of the hidden states that logits are computed of, where it is not all of them."""
+    fork_rows: Placed | None
+    """Rows of the logits that forks sample from."""
+    sampling: SamplePlan
+    prompt_wants: Sequence[_PromptWant]
+    held_blocks: tuple[Slots, Slots] | None
+    """Blocks that the rows hold, and those that the step writes to; None: nobody has to know."""
 
 
 class Executor:
@@ -77,8 +181,19 @@ class Executor:
     """
 
     def __init__(
-        self, model: PagedModel, pool: KvPool, *, max_slots: int, max_step_tokens: int, max_model_len: int
+        self,
+        model: PagedModel,
+        pool: KvPool,
+        *,
+        max_slots: int,
+        max_step_tokens: int,
+        max_model_len: int,
+        buckets: Sequence[int] = (),
+        kernels: Kernels | None = None,
+        runtime: DeviceRuntime | None = None,
     ) -> None:
+        """buckets: sizes that decode sets are padded to, ascending, the last at least max_slots. kernels and runtime:
+        what the pool's device gets, unless given."""
         self.model = model
         self.pool = pool
         self.max_step_tokens = max_step_tokens
@@ -90,18 +205,31 @@ class Executor:
             max_model_len=max_model_len,
             vocab_size=model.spec.vocab_size,
             device=device,
+            buckets=buckets,
         )
-        self.kernels = kernels_for(device)
-        self.swapper = Swapper(pool, self.kernels)
-        self.sampler = Sampler(self.batch.sampling)
+        self.kernels: Kernels = kernels or kernels_for(device, pool.layout)
+        self.runtime = runtime or runtime_for(device)
+        self.swapper = Swapper(pool, self.kernels, self.runtime)
+        self.swap_rates = (0, 0)
+        """Bytes per second out and in, once measured."""
+        self.sampler = Sampler(self.batch.sampling, self.kernels)
         self.progress = Progress()
-        self._idle_since = time.perf_counter_ns()
+        self.decode = DecodeGraphs(
+            DecodeStep(model, pool.device_blocks, self.kernels, self.batch, self.sampler, self.progress.advance)
+        )
+        self._last_end: Any = None
 
     def reset(self) -> None:
         """Drops every sequence: a new epoch begins with an empty batch."""
         self.batch.clear()
+        self.progress.session += 1
         self.progress.last_step = 0
-        self._idle_since = time.perf_counter_ns()
+        self._last_end = None
+
+    def measure_swaps(self) -> tuple[int, int]:
+        """Bytes per second out and in. Overwrites KV blocks, so it comes before the first plan."""
+        self.swap_rates = self.swapper.measure()
+        return self.swap_rates
 
     def execute(self, plan: StepPlan) -> StepResult:
         """`launch`, then wait for the result."""
@@ -110,111 +238,242 @@ class Executor:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Applies a plan in the order of `worker.proto`. PlanError: the plan contradicts the batch."""
-        started = time.perf_counter_ns()
+        upload = Upload(self.runtime)
+        work = self._work_through(plan, upload)
+        upload.send()
+        start = self.runtime.mark()
+        swaps = self.swapper.move(work.moves)
+        upload.apply()
+        if work.held_blocks is not None:
+            self.swapper.before_compute(*work.held_blocks)
+        fault_point("worker.step.before_forward")
+        before_forward = self.runtime.mark()
+        step = _Outcome()
+        if work.layout.num_tokens:
+            self._compute(work, step)
+        logprobs = None if step.logprobs is None else self._read_back(step.logprobs)
+        pieces = [replace(piece, rows=self._read_back(piece.rows)) for piece in step.prompt_pieces]
+        encoded = None if step.encoded is None else self.runtime.read_back(step.encoded)
+        end = self.runtime.mark()
+        marks = _StepMarks(self._last_end, start, before_forward, step.after_forward or end, end)
+        self._last_end = end
+        session = self.progress.session
+        return LaunchedStep(
+            plan=plan,
+            runtime=self.runtime,
+            marks=marks,
+            timings=lambda: self._timings(marks, swaps, work),
+            encoded=encoded,
+            logprob_rows=work.sampling.logprob_rows,
+            num_top=work.sampling.num_top,
+            logprobs=logprobs,
+            prompt_pieces=pieces,
+            out_of_memory_slots=step.out_of_memory_slots,
+            on_finish=lambda: self.progress.finish(session, plan.step),
+        )
+
+    def _work_through(self, plan: StepPlan, upload: Upload) -> _StepWork:
+        """Everything about a plan that the host knows by itself."""
         batch = self.batch
         batch.release(plan.release_slots)
-        moves = self.swapper.move(plan.swap_out, plan.swap_in, plan.copies)
-        batch.add(plan.new_sequences)
+        moves = self.swapper.stage(plan.swap_out, plan.swap_in, plan.copies, upload)
+        batch.add(plan.new_sequences, upload)
         batch.append_blocks(plan.append_slots, plan.append_blocks)
         batch.replace_blocks(plan.replace_slots, plan.replace_indices, plan.replace_blocks)
         batch.change_decode_set(plan.decode_remove, plan.decode_add)
-        inputs = batch.step_inputs(plan.chunk_slots, plan.chunk_tokens, self.max_step_tokens)
-        fault_point("worker.step.before_forward")
-        before_forward = time.perf_counter_ns()
-        hidden = self._forward(inputs)
-        after_forward = time.perf_counter_ns()
-        fault_point("worker.step.after_forward")
-        sampled, prompt_logprobs = self._sample(plan, inputs, hidden)
-        finished = time.perf_counter_ns()
-        timings = StepTimings(
-            idle_ns=max(0, started - self._idle_since),
-            swap_out_ns=moves.swap_out_ns,
-            swap_in_ns=moves.swap_in_ns,
-            copy_ns=moves.copy_ns,
-            forward_ns=after_forward - before_forward,
-            sample_ns=finished - after_forward,
-            chunk_tokens=inputs.num_tokens - inputs.decode_slots.size,
-            decode_tokens=inputs.decode_slots.size,
+        layout = batch.lay_out(plan.chunk_slots, plan.chunk_tokens, self.max_step_tokens)
+        if plan.forks and not layout.num_tokens:
+            raise PlanError("forks in a plan without chunks")
+        batch.stage(upload)
+        prompt_wants = self._prompt_wants(layout, upload)
+        # A copy of this very plan counts, too: it is enqueued before the forward pass.
+        is_settled = self.swapper.is_settled and not (plan.swap_out.sources or plan.swap_in.sources)
+        held_blocks = None if is_settled else batch.touched_blocks(layout)
+        slots, output_lens = batch.advance(layout, plan.forks, upload)
+        chunk_inputs, logit_rows = _place_chunks(layout, upload)
+        num_decode = layout.num_decode
+        return _StepWork(
+            layout=layout,
+            moves=moves,
+            chunk_inputs=chunk_inputs,
+            num_rows=slots.size,
+            other_slots=upload.put(slots[num_decode:]) if slots.size > num_decode else None,
+            logit_rows=logit_rows,
+            fork_rows=_place_forks(layout, plan.forks, upload),
+            sampling=self.sampler.plan(slots, output_lens, upload),
+            prompt_wants=prompt_wants,
+            held_blocks=held_blocks,
         )
-        self._idle_since = finished
-        self.progress.last_step = plan.step
-        self.progress.advance()
-        return LaunchedStep(plan, sampled, prompt_logprobs, timings)
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Hidden states [T, H] of the step's tokens, their KV written; None for a step without tokens."""
-        if not inputs.num_tokens:
-            return None
+    def _compute(self, work: _StepWork, step: _Outcome) -> None:
+        """Forward pass and sampling."""
+        if not work.layout.chunks:
+            self._decode(work, step)
+            return
+        try:
+            self._mixed(work, step)
+        except torch.OutOfMemoryError as error:
+            # What the decode set needs is allocated for good. Chunks are given up; their rows go on with a token that
+            # nobody reads, because plans that count on them are under way.
+            log.error("no memory for chunks", error=str(error).splitlines()[0], tokens=work.layout.num_tokens)
+            torch.cuda.empty_cache()
+            self._without_chunks(work, step)
+
+    def _decode(self, work: _StepWork, step: _Outcome) -> None:
+        """A step of the decode set alone."""
+        layout, sampling = work.layout, work.sampling
+        count = self.batch.padded(layout.num_decode)
+        mode = Mode.LOGITS if not sampling.is_plain else Mode.RANDOM if sampling.random else Mode.GREEDY
+        output = self.decode.run(count, layout.decode_columns, mode)
+        fault_point("worker.step.after_forward")
+        if mode is not Mode.LOGITS:
+            step.encoded = output[: layout.num_decode]
+            return
+        step.after_forward = self.runtime.mark()
+        slots = self.batch.decode_rows[: layout.num_decode]
+        self._sample(output[: layout.num_decode], slots, sampling, step)
+
+    def _mixed(self, work: _StepWork, step: _Outcome) -> None:
+        """Chunks, with or without a decode set."""
+        layout, batch = work.layout, self.batch
+        inputs = {name: placed.tensor for name, placed in work.chunk_inputs.items()}
+        token_ids, positions, slot_mapping = inputs["token_ids"], inputs["positions"], inputs["slot_mapping"]
+        decode = decode_rows(batch, layout.num_decode, layout.decode_columns)
+        if layout.num_decode:
+            token_ids = torch.cat((decode.token_ids, token_ids))
+            positions = torch.cat((decode.positions, positions))
+            slot_mapping = torch.cat((decode.slot_mapping, slot_mapping))
         attention = AttentionBatch(
             layout=self.pool.layout,
             pool=self.pool.device_blocks,
             kernels=self.kernels,
-            slot_mapping=inputs.slot_mapping,
-            num_decode=inputs.decode_slots.size,
-            decode_block_tables=inputs.decode_block_tables,
-            decode_context_lens=inputs.decode_context_lens,
-            chunk_block_tables=inputs.chunk_block_tables,
-            chunk_context_lens=inputs.chunk_context_lens,
-            chunk_query_start=inputs.chunk_query_start,
+            slot_mapping=slot_mapping,
+            num_decode=layout.num_decode,
+            decode_block_tables=decode.block_tables,
+            decode_context_lens=decode.context_lens,
+            chunk_block_tables=batch.block_tables[:, : layout.chunk_columns].index_select(0, inputs["chunk_slots"]),
+            chunk_context_lens=inputs["chunk_lens"],
+            chunk_query_start=inputs["query_start"],
             on_progress=self.progress.advance,
         )
-        return self.model.forward(inputs.token_ids, inputs.positions, attention)
+        hidden = self.model.forward(token_ids, positions, attention)
+        step.after_forward = self.runtime.mark()
+        fault_point("worker.step.after_forward")
+        step.prompt_pieces = self._prompt_logprobs(work.prompt_wants, hidden)
+        if not work.num_rows:
+            return
+        slots = decode.slots
+        if work.other_slots is not None:
+            slots = torch.cat((slots, work.other_slots.tensor))
+        assert work.logit_rows is not None
+        logits = self.model.logits(hidden.index_select(0, work.logit_rows.tensor))
+        if work.fork_rows is not None:
+            logits = torch.cat((logits, logits.index_select(0, work.fork_rows.tensor)))
+        self._sample(logits, slots, work.sampling, step)
 
-    def _sample(
-        self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor | None
-    ) -> tuple[Sampled | None, list[PromptLogprobs]]:
-        """Forks, then samples: decode set, finishing chunks, forks. Only rows that need logits get them."""
-        if hidden is None:
-            if plan.forks:
-                raise PlanError("forks in a plan without chunks")
-            return None, []
-        batch = self.batch
-        prompt_logprobs = self._prompt_logprobs(inputs, hidden)
-        finishing = [chunk for chunk in inputs.chunks if chunk.samples]
-        batch.note_computed(inputs)
-        batch.fork(plan.forks, finishing)
-        others = [chunk.slot for chunk in finishing] + [fork.slot for fork in plan.forks]
-        slots = np.concatenate((inputs.decode_slots, np.array(others, dtype=np.int64)))
-        if not slots.size:
-            return None, prompt_logprobs
-        logits = self._logits(inputs, hidden, finishing)
-        if plan.forks:
-            rows = {chunk.slot: inputs.decode_slots.size + row for row, chunk in enumerate(finishing)}
-            parents = torch.tensor([rows[fork.parent_slot] for fork in plan.forks], device=logits.device)
-            logits = torch.cat((logits, logits[parents]))
-        sampled = self.sampler.sample(logits, slots, batch.output_lens(slots))
-        batch.note_sampled(slots, sampled.token_ids)
-        return sampled, prompt_logprobs
+    def _without_chunks(self, work: _StepWork, step: _Outcome) -> None:
+        """The same step when there was no memory for its chunks."""
+        layout = work.layout
+        step.prompt_pieces, step.encoded, step.logprobs = (), None, None
+        step.out_of_memory_slots = layout.chunk_slots.tolist()
+        parts = []
+        if layout.num_decode:
+            count = self.batch.padded(layout.num_decode)
+            mode = Mode.RANDOM if work.sampling.random else Mode.GREEDY
+            parts.append(self.decode.run(count, layout.decode_columns, mode)[: layout.num_decode])
+        if work.other_slots is not None:
+            slots = work.other_slots.tensor
+            known = self.batch.tokens.index_select(1, slots)[KNOWN]
+            parts.append(torch.zeros_like(slots))
+            self.batch.note_sampled(slots, known, parts[-1])
+        step.encoded = torch.cat(parts) if parts else None
 
-    def _logits(self, inputs: StepInputs, hidden: torch.Tensor, finishing: Sequence[Chunk]) -> torch.Tensor:
-        """Logits of the decode rows, then of the last tokens of the finishing chunks: float32 [R, vocab]."""
-        num_decode = inputs.decode_slots.size
-        if not inputs.chunks:
-            return self.model.logits(hidden)
-        last_rows: Slots = np.array([chunk.first_row + chunk.num_tokens - 1 for chunk in finishing], dtype=np.int64)
-        rows = torch.from_numpy(np.concatenate((np.arange(num_decode), last_rows)))
-        return self.model.logits(hidden[rows.to(hidden.device)])
+    def _sample(self, logits: torch.Tensor, slots: torch.Tensor, plan: SamplePlan, step: _Outcome) -> None:
+        """Samples rows of these slots, int64 [R], and moves them on."""
+        tokens = self.batch.tokens.index_select(1, slots)
+        sampled = self.sampler.sample(logits, slots, tokens[KNOWN] - tokens[PROMPT], plan)
+        self.batch.note_sampled(slots, tokens[KNOWN], sampled.token_ids)
+        step.encoded, step.logprobs = sampled.encoded, sampled.logprobs
 
-    def _prompt_logprobs(self, inputs: StepInputs, hidden: torch.Tensor) -> list[PromptLogprobs]:
-        """Log-probabilities of the prompt tokens that this step's chunks predict.
+    def _prompt_wants(self, layout: StepLayout, upload: Upload) -> list[_PromptWant]:
+        """Which prompt tokens' log-probabilities this step's chunks give.
 
         The hidden state at position p predicts the token at p + 1, so a chunk start..end gives prompt tokens
-        start + 1..end, as far as the prompt goes.
+        start + 1..end, as far as the prompt goes. A long stretch comes in pieces.
         """
-        answers = []
+        wants = []
         piece = max(1, _LOGIT_ELEMENTS // self.model.spec.vocab_size)
-        for chunk in inputs.chunks:
+        for chunk in layout.chunks:
             num_top = int(self.batch.prompt_logprobs[chunk.slot])
             last = min(chunk.start + chunk.num_tokens, int(self.batch.prompt_tokens[chunk.slot]) - 1)
-            if num_top == NO_PROMPT_LOGPROBS or last <= chunk.start:
+            if num_top == NO_PROMPT_LOGPROBS:
                 continue
-            tokens = self.batch.given_tokens(chunk.slot)[chunk.start + 1 : last + 1].to(hidden.device)
-            logprobs: list[TokenLogprobs] = []
-            for begin in range(0, tokens.numel(), piece):
-                part = tokens[begin : begin + piece]
-                row = chunk.first_row + begin
-                logits = self.model.logits(hidden[row : row + part.numel()])
-                logprobs += describe_logprobs(logits, part, [num_top] * part.numel())
-                self.progress.advance()
-            answers.append(PromptLogprobs(chunk.slot, chunk.start + 1, logprobs))
-        return answers
+            tokens = self.batch.given_tokens(chunk.slot)
+            for first in range(chunk.start + 1, last + 1, piece):
+                part = upload.put(tokens[first : min(first + piece, last + 1)])
+                row = chunk.first_row + first - 1 - chunk.start
+                wants.append(_PromptWant(chunk.slot, first, num_top, row, part))
+        return wants
+
+    def _prompt_logprobs(self, wants: Sequence[_PromptWant], hidden: torch.Tensor) -> list[_PromptPiece]:
+        pieces = []
+        for want in wants:
+            logits = self.model.logits(hidden[want.first_row : want.first_row + want.tokens.count])
+            rows = self.kernels.token_logprobs(logits, want.tokens.tensor, want.num_top)
+            pieces.append(_PromptPiece(want.slot, want.first_token, want.num_top, rows))
+            self.progress.advance()
+        return pieces
+
+    def _read_back(self, rows: TokenLogprobRows) -> TokenLogprobRows:
+        copy = self.runtime.read_back
+        return TokenLogprobRows(copy(rows.logprobs), copy(rows.ranks), copy(rows.top_ids), copy(rows.top_logprobs))
+
+    def _timings(self, marks: _StepMarks, swaps: SwapMarks, work: _StepWork) -> StepTimings:
+        elapsed = self.runtime.elapsed_ns
+        moved = self.swapper.times(swaps, work.moves, self.swap_rates)
+        return StepTimings(
+            idle_ns=0 if marks.before is None else elapsed(marks.before, marks.start),
+            swap_out_ns=moved.swap_out_ns,
+            swap_in_ns=moved.swap_in_ns,
+            copy_ns=moved.copy_ns,
+            forward_ns=elapsed(marks.before_forward, marks.after_forward),
+            sample_ns=elapsed(marks.after_forward, marks.end),
+            chunk_tokens=work.layout.num_tokens - work.layout.num_decode,
+            decode_tokens=work.layout.num_decode,
+        )
+
+
+@dataclass
+class _Outcome:
+    """What a step's computation leaves, on the device."""
+
+    encoded: torch.Tensor | None = None
+    logprobs: TokenLogprobRows | None = None
+    prompt_pieces: Sequence[_PromptPiece] = ()
+    after_forward: Any = None
+    out_of_memory_slots: Sequence[int] = ()
+
+
+def _place_chunks(layout: StepLayout, upload: Upload) -> tuple[dict[str, Placed], Placed | None]:
+    """The chunks' inputs in the upload, and the rows of the hidden states that sample: decode rows, then the last
+    tokens of the finishing chunks."""
+    if not layout.chunks:
+        return {}, None
+    inputs = {
+        "token_ids": upload.put(layout.token_ids),
+        "positions": upload.put(layout.positions),
+        "slot_mapping": upload.put(layout.slot_mapping),
+        "chunk_slots": upload.put(layout.chunk_slots),
+        "chunk_lens": upload.put(layout.chunk_lens, np.int32),
+        "query_start": upload.put(layout.query_start, np.int32),
+    }
+    last_rows = np.array([chunk.first_row + chunk.num_tokens - 1 for chunk in layout.finishing], dtype=np.int64)
+    return inputs, upload.put(np.concatenate((np.arange(layout.num_decode), last_rows)))
+
+
+def _place_forks(layout: StepLayout, forks: Sequence[Fork], upload: Upload) -> Placed | None:
+    """The rows of the logits that forks sample from: their parents'."""
+    if not forks:
+        return None
+    rows = {chunk.slot: layout.num_decode + row for row, chunk in enumerate(layout.finishing)}
+    return upload.put([rows[fork.parent_slot] for fork in forks])

@@ -105,7 +105,7 @@ def make_executor(settings: WorkerSettings, model: PagedModel, device: torch.dev
 
 def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) -> worker_pb2.WorkerHello:
     """Introduces the worker; measures its swap rates first, which overwrites KV blocks."""
-    swap_out, swap_in = executor.swapper.measure()
+    swap_out, swap_in = executor.measure_swaps()
     pool = executor.pool
     log.info("swap rates", swap_out_bytes_per_second=swap_out, swap_in_bytes_per_second=swap_in)
     return worker_pb2.WorkerHello(

@@ -3,106 +3,156 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from kernels import reference
-from worker.sampling_state import SamplingState, Slots
+from kernels.backend import SamplingKernels
+from kernels.reference import TokenLogprobRows
+from worker.sampling_state import INDEX, MIN_P, SEED, TEMPERATURE, TOP_K, TOP_P, SamplingState, Slots
 from worker.step import TokenLogprobs
+from worker.upload import Placed, Upload
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """What R rows ask of the sampler, known before there are logits."""
+
+    random: bool = False
+    """Some row draws."""
+    penalised: tuple[Placed, Placed] | None = None
+    """Rows with penalties, and their slots."""
+    biased: tuple[Placed, Placed, Placed] | None = None
+    """Row, token id and bias of every biased logit."""
+    stopped: tuple[Placed, Placed] | None = None
+    """Row and token id of every stop token that comes too early."""
+    logprob_rows: Sequence[int] = ()
+    """The rows that asked for log-probabilities, ascending."""
+    placed_logprob_rows: Placed | None = None
+    num_top: Sequence[int] = field(default=())
+    """Likeliest tokens that each of logprob_rows wants."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Logits alone decide, by temperature, top-k, top-p and min-p, and nothing else is wanted."""
+        return self.penalised is None and self.biased is None and self.stopped is None and not self.logprob_rows
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What R rows sampled."""
+    """What R rows sampled, on the device."""
 
     token_ids: torch.Tensor
-    """int64 [R]."""
-    nonfinite: torch.Tensor
-    """bool [R]: the row's logits were not finite, its token means nothing."""
-    logprob_rows: Sequence[int]
-    """The rows that asked for log-probabilities, ascending."""
-    logprobs: Sequence[TokenLogprobs]
-    """Belongs to logprob_rows."""
+    """int64 [R]: ids within the vocabulary, also of rows that are not finite."""
+    finite: torch.Tensor
+    """bool [R]: False where the row's logits were not finite: its token means nothing."""
+    logprobs: TokenLogprobRows | None
+    """Of the plan's logprob_rows."""
+
+    @property
+    def encoded(self) -> torch.Tensor:
+        """int64 [R]: the token ids; all bits turned where a row is not finite, which makes them negative."""
+        return torch.where(self.finite, self.token_ids, ~self.token_ids)
 
 
 class Sampler:
     """Chooses tokens in the order of the public API: penalties and bias, temperature, top-k, top-p, min-p, draw."""
 
-    def __init__(self, state: SamplingState) -> None:
+    def __init__(self, state: SamplingState, kernels: SamplingKernels) -> None:
         self.state = state
+        self.kernels = kernels
 
-    def sample(self, logits: torch.Tensor, slots: Slots, output_lens: Slots) -> Sampled:
-        """Samples one token per row and counts it.
-
-        logits is float32 [R, vocab] and may be overwritten; slots [R] are the rows' slots; output_lens [R] how many
-        output tokens each has so far, which is the position that keys its draw.
-        """
-        state = self.state
-        lowest, highest = logits.aminmax(dim=-1)
-        nonfinite = ~(lowest.isfinite() & highest.isfinite())
-        # A row that is not finite must neither raise nor slow the others: it samples from anything.
-        logits.masked_fill_(nonfinite.unsqueeze(1), 0.0)
-        adjusted = self._adjust(logits, slots, output_lens)
-        random_rows = np.flatnonzero(state.random[slots])
-        token_ids = reference.argmax(adjusted)
-        if random_rows.size:
-            rows, of = state.tensor(random_rows), state.tensor(slots[random_rows])
-            positions = state.tensor(output_lens[random_rows])
-            draws = reference.uniform_draws(state.seed[of], state.index[of], positions)
-            token_ids[rows] = reference.sample(
-                adjusted[rows], state.temperature[of], state.top_k[of], state.top_p[of], state.min_p[of], draws
-            )
-        state.note_sampled(slots, token_ids)
-        logprob_rows = np.flatnonzero(state.logprobs[slots] >= 0)
-        logprobs: list[TokenLogprobs] = []
-        if logprob_rows.size:
-            of_rows = state.tensor(logprob_rows)
-            wanted = state.logprobs[slots[logprob_rows]].tolist()
-            logprobs = describe_logprobs(logits[of_rows], token_ids[of_rows], wanted)
-        return Sampled(token_ids, nonfinite, logprob_rows.tolist(), logprobs)
-
-    def _adjust(self, logits: torch.Tensor, slots: Slots, output_lens: Slots) -> torch.Tensor:
-        """The logits after penalties, bias and min_tokens. Rows that ask for none keep theirs bit by bit."""
+    def plan(self, slots: Slots, output_lens: Slots, upload: Upload) -> SamplePlan:
+        """What rows of these slots, with so many output tokens so far, ask for."""
         state = self.state
         penalised = np.flatnonzero(state.penalised[slots])
         biased = np.flatnonzero(state.biased[slots])
-        too_short = np.flatnonzero(output_lens < state.min_tokens[slots])
-        if not (penalised.size or biased.size or too_short.size):
+        stopped = np.flatnonzero(output_lens < state.min_tokens[slots])
+        wanted = np.flatnonzero(state.logprobs[slots] >= 0)
+        random = bool(state.random[slots].any())
+        if not (penalised.size or biased.size or stopped.size or wanted.size):
+            return SamplePlan(random)
+        biases = [state.bias[slot] for slot in slots[biased].tolist()]
+        stops = [state.stop_ids[slot] for slot in slots[stopped].tolist()]
+        return SamplePlan(
+            random,
+            penalised=(upload.put(penalised), upload.put(slots[penalised])) if penalised.size else None,
+            biased=(
+                upload.put(_repeat(biased, [ids for ids, _ in biases])),
+                upload.put(np.concatenate([ids for ids, _ in biases])),
+                upload.put(np.concatenate([values for _, values in biases]), np.float32),
+            )
+            if biased.size
+            else None,
+            stopped=(upload.put(_repeat(stopped, stops)), upload.put(np.concatenate(stops))) if stopped.size else None,
+            logprob_rows=wanted.tolist(),
+            placed_logprob_rows=upload.put(wanted) if wanted.size else None,
+            num_top=state.logprobs[slots[wanted]].tolist(),
+        )
+
+    def sample(self, logits: torch.Tensor, slots: torch.Tensor, output_lens: torch.Tensor, plan: SamplePlan) -> Sampled:
+        """Samples one token per row and counts it. Waits for nothing.
+
+        logits is float32 [R, vocab]; slots int64 [R] the rows' slots; output_lens int64 [R] how many output tokens each
+        has so far, which is the position that keys its draw.
+        """
+        state, kernels = self.state, self.kernels
+        lowest, highest = logits.aminmax(dim=-1)
+        finite = highest - lowest < float("inf")
+        adjusted = logits if plan.is_plain else self._adjust(logits, plan)
+        if plan.random:
+            numbers, shares = state.numbers.index_select(1, slots), state.shares.index_select(1, slots)
+            draws = kernels.uniform_draws(numbers[SEED], numbers[INDEX], output_lens)
+            token_ids = kernels.sample(
+                adjusted, shares[TEMPERATURE], numbers[TOP_K], shares[TOP_P], shares[MIN_P], draws
+            )
+        else:
+            token_ids = kernels.argmax(adjusted)
+        if plan.penalised is not None:
+            assert state.output_counts is not None
+            rows, of = (placed.tensor for placed in plan.penalised)
+            ones = torch.ones_like(rows, dtype=torch.int32)
+            state.output_counts.index_put_((of, token_ids.index_select(0, rows)), ones, accumulate=True)
+        logprobs = None
+        if plan.placed_logprob_rows is not None:
+            rows = plan.placed_logprob_rows.tensor
+            logprobs = kernels.token_logprobs(
+                logits.index_select(0, rows), token_ids.index_select(0, rows), max(plan.num_top)
+            )
+        return Sampled(token_ids, finite, logprobs)
+
+    def _adjust(self, logits: torch.Tensor, plan: SamplePlan) -> torch.Tensor:
+        """The logits after penalties, bias and min_tokens. Rows that ask for none keep theirs bit by bit."""
+        state, kernels = self.state, self.kernels
+        if plan.penalised is None and plan.biased is None and plan.stopped is None:
             return logits
         logits = logits.clone()
-        if penalised.size:
+        if plan.penalised is not None:
             assert state.prompt_seen is not None
             assert state.output_counts is not None
-            rows, of = state.tensor(penalised), state.tensor(slots[penalised])
-            logits[rows] = reference.apply_penalties(
-                logits[rows],
-                state.prompt_seen[of],
-                state.output_counts[of],
-                state.repetition[of],
-                state.presence[of],
-                state.frequency[of],
+            rows, of = (placed.tensor for placed in plan.penalised)
+            penalised = kernels.apply_penalties(
+                logits.index_select(0, rows),
+                state.prompt_seen.index_select(0, of),
+                state.output_counts.index_select(0, of),
+                *state.penalties.index_select(1, of),
             )
-        if biased.size:
-            pairs = [state.bias[slot] for slot in slots[biased].tolist()]
-            ids = [pair[0] for pair in pairs]
-            rows = _repeat(state, biased, ids)
-            reference.add_logit_bias(logits, rows, torch.cat(ids), torch.cat([pair[1] for pair in pairs]))
-        if too_short.size:
-            ids = [state.stop_ids[slot] for slot in slots[too_short].tolist()]
-            reference.mask_tokens(logits, _repeat(state, too_short, ids), torch.cat(ids))
+            logits.index_copy_(0, rows, penalised)
+        if plan.biased is not None:
+            kernels.add_logit_bias(logits, *(placed.tensor for placed in plan.biased))
+        if plan.stopped is not None:
+            kernels.mask_tokens(logits, *(placed.tensor for placed in plan.stopped))
         return logits
 
 
-def _repeat(state: SamplingState, rows: Slots, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _repeat(rows: Slots, parts: Sequence[Slots]) -> Slots:
     """Each row as often as its part has elements."""
-    return state.tensor(np.repeat(rows, [part.numel() for part in parts]))
+    return np.repeat(rows, [part.size for part in parts])
 
 
-def describe_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Log-probabilities of R rows: logits float32 [R, vocab], chosen tokens int64 [R], number of likeliest tokens."""
-    rows = reference.token_logprobs(logits, token_ids, max(num_top))
+def describe_logprobs(rows: TokenLogprobRows, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probabilities on the host as they are sent; num_top is how many likeliest tokens each row wants."""
     columns = (rows.logprobs, rows.ranks, rows.top_ids, rows.top_logprobs)
     return [
         TokenLogprobs(logprob, rank, top_ids[:top], top_logprobs[:top])

@@ -101,6 +101,42 @@ def test_blocks_are_appended_as_the_sequence_grows() -> None:
     assert [first[1], second[1]] == model.greedy([8], 2)
 
 
+@pytest.mark.parametrize(("buckets", "computed"), [((), 2), ((1, 3, 8), 3), ((8,), 8)])
+def test_padding_of_the_decode_set_changes_no_token_and_writes_no_slot(buckets: tuple[int, ...], computed: int) -> None:
+    model = ToyModel()
+    executor = make_executor(model, buckets=buckets)
+    steps = Steps(executor)
+    hot = Sampling(temperature=1.3, seed=8, top_p=0.9)
+    steps.run(
+        new_sequences=[new(6, PROMPT, [0, 1, 2, 3]), new(1, PROMPT[:5], [4, 5, 6], sampling=hot)],
+        chunk_slots=[6, 1],
+        chunk_tokens=[10, 5],
+    )
+    tokens = [list(steps.run(decode_add=[6, 1] if number == 0 else []).token_ids) for number in range(4)]
+    assert model.forward_rows[1:] == [computed] * 4
+    assert [greedy for greedy, _ in tokens] == model.greedy(PROMPT, 5)[1:]
+    # Positions 0..13 and 0..8 are computed; nothing else was written, block 0 of the pool least of all.
+    written = ~executor.pool.device_blocks[:, 0, 0, 0, :, 0].isnan()
+    assert written.sum(dim=1).tolist()[:7] == [4, 4, 4, 2, 4, 4, 1]
+    assert not written[7:].any()
+
+
+def test_chunks_without_memory_are_named_and_the_decode_set_goes_on() -> None:
+    model = ToyModel()
+    _, steps = start(model)
+    steps.run(new_sequences=[new(3, PROMPT, [0, 1, 2, 3])], chunk_slots=[3], chunk_tokens=[10])
+    steps.run(decode_add=[3])
+    model.memory_rows = 8
+    fields = {"new_sequences": [new(1, PROMPT, [4, 5, 6]), new(5, [7] * 12, [7, 8, 9])]}
+    result = steps.run(chunk_slots=[1, 5], chunk_tokens=[10, 8], forks=[Fork(1, 2, 1)], **fields)
+    assert result.out_of_memory_slots == [1, 5]
+    assert len(result.token_ids) == 3, "the decode row, and the rows that would have sampled"
+    # Their next plans may be under way already: they go on until the scheduler lets go of them.
+    after = steps.run(decode_add=[1], chunk_slots=[5], chunk_tokens=[4], release_slots=[2])
+    assert [result.token_ids[0], after.token_ids[0]] == model.greedy(PROMPT, 4)[2:]
+    assert not after.out_of_memory_slots
+
+
 def test_rows_leave_the_decode_set_and_the_others_keep_their_order() -> None:
     model = ToyModel()
     executor, steps = start(model)
@@ -404,6 +440,28 @@ def test_a_plan_that_contradicts_the_batch_is_refused_loudly(fields: dict[str, A
     running(steps)
     with pytest.raises(PlanError, match=message):
         steps.run(**fields)
+
+
+def test_the_next_step_may_be_launched_before_a_result_is_read() -> None:
+    model = ToyModel()
+    executor, steps = start(model)
+    steps.run(new_sequences=[new(0, PROMPT, [0, 1, 2, 3], logprobs=1)], chunk_slots=[0], chunk_tokens=[10])
+    launched = [executor.launch(StepPlan(epoch=1, step=2, decode_add=[0]))]
+    launched += [executor.launch(StepPlan(epoch=1, step=step)) for step in (3, 4)]
+    assert executor.progress.last_step == 1, "launched is not finished"
+    results = [step.result() for step in launched]
+    assert [result.token_ids[0] for result in results] == model.greedy(PROMPT, 4)[1:]
+    assert [list(result.logprobs[0].top_ids) for result in results] == [list(result.token_ids) for result in results]
+    assert executor.progress.last_step == 4
+
+
+def test_a_step_that_ends_after_its_epoch_is_not_progress_of_the_next() -> None:
+    executor, steps = start(ToyModel())
+    steps.run(new_sequences=[new(0, PROMPT, [0, 1, 2])], chunk_slots=[0], chunk_tokens=[10])
+    launched = executor.launch(StepPlan(epoch=1, step=2, decode_add=[0]))
+    executor.reset()
+    launched.result()
+    assert executor.progress.last_step == 0
 
 
 def test_a_result_is_computed_once_and_remembered() -> None:

@@ -1,23 +1,35 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from worker.sampler import Sampled, Sampler
-from worker.sampling_state import SamplingState
-from worker.step import NewSequence, Sampling
+from kernels import reference
+from worker.device import CpuRuntime
+from worker.sampler import Sampled, Sampler, describe_logprobs
+from worker.sampling_state import INDEX, SamplingState
+from worker.step import Fork, NewSequence, Sampling
+from worker.upload import Upload
 
 VOCAB = 50
 GREEDY = Sampling(temperature=0.0)
 
 
+def change(action: Callable[[Upload], object]) -> None:
+    """What one step changes, sent and done."""
+    upload = Upload(CpuRuntime())
+    action(upload)
+    upload.send()
+    upload.apply()
+
+
 def make_sampler(*sequences: NewSequence, max_slots: int = 64) -> Sampler:
     state = SamplingState(max_slots, VOCAB, torch.device("cpu"))
-    state.fill(sequences)
-    return Sampler(state)
+    change(lambda upload: state.fill(sequences, upload))
+    return Sampler(state, reference)
 
 
 def new(slot: int, sampling: Sampling = GREEDY, **fields: Any) -> NewSequence:
@@ -26,7 +38,10 @@ def new(slot: int, sampling: Sampling = GREEDY, **fields: Any) -> NewSequence:
 
 
 def sample(sampler: Sampler, logits: torch.Tensor, slots: list[int], output_lens: list[int]) -> Sampled:
-    return sampler.sample(logits.clone(), np.array(slots), np.array(output_lens))
+    upload = Upload(CpuRuntime())
+    plan = sampler.plan(np.array(slots), np.array(output_lens), upload)
+    upload.send()
+    return sampler.sample(logits.clone(), torch.tensor(slots), torch.tensor(output_lens), plan)
 
 
 def leader(*tokens: int) -> torch.Tensor:
@@ -110,7 +125,7 @@ def test_a_refilled_slot_forgets_what_occurred_before() -> None:
     penalty = Sampling(temperature=0.0, repetition_penalty=5.0)
     sampler = make_sampler(new(0, penalty, token_ids=[7]))
     sample(sampler, leader(3), [0], [0])
-    sampler.state.fill([new(0, penalty, token_ids=[2])])
+    change(lambda upload: sampler.state.fill([new(0, penalty, token_ids=[2])], upload))
     assert sample(sampler, leader(7, 3), [0], [0]).token_ids.tolist() == [7]
 
 
@@ -118,15 +133,15 @@ def test_occurrence_tables_are_not_allocated_until_a_row_is_penalised() -> None:
     sampler = make_sampler(new(0), new(1, Sampling(seed=1, logit_bias=((3, 1.0),))))
     sample(sampler, torch.randn(2, VOCAB), [0, 1], [0, 0])
     assert sampler.state.output_counts is None
-    sampler.state.fill([new(2, Sampling(presence_penalty=0.1))])
+    change(lambda upload: sampler.state.fill([new(2, Sampling(presence_penalty=0.1))], upload))
     assert sampler.state.output_counts is not None
 
 
 def test_a_fork_inherits_parameters_and_occurrences_and_goes_its_own_way() -> None:
     sampling = Sampling(temperature=0.0, repetition_penalty=2.0, logit_bias=((20, 9.5),))
     sampler = make_sampler(new(0, sampling, token_ids=[7], min_tokens=2, stop_token_ids=[8]))
-    sampler.state.fork([0], [5], [1])
-    assert sampler.state.index[[0, 5]].tolist() == [0, 1]
+    change(lambda upload: sampler.state.fork([Fork(0, 5, 1)], upload.put([0]), upload.put([5]), upload))
+    assert sampler.state.numbers[INDEX, [0, 5]].tolist() == [0, 1]
     rows = torch.cat((leader(7, 8, 9), leader(7, 8, 9)))
     # 7 is in the prompt, 8 is forbidden, 20 has its bias.
     assert sample(sampler, rows, [0, 5], [0, 0]).token_ids.tolist() == [20, 20]
@@ -155,17 +170,21 @@ def test_a_row_that_is_not_finite_is_named_and_harms_no_other(poison: float) -> 
     rows = [new(slot, Sampling(seed=slot, top_p=0.9, temperature=1.2)) for slot in range(3)]
     logits = torch.randn(3, VOCAB)
     expected = sample(make_sampler(*rows), logits, [0, 1, 2], [0, 0, 0])
-    assert not expected.nonfinite.any()
+    assert expected.finite.all()
     logits[1, 17] = poison
     sampled = sample(make_sampler(*rows), logits, [0, 1, 2], [0, 0, 0])
-    assert sampled.nonfinite.tolist() == [False, True, False]
+    assert sampled.finite.tolist() == [True, False, True]
+    assert (sampled.encoded < 0).tolist() == [False, True, False]
     assert sampled.token_ids[[0, 2]].equal(expected.token_ids[[0, 2]])
     assert 0 <= int(sampled.token_ids[1]) < VOCAB
 
 
 def test_logprobs_are_given_to_the_rows_that_asked() -> None:
     sampler = make_sampler(new(0), new(1, logprobs=0), new(2, logprobs=2))
+    plan = sampler.plan(np.arange(3), np.zeros(3, dtype=np.int64), Upload(CpuRuntime()))
+    assert (list(plan.logprob_rows), list(plan.num_top)) == ([1, 2], [0, 2])
     sampled = sample(sampler, leader(7, 8, 9).repeat(3, 1), [0, 1, 2], [0, 0, 0])
-    assert sampled.logprob_rows == [1, 2]
-    assert [list(entry.top_ids) for entry in sampled.logprobs] == [[], [7, 8]]
-    assert [entry.rank for entry in sampled.logprobs] == [1, 1]
+    assert sampled.logprobs is not None
+    entries = describe_logprobs(sampled.logprobs, plan.num_top)
+    assert [list(entry.top_ids) for entry in entries] == [[], [7, 8]]
+    assert [entry.rank for entry in entries] == [1, 1]

@@ -7,6 +7,7 @@ from kernels import reference
 from kernels.kv_layout import KvLayout
 from pagewire.runtime.errors import StartError
 from worker import kv_pool
+from worker.device import CpuRuntime
 from worker.step import BlockMoves
 from worker.swapper import Swapper, independent_runs
 
@@ -77,5 +78,5 @@ def test_copies_that_touch_each_others_blocks_are_made_one_after_another() -> No
 def test_measuring_gives_rates_only_where_there_is_an_arena() -> None:
     for host_blocks, measured in ((5, True), (0, False)):
         pool = kv_pool.allocate(LAYOUT, num_blocks=9, host_blocks=host_blocks, device=CPU)
-        out_rate, in_rate = Swapper(pool, reference).measure()
+        out_rate, in_rate = Swapper(pool, reference, CpuRuntime()).measure()
         assert (out_rate > 0) == (in_rate > 0) == measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ class ToyModel:
         self.head = weight(VOCAB, HIDDEN)
         self.logit_rows: list[int] = []
         """Rows of every call of `logits`."""
+        self.forward_rows: list[int] = []
+        """Rows of every forward pass."""
+        self.memory_rows = 1 << 20
+        """Rows that a forward pass has memory for."""
         self.poisoned_token: int | None = None
         """A token whose hidden state is NaN."""
 
@@ -58,6 +63,9 @@ class ToyModel:
         )
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
+        self.forward_rows.append(token_ids.shape[0])
+        if token_ids.shape[0] > self.memory_rows:
+            raise torch.OutOfMemoryError(f"no memory for {token_ids.shape[0]} rows")
         hidden = self.tokens[token_ids] + self.places[positions]
         for layer in range(LAYERS):
             query = (hidden @ self.query[layer].T).view(-1, HEADS, HEAD_DIM)
@@ -104,15 +112,23 @@ def make_executor(
     host_blocks: int = 20,
     max_slots: int = 8,
     max_step_tokens: int = 64,
+    buckets: Sequence[int] = (1, 3, 8),
 ) -> Executor:
-    """An executor whose pool and arena are full of NaN."""
+    """An executor whose pool and arena are full of NaN, and whose decode sets are padded as on a GPU."""
     layout = KvLayout(LAYERS, KV_HEADS, block_size, HEAD_DIM, torch.float32)
     pool = KvPool(
         layout,
         torch.full(layout.pool_shape(num_blocks), float("nan")),
         torch.full(layout.pool_shape(host_blocks), float("nan")),
     )
-    return Executor(model, pool, max_slots=max_slots, max_step_tokens=max_step_tokens, max_model_len=MAX_MODEL_LEN)
+    return Executor(
+        model,
+        pool,
+        max_slots=max_slots,
+        max_step_tokens=max_step_tokens,
+        max_model_len=MAX_MODEL_LEN,
+        buckets=buckets,
+    )
 
 
 class Steps:

@@ -1,0 +1,197 @@
+"""The decode step: a function of static buffers, so that a CUDA graph can replay it.
+
+Everything that a step without changes needs is on the device: which rows decode, their lengths, their last tokens,
+their block tables, their sampling parameters. The step reads the lengths, computes the model over one token per row,
+samples, and moves lengths and last tokens on; replaying it is one launch. It is captured for a few sizes of the decode
+set; a set in between is padded with rows of length 0, which write to no slot and attend to nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kernels.backend import PagedKernels
+from pagewire.runtime.logs import get_logger
+from worker.attention_batch import AttentionBatch
+from worker.batch import KNOWN, LAST, PROMPT, Batch
+from worker.models.base import PagedModel
+from worker.sampler import SamplePlan, Sampler
+
+log = get_logger("worker.decode")
+
+
+class Mode(enum.Enum):
+    """How far a decode step goes."""
+
+    GREEDY = "greedy"
+    """To tokens: every row takes its likeliest."""
+    RANDOM = "random"
+    """To tokens: rows draw by temperature, top-k, top-p, min-p; those of temperature 0 take their likeliest."""
+    LOGITS = "logits"
+    """To logits: some row has penalties or a bias, or wants log-probabilities, and sampling goes on eagerly."""
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The inputs of B decode rows, all on the device."""
+
+    slots: torch.Tensor
+    """int64 [B]."""
+    known: torch.Tensor
+    """int64 [B]: tokens of each row; 0 in padding."""
+    output_lens: torch.Tensor
+    """int64 [B]: output tokens so far."""
+    token_ids: torch.Tensor
+    """int64 [B]: what each row sampled last."""
+    positions: torch.Tensor
+    """int64 [B]: where that token is; 0 in padding."""
+    slot_mapping: torch.Tensor
+    """int64 [B]: -1 in padding."""
+    block_tables: torch.Tensor
+    """int32 [B, columns]."""
+    context_lens: torch.Tensor
+    """int32 [B]."""
+
+
+def decode_rows(batch: Batch, count: int, columns: int) -> DecodeRows:
+    """The first `count` rows of the decode set and its padding; block tables of `columns` blocks."""
+    slots = batch.decode_rows[:count]
+    tokens = batch.tokens.index_select(1, slots)
+    known = tokens[KNOWN]
+    positions = (known - 1).clamp_(min=0)
+    tables = batch.block_tables[:, :columns].index_select(0, slots)
+    shift = batch.layout.block_size.bit_length() - 1  # block sizes are powers of two
+    blocks = tables.gather(1, (positions >> shift).unsqueeze(1)).squeeze(1).long()
+    places = (blocks << shift) + (positions & (batch.layout.block_size - 1))
+    return DecodeRows(
+        slots=slots,
+        known=known,
+        output_lens=known - tokens[PROMPT],
+        token_ids=tokens[LAST],
+        positions=positions,
+        slot_mapping=torch.where(known > 0, places, -1),
+        block_tables=tables,
+        context_lens=known.int(),
+    )
+
+
+class DecodeStep:
+    """One token for every row of the decode set."""
+
+    def __init__(
+        self,
+        model: PagedModel,
+        pool: torch.Tensor,
+        kernels: PagedKernels,
+        batch: Batch,
+        sampler: Sampler,
+        on_progress: Callable[[], None],
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.kernels = kernels
+        self.batch = batch
+        self.sampler = sampler
+        self.on_progress = on_progress
+        device = batch.tokens.device
+        self.encoded = torch.zeros(batch.decode_rows.shape[0], dtype=torch.int64, device=device)
+        """What the rows sampled, as in `Sampled.encoded`."""
+        self.logits: torch.Tensor | None = None
+        """float32 [B, vocab]: where graphs leave logits; None as long as there are none."""
+        self._nothing = torch.zeros(0, dtype=torch.int32, device=device)
+        self._query_start = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def run(self, count: int, columns: int, mode: Mode) -> torch.Tensor:
+        """Computes `count` rows. Returns encoded tokens int64 [count]; in mode LOGITS logits float32 [count, vocab].
+
+        In mode LOGITS nothing moves on: the caller samples.
+        """
+        rows = decode_rows(self.batch, count, columns)
+        attention = AttentionBatch(
+            layout=self.batch.layout,
+            pool=self.pool,
+            kernels=self.kernels,
+            slot_mapping=rows.slot_mapping,
+            num_decode=count,
+            decode_block_tables=rows.block_tables,
+            decode_context_lens=rows.context_lens,
+            chunk_block_tables=self._nothing.view(0, 0),
+            chunk_context_lens=self._nothing,
+            chunk_query_start=self._query_start,
+            on_progress=self.on_progress,
+        )
+        logits = self.model.logits(self.model.forward(rows.token_ids, rows.positions, attention))
+        if mode is Mode.LOGITS:
+            return logits if self.logits is None else self.logits[:count].copy_(logits)
+        sampled = self.sampler.sample(logits, rows.slots, rows.output_lens, SamplePlan(random=mode is Mode.RANDOM))
+        self.batch.note_sampled(rows.slots, rows.known, sampled.token_ids)
+        return self.encoded[:count].copy_(sampled.encoded)
+
+    def output(self, count: int, mode: Mode) -> torch.Tensor:
+        """What the last run of this size and mode returned."""
+        if mode is not Mode.LOGITS:
+            return self.encoded[:count]
+        assert self.logits is not None
+        return self.logits[:count]
+
+
+def bucket_sizes(max_slots: int) -> tuple[int, ...]:
+    """Sizes of the decode set that graphs are captured for: close together where a row more costs most."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, max_slots + 64, 64)]
+    cut = next((at for at, size in enumerate(sizes) if size >= max_slots), len(sizes) - 1)
+    return tuple(sizes[: cut + 1])
+
+
+class DecodeGraphs:
+    """Runs the decode step: as a replayed graph where one was captured, else by calling it."""
+
+    def __init__(self, step: DecodeStep) -> None:
+        self.step = step
+        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+
+    def run(self, count: int, columns: int, mode: Mode) -> torch.Tensor:
+        """As DecodeStep.run, for a padded `count`."""
+        graph = self._graphs.get((count, mode))
+        if graph is None:
+            return self.step.run(count, columns, mode)
+        graph.replay()
+        return self.step.output(count, mode)
+
+    @torch.inference_mode()
+    def capture(self) -> Iterator[tuple[int, int]]:
+        """Captures a graph per bucket and mode, largest first, so that all share one memory. Yields (done, of all).
+
+        All rows are padding meanwhile. A model that cannot be captured, because it waits for the device, runs eagerly.
+        """
+        batch, step = self.step.batch, self.step
+        device = batch.tokens.device
+        buckets = sorted(batch.buckets, reverse=True)
+        vocab_size = batch.vocab_size
+        step.logits = torch.empty((buckets[0], vocab_size), dtype=torch.float32, device=device)
+        jobs = [(bucket, mode) for bucket in buckets for mode in Mode]
+        memory = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(device)
+        for done, (bucket, mode) in enumerate(jobs):
+            try:
+                # Once for real first: kernels are compiled and loaded, cuBLAS takes its workspace, outside the capture.
+                stream.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(stream):
+                    step.run(bucket, batch.columns, mode)
+                torch.cuda.current_stream(device).wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=memory, stream=stream):
+                    step.run(bucket, batch.columns, mode)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                log.warning("decode runs without graphs", why=str(error).splitlines()[0], bucket=bucket)
+                self._graphs.clear()
+                step.logits = None
+                torch.cuda.synchronize(device)
+                return
+            self._graphs[bucket, mode] = graph
+            yield done + 1, len(jobs)
