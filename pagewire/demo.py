@@ -61,7 +61,7 @@ def _demo(console: Console, folder: Path, prompt: str, max_tokens: int) -> None:
             (model,) = client.models()
             console.print(f"\nStreaming from {model.name} at {ready['grpc']} over gRPC:\n", style="bold", markup=False)
             console.file.write(prompt)
-            stream = client.generate(prompt, max_tokens=max_tokens, temperature=0.7, top_p=0.9, seed=1)
+            stream = client.generate(prompt, max_tokens=max_tokens, temperature=0.7, top_p=0.9, seed=2)
             text, finish = show(stream, console)
             if finish is None or not text.strip():
                 raise DemoError("the model answered nothing")
