@@ -40,7 +40,7 @@ def parse(kind: type[Parsed], data: bytes) -> Parsed:
     try:
         return kind.FromString(data)
     except (DecodeError, UnicodeDecodeError, ValueError):
-        message = f"the bytes are not a {kind.DESCRIPTOR.name} message"
+        message = f"the bytes are no {kind.DESCRIPTOR.name} message"
         raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, Reason.MALFORMED_MESSAGE, message) from None
 
 

@@ -27,6 +27,9 @@ from pagewire.runtime import ready
 from pagewire.runtime.channel import bind, server_options
 from pagewire.runtime.logs import get_logger
 
+FAREWELL_S = 0.5
+"""Time for the last statuses to reach clients."""
+
 log = get_logger(__name__)
 
 
@@ -93,10 +96,13 @@ class Gateway:
         """Says NOT_SERVING, gives calls their grace, and ends everything."""
         self._stopping = True
         await self._health.stop()
-        stopping = [self._server.stop(self._settings.stop_grace_s)]
+        # What has not ended by then is told why, which gRPC by itself would not do.
+        farewell = asyncio.get_running_loop().call_later(self._settings.stop_grace_s, self.link.say_farewell)
+        stopping = [self._server.stop(self._settings.stop_grace_s + FAREWELL_S)]
         if self._http is not None:
             stopping.append(self._http.stop())
         await asyncio.gather(*stopping)
+        farewell.cancel()
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
@@ -138,7 +144,7 @@ async def serve(settings: GatewaySettings) -> None:
     keep_torch_out()
     tokenizer = await asyncio.to_thread(load_tokenizer, settings.model)
     if tokenizer is None:
-        log.warning("no tokenizer: token ids only", model=settings.model)
+        log.warning("no tokenizer: token ids only; --model gives one", model=settings.model)
     gateway = Gateway(settings, tokenizer)
     try:
         await gateway.start()

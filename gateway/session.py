@@ -29,6 +29,8 @@ WELCOME_TIMEOUT_S = 10.0
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 1.0
+# Attempts in vain, some seconds long, after which an operator should know.
+FAILURES_TO_WARN = 8
 ABORT_TIMEOUT_S = 5.0
 LAST_STREAM = (1 << 32) - 1
 # Tokens of attach snapshots that are taken before other work gets its turn on the event loop.
@@ -98,6 +100,7 @@ class SchedulerLink:
         """
         self.channel = grpc.aio.insecure_channel(address, options=client_options(internal=True))
         self._stub: Any = scheduler_pb2_grpc.SchedulerServiceStub(self.channel)
+        self._address = address
         self._gateway_id = gateway_id
         self._reattach_timeout_s = reattach_timeout_s
         self._entries: dict[Listener, _Entry] = {}
@@ -173,6 +176,7 @@ class SchedulerLink:
     async def run(self) -> None:
         """Keeps a session open until cancelled."""
         backoff = FIRST_BACKOFF_S
+        failures = 0
         try:
             while True:
                 try:
@@ -184,9 +188,11 @@ class SchedulerLink:
                 if self.connected:
                     log.warning("session lost", code=code, live_requests=len(self._entries))
                     self._disconnected()
-                    backoff = FIRST_BACKOFF_S
+                    backoff, failures = FIRST_BACKOFF_S, 0
                 else:
-                    log.debug("no session", code=code)
+                    failures += 1
+                    say = log.warning if failures == FAILURES_TO_WARN else log.debug
+                    say("the scheduler does not answer: is it running there?", scheduler=self._address, code=code)
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, LONGEST_BACKOFF_S)
         finally:
@@ -250,11 +256,18 @@ class SchedulerLink:
     def _disconnected(self) -> None:
         self.connected = False
         loop = asyncio.get_running_loop()
-        self._give_up = loop.call_later(self._reattach_timeout_s, self._fail_all)
+        self._give_up = loop.call_later(self._reattach_timeout_s, self._mourn_scheduler)
         self._state_changed()
 
-    def _fail_all(self) -> None:
-        error = unavailable(Reason.NO_SCHEDULER, "the scheduler was lost and has not come back; resume with Attach")
+    def say_farewell(self) -> None:
+        """Ends every stream because this gateway stops. The requests go on for a while, for whoever attaches to them."""
+        self._fail_all(unavailable(Reason.DRAINING, "this gateway is stopping; resume with Attach"))
+
+    def _mourn_scheduler(self) -> None:
+        message = "the scheduler was lost and has not come back; resume with Attach"
+        self._fail_all(unavailable(Reason.NO_SCHEDULER, message))
+
+    def _fail_all(self, error: RequestError) -> None:
         for listener in list(self._entries):
             listener.failed(error)
             listener.wake()

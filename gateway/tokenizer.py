@@ -125,7 +125,7 @@ def load_tokenizer(model: str) -> Tokenizer | None:
     """Loads a tokenizer from a directory or the hub.
 
     Returns:
-        None if `model` is empty or a directory without a tokenizer.
+        None if `model` is empty or a model's directory without a tokenizer.
 
     Raises:
         StartError: the directory does not exist, or what is there is no tokenizer.
@@ -135,6 +135,8 @@ def load_tokenizer(model: str) -> Tokenizer | None:
     path = Path(model)
     if path.is_dir():
         if not any((path / name).is_file() for name in TOKENIZER_FILES):
+            if not (path / "config.json").is_file():
+                raise StartError(f"--model {model} holds neither a model nor a tokenizer; give another directory")
             return None
     elif path.exists() or model.startswith(("/", ".", "~")):
         raise StartError(f"--model {model}: there is no such directory; give a model directory or a hub id")

@@ -155,7 +155,7 @@ def check_text(field: str, text: str) -> list[Violation]:
         return [Violation(field, "is empty")]
     # One character is one to four bytes: encode only what can be within the limit.
     if len(text) > limit or (len(text) * 4 > limit and len(text.encode()) > limit):
-        return [Violation(field, f"is longer than at most {limit} bytes")]
+        return [Violation(field, f"must have at most {limit} bytes")]
     return []
 
 
@@ -174,7 +174,7 @@ def check_chat(field: str, chat: inference_pb2.ChatPrompt) -> list[Violation]:
         if not 1 <= len(message.role) <= role_limit
     ]
     if chat.ByteSize() > byte_limit:
-        found.append(Violation(field, f"is longer than at most {byte_limit} bytes"))
+        found.append(Violation(field, f"must have at most {byte_limit} bytes"))
     return found
 
 
@@ -198,7 +198,10 @@ def _number(field: str, value: float, key: str | None = None) -> list[Violation]
 
 def _count(field: str, value: int, key: str | None = None) -> list[Violation]:
     highest = int(CEILINGS[key or field].highest)
-    return [] if value <= highest else [Violation(field, f"must be at most {highest}")]
+    if value <= highest:
+        return []
+    is_list = key is not None and key.endswith(".entries")
+    return [Violation(field, f"must have at most {highest} entries" if is_list else f"must be at most {highest}")]
 
 
 def _sampling(sampling: inference_pb2.SamplingParams, model: ModelLimits) -> list[Violation]:

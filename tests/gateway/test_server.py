@@ -13,10 +13,12 @@ from typing import Any
 
 import grpc.aio
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gateway.server import Gateway
+from gateway.session import SchedulerLink
 from gateway.tokenizer import load_tokenizer
 from pagewire.runtime.errors import StartError
 from pagewire.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -70,6 +72,32 @@ async def test_a_gateway_without_a_scheduler_is_up_but_not_serving(make_world: M
     assert details.retry_after_ns > 0
 
 
+async def test_a_gateway_that_stops_tells_its_streams_why(make_world: MakeWorld) -> None:
+    world = await make_world()
+    call = world.stub.Generate(ask())
+    await world.scheduler.expect("submit")
+    stopping = asyncio.create_task(world.gateway.stop())
+    details = await refusal(call)
+    await stopping
+    assert (details.code.name, details.reason) == ("UNAVAILABLE", "DRAINING")
+    assert details.message == "this gateway is stopping; resume with Attach"
+
+
+async def test_an_operator_is_told_once_that_the_scheduler_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = structlog.testing.CapturingLogger()
+    monkeypatch.setattr("gateway.session.log", logs)
+    monkeypatch.setattr("gateway.session.FIRST_BACKOFF_S", 0.0)
+    link = SchedulerLink("127.0.0.1:1", "g", 1.0)
+    task = asyncio.create_task(link.run())
+    async with asyncio.timeout(LIMIT_S):
+        while len(logs.calls) < 12:
+            await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    (warning,) = [call for call in logs.calls if call.method_name == "warning"]
+    assert warning.kwargs["scheduler"] == "127.0.0.1:1"
+
+
 async def test_reflection_names_the_services_and_can_be_turned_off(make_world: MakeWorld) -> None:
     world = await make_world()
     request = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -97,6 +125,9 @@ async def test_control_calls_are_passed_on_to_the_scheduler(world: World) -> Non
 
 def test_a_directory_without_a_tokenizer_is_served_and_a_missing_one_refused(tmp_path: Path) -> None:
     assert load_tokenizer("") is None
+    with pytest.raises(StartError, match="holds neither a model nor a tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
     assert load_tokenizer(str(tmp_path)) is None
     with pytest.raises(StartError, match="no such directory"):
         load_tokenizer(str(tmp_path / "missing"))
