@@ -260,7 +260,7 @@ class SchedulerLink:
         self._state_changed()
 
     def say_farewell(self) -> None:
-        """Ends every stream because this gateway stops. The requests go on for a while, for whoever attaches to them."""
+        """Ends every stream because this gateway stops. The requests go on for a while, for whoever attaches."""
         self._fail_all(unavailable(Reason.DRAINING, "this gateway is stopping; resume with Attach"))
 
     def _mourn_scheduler(self) -> None:

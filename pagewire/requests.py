@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from pagewire.v1 import inference_pb2
+
+Built = TypeVar("Built", bound=Any)
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -81,7 +83,7 @@ def generate_request(prompt: Prompt | Sequence[Message], options: Options) -> in
 
     Raises:
         TypeError: an option is unknown or of a wrong type.
-        ValueError: a number does not fit its field at all (a negative count, for example).
+        ValueError: a number does not fit its field at all (a negative count, for example), or a text is not Unicode.
     """
     given = dict(options)
     if isinstance(given.get("stop"), str):
@@ -93,14 +95,12 @@ def generate_request(prompt: Prompt | Sequence[Message], options: Options) -> in
     def pick(names: Sequence[str]) -> dict[str, object]:
         return {name: given[name] for name in names if given.get(name) is not None}
 
-    request = inference_pb2.GenerateRequest(
-        sampling=inference_pb2.SamplingParams(**pick(_SAMPLING)),  # type: ignore[arg-type]
-        stop=inference_pb2.StopParams(**pick(_STOP)),  # type: ignore[arg-type]
-        output=inference_pb2.OutputOptions(**pick(_OUTPUT)),  # type: ignore[arg-type]
-        **pick(_REQUEST),  # type: ignore[arg-type]
-    )
+    request = _message(inference_pb2.GenerateRequest, pick(_REQUEST))
+    request.sampling.CopyFrom(_message(inference_pb2.SamplingParams, pick(_SAMPLING)))
+    request.stop.CopyFrom(_message(inference_pb2.StopParams, pick(_STOP)))
+    request.output.CopyFrom(_message(inference_pb2.OutputOptions, pick(_OUTPUT)))
     if isinstance(prompt, str):
-        request.text = prompt
+        request.text = _text("the prompt", prompt)
     elif prompt and isinstance(prompt[0], Mapping):
         request.chat.CopyFrom(chat_prompt(prompt))  # type: ignore[arg-type]
     else:
@@ -114,5 +114,30 @@ def chat_prompt(messages: Sequence[Message]) -> inference_pb2.ChatPrompt:
     for message in messages:
         if set(message) != {"role", "content"}:
             raise TypeError(f'a chat message has "role" and "content", not {sorted(message)}')
-        chat.messages.add(role=message["role"], content=message["content"])
+        chat.messages.add(role=_text("a role", message["role"]), content=_text("a message", message["content"]))
     return chat
+
+
+def _message(kind: type[Built], values: Mapping[str, object]) -> Built:
+    """A message with these fields. What protobuf says of a value that does not fit is told with the field's name."""
+    try:
+        built: Built = kind(**values)
+    except (TypeError, ValueError) as error:
+        for name, value in values.items():
+            try:
+                kind(**{name: value})
+            except UnicodeEncodeError:
+                raise ValueError(f"{name} holds bytes that are not UTF-8") from None
+            except (TypeError, ValueError) as wrong:
+                raise type(error)(f"{name}: {wrong}") from None
+        raise
+    return built
+
+
+def _text(what: str, value: str) -> str:
+    """The text. Bytes that are no UTF-8 are in Python's command line and files as lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds bytes that are not UTF-8") from None
+    return value

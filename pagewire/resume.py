@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import uuid
+from dataclasses import replace
 
 import grpc
 
@@ -131,7 +132,10 @@ class StreamState:
         if self._broken_since is None:
             self._broken_since = now
         if now - self._broken_since >= self._resume_ns:
-            raise errors.from_details(details)
+            if details.reason:
+                raise errors.from_details(details)
+            seconds = (now - self._broken_since) / NS_PER_S  # gRPC's own words name addresses and system calls
+            raise errors.from_details(replace(details, message=f"the server has been out of reach for {seconds:.0f} s"))
         self.next_call = call
         delay = min(FIRST_DELAY_NS << min(self._attempts, 10), LONGEST_DELAY_NS)
         self._attempts += 1

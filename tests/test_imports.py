@@ -94,7 +94,7 @@ def test_roles_never_import_each_other(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_roles_take_only_the_stubs_and_the_toolkit_from_pagewire(role: str) -> None:
+def test_roles_take_from_pagewire_only_stubs_toolkit_version_and_the_place_of_the_shipped_model(role: str) -> None:
     for path in modules(role):
         for name in imports(path):
             if name.partition(".")[0] == "pagewire":

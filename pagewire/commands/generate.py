@@ -44,4 +44,5 @@ def generate(
     with errors_as_one_line("generate"), Client(address) as client:
         _text, finish = show(client.generate(prompt, timeout=timeout, **given), Console())
     if finish is not None and not quiet:
-        Console(stderr=True, highlight=False).print(cost_line(finish.usage, finish.reason), style="dim")
+        console = Console(stderr=True, highlight=False)
+        console.print(cost_line(finish.usage, finish.reason), style="dim", soft_wrap=True)

@@ -20,12 +20,8 @@ def errors_as_one_line(command: str) -> Iterator[None]:
     """Ends the process with code 1 and one line when the client raises; with code 130 after Ctrl-C."""
     try:
         yield
-    except UnavailableError as error:
-        mend = "" if error.reason else "; start one with `pagewire up`, or name another with --address"
-        print(f"pagewire {command}: {error}{mend}", file=sys.stderr)
-        sys.exit(1)
     except PagewireError as error:
-        print(f"pagewire {command}: {error}", file=sys.stderr)
+        print(f"pagewire {command}: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except (TypeError, ValueError) as error:  # a number that does not fit its field at all
         print(f"pagewire {command}: {error}", file=sys.stderr)
@@ -33,6 +29,13 @@ def errors_as_one_line(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(error: PagewireError) -> str:
+    """What went wrong and what helps."""
+    if isinstance(error, UnavailableError) and not error.reason:
+        return f"{error}; start one with `pagewire up`, or name another with --address"
+    return str(error)
 
 
 def show(stream: Stream, console: Console) -> tuple[str, Finish | None]:

@@ -38,7 +38,8 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         if self.break_after and self.break_after[0] == -1:
             self.break_after.pop(0)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
-        if request.text == "refuse":
+        said = request.chat.messages[-1].content if request.chat.messages else request.text
+        if said == "refuse":
             status = rich_status.status(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "the request is wrong",
@@ -46,7 +47,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
                 violations=[("sampling.temperature", "must be at most 100")],
             )
             await context.abort_with_status(rich_status.to_grpc(status))
-        if request.text == "no worker":
+        if said == "no worker":
             status = rich_status.status(
                 grpc.StatusCode.UNAVAILABLE, "no worker is ready", reason="NO_WORKER", retry_after_ns=1_000_000_000
             )

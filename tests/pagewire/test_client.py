@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +13,11 @@ import pytest
 from pagewire import errors
 from pagewire.aio import AsyncClient
 from pagewire.client import Client
+from pagewire.requests import generate_request
+from pagewire.resume import NS_PER_S, StreamState
+from pagewire.runtime.rich_status import StatusDetails
 from pagewire.types import Piece
+from pagewire.v1 import inference_pb2
 from tests.pagewire.fake_gateway import FakeGateway, serving
 
 Run = Callable[..., Awaitable[list[Piece]]]
@@ -241,9 +246,30 @@ def test_an_unknown_option_is_a_type_error() -> None:
         client.generate("hello", temprature=1.0)  # type: ignore[call-arg]
 
 
-def test_a_status_without_details_is_decoded_as_far_as_it_goes() -> None:
-    from pagewire.runtime.rich_status import StatusDetails
+@pytest.mark.parametrize(
+    ("prompt", "options", "line"),
+    [
+        ("hello", {"max_tokens": -1}, "max_tokens: Value out of range: -1"),
+        ("hello", {"top_k": 1 << 32}, "top_k: Value out of range: 4294967296"),
+        ("hello", {"request_id": "\udcff"}, "request_id holds bytes that are not UTF-8"),
+        ("\udcff", {}, "the prompt holds bytes that are not UTF-8"),
+        ([{"role": "user", "content": "\udcff"}], {}, "a message holds bytes that are not UTF-8"),
+    ],
+)
+def test_a_value_that_fits_no_field_is_refused_by_the_fields_name(prompt: Any, options: dict, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        generate_request(prompt, options)  # type: ignore[arg-type]
 
+
+def test_a_server_that_stays_away_is_told_in_plain_words() -> None:
+    state = StreamState(inference_pb2.GenerateRequest(), resume_ns=30 * NS_PER_S)
+    raw = StatusDetails(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: UNKNOWN: ...")
+    state.broke(raw, now=0)
+    with pytest.raises(errors.UnavailableError, match=r"^UNAVAILABLE: the server has been out of reach for 31 s$"):
+        state.broke(raw, now=31 * NS_PER_S)
+
+
+def test_a_status_without_details_is_decoded_as_far_as_it_goes() -> None:
     error = errors.from_details(StatusDetails(grpc.StatusCode.INTERNAL, "odd"))
     assert type(error) is errors.StatusError
     assert str(error) == "INTERNAL: odd"
