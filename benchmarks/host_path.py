@@ -39,7 +39,7 @@ from pagewire.bench.workloads import FULL, HIGHEST_ID, OFFLINE, Job
 from pagewire.runtime import logs, ready
 from pagewire.runtime.errors import run_role
 from pagewire.v1 import worker_pb2
-from worker.executor import Executor, LaunchedStep, Progress
+from worker.executor import Executor, Progress
 from worker.link import SchedulerLink
 from worker.main import fail
 from worker.step import StepPlan, StepResult, StepTimings
@@ -105,15 +105,17 @@ class StandInDevice:
         timings = StepTimings(
             idle_ns=idle_ns, forward_ns=step_ns, chunk_tokens=work.chunk_tokens, decode_tokens=work.decode_tokens
         )
-        return StandInStep(plan, None, (), timings, num_rows=work.sampled, done_at=self.free_at)
+        return StandInStep(plan, timings, num_rows=work.sampled, done_at=self.free_at)
 
 
 @dataclass
-class StandInStep(LaunchedStep):
+class StandInStep:
     """A queued step; its result is there when its time has passed."""
 
-    num_rows: int = 0
-    done_at: int = 0
+    plan: StepPlan
+    timings: StepTimings
+    num_rows: int
+    done_at: int
 
     def result(self) -> StepResult:
         """Waits, as for a device."""

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pagewire.bench import metrics
@@ -113,6 +114,26 @@ class Runner:
         await self._ensure()
         async with Session(self.scheduler, "hello") as session:
             return session.model.model.vocab_size
+
+    async def begin_online(self) -> None:
+        """Lets the scheduler plan with the token budget of online rows from now on; the model stays loaded."""
+        if self._launch is None or not self._launch.online_token_budget:
+            return
+        self._launch = replace(self._launch, token_budget=self._launch.online_token_budget, online_token_budget=None)
+        if self._service is None:
+            return
+        service, self._service = self._service, None
+        self.say(f"token budget {self._launch.token_budget} for the online rows")
+        try:
+            await asyncio.to_thread(service.change_token_budget, self._launch.token_budget, min(60.0, self.left_s))
+        except BenchError as error:
+            self.say(str(error))  # the first online row starts everything anew
+            return
+        self._service = service
+        try:
+            await self._warm_up()
+        except BenchError as error:
+            self.say(str(error))
 
     async def _ensure(self) -> None:
         """Starts the service if it is ours and does not run. Raises BenchError if that fails too often."""

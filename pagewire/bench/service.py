@@ -38,6 +38,9 @@ class Launch:
     host_blocks: int | None = None
     max_num_seqs: int = 512
     token_budget: int = 8192
+    """Of the scheduler, and of the worker unless that of online rows is larger."""
+    online_token_budget: int | None = None
+    """Of the scheduler while online rows run. None: the same."""
     max_waiting: int = 8192
     """Above the largest workload, because the whole set is submitted at once."""
     gateways: int = 0
@@ -70,14 +73,23 @@ class Service:
         launch = self.launch
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            answer = self._wait("scheduler", self._spawn("scheduler", self._scheduler_command()), deadline)
-            self.metrics = answer["metrics"]
-            pipes = {"worker": self._spawn("worker", self._worker_command())}
-            for index in range(launch.gateways):
-                name = f"gateway-{index}"
-                pipes[name] = self._spawn(name, self._gateway_command())
-            answers = {name: self._wait(name, pipe, deadline) for name, pipe in pipes.items()}
-            self.gateways = [answer["grpc"] for name, answer in answers.items() if name != "worker"]
+            self._start_scheduler(launch.token_budget, deadline)
+            worker = self._spawn("worker", self._worker_command())
+            gateways = self._spawn_gateways()
+            self._wait("worker", worker, deadline)
+            self._wait_gateways(gateways, deadline)
+        except BaseException:
+            self.stop()
+            raise
+
+    def change_token_budget(self, token_budget: int, limit_s: float) -> None:
+        """Replaces scheduler and gateways; the worker keeps its model and joins again. Raises as `start`."""
+        deadline = time.monotonic() + limit_s
+        try:
+            for name in [*(name for name in self._processes if name.startswith("gateway")), "scheduler"]:
+                self._stop(self._processes.pop(name))
+            self._start_scheduler(token_budget, deadline)
+            self._wait_gateways(self._spawn_gateways(), deadline)
         except BaseException:
             self.stop()
             raise
@@ -92,16 +104,8 @@ class Service:
 
     def stop(self) -> None:
         """Ends every process, gateways first."""
-        for name in reversed(self._processes):
-            process = self._processes[name]
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(STOP_LIMIT_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-        self._processes.clear()
+        while self._processes:
+            self._stop(self._processes.popitem()[1])
         self._sockets.cleanup()
 
     @property
@@ -109,13 +113,33 @@ class Service:
         """Process ids by name."""
         return {name: process.pid for name, process in self._processes.items()}
 
-    def _scheduler_command(self) -> list[str]:
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _start_scheduler(self, token_budget: int, deadline: float) -> None:
+        pipe = self._spawn("scheduler", self._scheduler_command(token_budget))
+        self.metrics = self._wait("scheduler", pipe, deadline)["metrics"]
+
+    def _spawn_gateways(self) -> dict[str, int]:
+        names = [f"gateway-{index}" for index in range(self.launch.gateways)]
+        return {name: self._spawn(name, self._gateway_command()) for name in names}
+
+    def _wait_gateways(self, pipes: dict[str, int], deadline: float) -> None:
+        self.gateways = [self._wait(name, pipe, deadline)["grpc"] for name, pipe in pipes.items()]
+
+    def _scheduler_command(self, token_budget: int) -> list[str]:
         launch = self.launch
         options: dict[str, Any] = {
             "--listen": self.scheduler,
             "--metrics-port": 0,
             "--max-num-seqs": launch.max_num_seqs,
-            "--token-budget": launch.token_budget,
+            "--token-budget": token_budget,
             "--max-waiting": launch.max_waiting,
         }
         return ["pagewire.cli", "scheduler", *_flags(options)]
@@ -133,7 +157,7 @@ class Service:
             "--num-blocks": launch.num_blocks,
             "--host-blocks": launch.host_blocks,
             "--max-num-seqs": launch.max_num_seqs,
-            "--token-budget": launch.token_budget,
+            "--token-budget": max(launch.token_budget, launch.online_token_budget or 0),
         }
         return [*launch.worker_module, *_flags(options)]
 

@@ -22,11 +22,12 @@ from pagewire.runtime.channel import client_options
 from pagewire.v1 import control_pb2, scheduler_pb2
 
 SESSION = "/pagewire.v1.SchedulerService/Session"
+ABORT = "/pagewire.v1.SchedulerService/Abort"
 GET_LOADS = "/pagewire.v1.ControlService/GetLoads"
 CREDIT = 1 << 16
 """The most that a scheduler takes: steps are never merged because this client reads slowly."""
 START_TIMEOUT_S = 30.0
-DETACH_TIMEOUT_S = 5.0
+ABORT_TIMEOUT_S = 5.0
 
 
 class BenchError(Exception):
@@ -50,6 +51,7 @@ class Times:
 
 @dataclass
 class _Stream:
+    request_id: str
     job: Job
     times: Times
     finished: bool = False
@@ -96,13 +98,13 @@ class Session:
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
-        with contextlib.suppress(grpc.RpcError, TimeoutError, asyncio.InvalidStateError):
-            async with asyncio.timeout(DETACH_TIMEOUT_S):
-                for number, stream in enumerate(self._streams):
-                    if not stream.finished:
-                        detach = scheduler_pb2.DetachStream(stream=number)
-                        await self._write(scheduler_pb2.SessionRequest(detach=detach))
-                await self._call.done_writing()
+        # By name and not on the session: a read that was cut short has cancelled the session's call.
+        abort = self._channel.unary_unary(ABORT, None, None)
+        unfinished = [stream.request_id for stream in self._streams if not stream.finished]
+        with contextlib.suppress(grpc.RpcError, TimeoutError):
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                for request_id in unfinished:
+                    await abort(scheduler_pb2.AbortRequest(request_id=request_id).SerializeToString())
         self._call.cancel()
         await self._channel.close(None)
 
@@ -135,7 +137,7 @@ class Session:
             submit.stop.ignore_eos = True
             submit.output.token_ids_only = True
             messages.append(scheduler_pb2.SessionRequest(submit=submit).SerializeToString())
-            self._streams.append(_Stream(job, Times()))
+            self._streams.append(_Stream(submit.request_id, job, Times()))
         self._unfinished += len(jobs)
         return messages
 

@@ -135,6 +135,8 @@ async def _offline_rows(runner: Runner, plan: Plan, recorder: Recorder, console:
 
 
 async def _online_rows(runner: Runner, plan: Plan, recorder: Recorder, console: Console) -> None:
+    if plan.online:
+        await runner.begin_online()
     for rate, count in plan.online:
         for place in PLACES:
             if place not in plan.places:

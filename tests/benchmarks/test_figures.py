@@ -1,0 +1,143 @@
+"""From times to a row's values, and from rows to the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kv_waste
+from benchmarks.rows import Rows, Work
+from pagewire.bench import metrics, serve, throughput, workloads
+from pagewire.bench.anchors import OFFLINE, ONLINE
+from pagewire.bench.results import Recorder, percentiles, relative_spread
+from pagewire.bench.serve import Limits
+from pagewire.bench.session import Times
+from pagewire.bench.workloads import Job, Scale
+from scheduler.step_plan import StepPlan
+from tests.core.factories import OneWorker
+
+MS = 1_000_000
+
+
+def times(due_ms: int, *arrivals_ms: int, tokens: int | None = None) -> Times:
+    arrivals = [moment * MS for moment in arrivals_ms]
+    return Times(due=due_ms * MS, sent=due_ms * MS, arrivals=arrivals, tokens=tokens or len(arrivals))
+
+
+def test_latencies_count_from_when_a_request_was_due_and_between_messages() -> None:
+    jobs = [Job([1], 3), Job([1, 2], 2)]
+    row = serve.summary([times(0, 10, 15, 25), times(100, 130, 135)], jobs, Limits(ttft_ms=20, itl_ms=50))
+    assert row["ttft_ms"] == {"p50": 20.0, "p99": 29.8}
+    assert row["itl_ms"]["p50"] == 5.0
+    assert row["seconds"] == 0.135
+    assert row["out_tok_s"] == round(5 / 0.135, 1)
+
+
+def test_goodput_counts_requests_that_keep_both_limits() -> None:
+    jobs = [Job([1], 3)] * 3
+    slow_start, slow_tokens, good = times(0, 500, 501, 502), times(0, 10, 200, 400), times(0, 10, 20, 30)
+    row = serve.summary([slow_start, slow_tokens, good], jobs, Limits(ttft_ms=100, itl_ms=50))
+    assert row["goodput"]["share"] == pytest.approx(0.3333)
+
+
+def test_percentiles_are_interpolated() -> None:
+    assert percentiles([1.0, 2.0, 3.0, 4.0]) == {"p50": 2.5, "p99": 3.97}
+
+
+def test_a_single_run_has_no_spread() -> None:
+    assert relative_spread([2.0]) is None
+    assert relative_spread([1.9, 2.0, 2.1]) == 0.1
+
+
+def test_a_recorded_file_holds_every_row_as_soon_as_it_is_known(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "new" / "offline.json", {"gpu": None})
+    recorder.add({"workload": "decode-b1", "error": "the worker was lost"})
+    assert json.loads((tmp_path / "new" / "offline.json").read_text()) == {
+        "gpu": None,
+        "rows": [{"workload": "decode-b1", "error": "the worker was lost"}],
+    }
+
+
+PAGE = """# HELP pagewire_step_seconds Where the time of a step goes.
+pagewire_step_seconds_count{part="plan"} 10.0
+pagewire_step_seconds_sum{part="plan"} 0.002
+pagewire_step_seconds_count{part="forward"} 9.0
+pagewire_step_seconds_sum{part="forward"} 0.09
+pagewire_worker_gpu_idle_seconds_total{worker="w"} 1.5
+pagewire_preemptions_total{mode="swap"} 1.0
+pagewire_preemptions_total{mode="recompute"} 2.0
+"""
+
+
+def test_differences_of_two_metrics_pages_give_idle_time_and_parts_of_a_step() -> None:
+    before = metrics.parse('pagewire_worker_gpu_idle_seconds_total{worker="w"} 1.0\n')
+    found = metrics.used(before, metrics.parse(PAGE))
+    assert found.idle_s == 0.5
+    assert (found.steps, found.preemptions) == (10, 3)
+    assert found.part_ms["plan"] == 0.2
+    assert found.part_ms["forward"] == 10.0
+
+
+def test_a_row_is_held_against_the_peer_in_its_own_unit() -> None:
+    assert OFFLINE["decode-b1"].ratio({"out_tok_s": 402}) == 2.0
+    assert OFFLINE["prefill-64x4096"].ratio({"seconds": 3.255}) == 2.0
+    assert OFFLINE["decode-b1"].meets_goal({"out_tok_s": 255})
+    assert not OFFLINE["prefill-64x4096"].meets_goal({"seconds": 6.1})
+    assert not OFFLINE["decode-b1"].meets_goal({"error": "the worker was lost"})
+
+
+def test_an_online_row_must_be_better_in_all_four_and_within_the_goal() -> None:
+    better = {"ttft_ms": {"p50": 20.0, "p99": 70.0}, "itl_ms": {"p50": 5.0, "p99": 8.9}}
+    assert ONLINE[10.0].meets_goal(better)
+    assert not ONLINE[10.0].meets_goal({**better, "itl_ms": {"p50": 5.0, "p99": 9.5}})
+    assert not ONLINE[10.0].meets_goal({**better, "ttft_ms": {"p50": 22.0, "p99": 70.0}})
+
+
+def test_tables_show_failed_rows_too() -> None:
+    lines = throughput.table([{"workload": "decode-b1", "error": "cut short after 60 s"}], compare=True)
+    assert lines[1] == ["decode-b1", "error: cut short after 60 s"]
+
+
+def test_rows_of_a_plan_are_counted_as_a_worker_counts_them() -> None:
+    rows = Rows()
+    one = OneWorker(num_blocks=64, max_step_tokens=8)
+    one.submit("a", [1, 2, 3, 4, 5], max_tokens=3)
+    one.submit("b", [1, 2, 3, 4, 5, 6], max_tokens=3)
+    seen: list[Work] = []
+    sampled: list[int] = []
+    for _ in range(50):
+        plan = one.maybe_plan()
+        if plan is None:
+            break
+        seen.append(rows.apply(plan))
+        sampled.append(len(one.apply(one.execute()).sequences))
+    assert [work.sampled for work in seen] == [1, 2, 2, 1]
+    assert sampled == [1, 2, 2, 1]
+    assert seen[0] == Work(decode_tokens=0, chunk_tokens=8, context_tokens=8, sampled=1)
+    assert seen[1] == Work(decode_tokens=1, chunk_tokens=3, context_tokens=6 + 6, sampled=2)
+
+
+def test_a_row_that_leaves_the_decode_set_is_known_by_its_length() -> None:
+    class New:
+        slot, token_ids, computed_tokens = 0, [1, 2, 3, 4], 0
+
+    rows = Rows()
+    rows.apply(StepPlan(1, 1, new_sequences=[New()], chunk_slots=[0], chunk_tokens=[4]))  # type: ignore[list-item]
+    assert rows.apply(StepPlan(1, 2, decode_add=[0])).context_tokens == 5
+    assert rows.apply(StepPlan(1, 3)).context_tokens == 6
+    rows.apply(StepPlan(1, 4, decode_remove=[0]))
+    assert rows.known == {0: 7}
+
+
+def test_kv_waste_is_under_the_bar_on_a_reduced_load() -> None:
+    jobs = workloads.offline(kv_waste.WORKLOAD, Scale(0.15))
+    ratios = kv_waste.simulate(jobs, kv_waste.BAR_BLOCK_SIZE, max_num_seqs=64)
+    assert len(ratios) > 200
+    assert sum(ratios) / len(ratios) < kv_waste.BAR
+
+
+def test_blocks_of_one_token_waste_nothing() -> None:
+    jobs = workloads.offline(kv_waste.WORKLOAD, Scale(0.05, 0.25))
+    assert max(kv_waste.simulate(jobs, 1, max_num_seqs=64)) == 0.0
