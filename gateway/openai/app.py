@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import traceback
 import uuid
@@ -36,6 +37,9 @@ REQUEST_ID = b"x-request-id"
 LONGEST_REQUEST_ID = 100
 BODY_TIMEOUT_S = 30.0
 """Seconds for a whole body; 8 MiB at 3 Mbit/s."""
+LINGER_S = 2.0
+LINGER_BYTES = 64 << 20
+"""How long, and how much, of a body that is too large is still taken and thrown away."""
 Translate = Callable[[dict[str, Any], ModelLimits, Caller], Ask]
 
 
@@ -206,8 +210,27 @@ def _json(content: dict[str, Any]) -> Response:
     return Response(to_json(content), media_type="application/json")
 
 
+class _LingeringResponse(Response):
+    """Answers at once and goes on reading for a while: closing a socket that is still sent to would destroy the answer
+    on its way (RFC 9112, section 9.6)."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        taken = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while taken < LINGER_BYTES:
+                    message = await receive()
+                    taken += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        break
+        await send({"type": "http.response.body", "body": b""})
+
+
 def _error_response(error: RequestError) -> Response:
-    return Response(
+    kind = _LingeringResponse if error.reason == Reason.BODY_TOO_LARGE else Response
+    return kind(
         errors.encoded(error),
         status_code=errors.status_of(error),
         headers=errors.headers_of(error),

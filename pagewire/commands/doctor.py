@@ -77,7 +77,7 @@ def run_checks() -> Iterator[Check]:
     yield check_memory()
     yield check_shared_memory()
     yield check_descriptors()
-    for port, what in ((50051, "gRPC"), (9090, "metrics"), (50052, "scheduler")):
+    for port, what in ((50051, "gRPC"), (8000, "HTTP"), (9090, "metrics"), (50052, "scheduler")):
         yield check_port(port, what)
 
 
@@ -93,7 +93,7 @@ def check_packages() -> Iterator[Check]:
     """The packages of each role against what this distribution requires."""
     roles = {
         "core packages": ("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "protobuf"),
-        "gateway packages": ("transformers", "tokenizers", "jinja2"),
+        "gateway packages": ("transformers", "tokenizers", "jinja2", "fastapi", "uvicorn"),
         "worker packages": ("torch", "safetensors", "numpy"),
     }
     extras = {"core packages": "", "gateway packages": "[gateway]", "worker packages": "[worker]"}

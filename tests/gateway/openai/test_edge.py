@@ -195,7 +195,10 @@ async def test_unknown_paths_and_methods_are_openai_shaped(door: World) -> None:
 # Bodies.
 
 
-async def test_a_body_beyond_the_limit_is_a_413_announced_or_not(make_door: MakeDoor) -> None:
+async def test_a_body_beyond_the_limit_is_a_413_announced_or_not(
+    make_door: MakeDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "LINGER_S", 0.05)
     door = await make_door(http_max_body_bytes=2048)
     reply = await raw.ask(address(door), COMPLETIONS, {"prompt": "x" * 2048})
     assert (reply.status, reply.error["code"]) == (413, "body_too_large")
@@ -206,6 +209,12 @@ async def test_a_body_beyond_the_limit_is_a_413_announced_or_not(make_door: Make
     assert (reply.status, reply.headers["connection"]) == (413, "close")
     assert await connection.reader.read() == b"", "the connection is closed, not read to the end"
     await connection.close()
+
+
+async def test_a_client_that_is_still_sending_reads_why_its_body_is_too_large(make_door: MakeDoor) -> None:
+    door = await make_door(http_max_body_bytes=2048)
+    reply = await raw.ask(address(door), COMPLETIONS, b"x" * (16 << 20))
+    assert (reply.status, reply.error["code"]) == (413, "body_too_large")
 
 
 async def test_a_body_or_a_head_that_does_not_come_is_not_waited_for(
