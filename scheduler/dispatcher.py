@@ -15,9 +15,10 @@ from scheduler.draft import ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.inspection import check_scheduler, worker_loads
 from scheduler.loads import Loads, WorkerLoads
+from scheduler.placement import Placement
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.scheduler import Scheduler
-from scheduler.sequence import FinishReason, Request, SequenceGroup, SequenceStatus
+from scheduler.sequence import FinishReason, Request, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
 
 __all__ = [
@@ -66,7 +67,9 @@ class Dispatcher:
         self._config = config
         self._make_scheduler = make_scheduler
         self._schedulers: dict[str, Scheduler] = {}  # by worker id, in order of joining
+        self._placement = Placement()  # the same workers, by load
         self._groups: dict[str, SequenceGroup] = {}  # live, by request id
+        self._waiting_at_most = 0  # no more groups than that have not started
         self._retained: OrderedDict[str, SequenceGroup] = OrderedDict()  # finished, oldest first
         self._unassigned: list[SequenceGroup] = []  # live without a worker; by rank when distributed
         self._deadlines: list[tuple[int, int, str]] = []  # heap of deadline, arrival, request id; some are outdated
@@ -87,9 +90,10 @@ class Dispatcher:
         # Waiting groups are distributed anew, so that a worker that comes late gets its share.
         for scheduler in self._schedulers.values():
             self._unassigned.extend(scheduler.give_up_waiting())
-        self._schedulers[worker_id] = self._make_scheduler(
-            worker_id, self._config, capacity, rates, epoch, self._record
-        )
+        self._placement.note_all_lighter()
+        scheduler = self._make_scheduler(worker_id, self._config, capacity, rates, epoch, self._record)
+        self._schedulers[worker_id] = scheduler
+        self._placement.add(scheduler)
         self._distribute(now)
 
     def remove_worker(self, worker_id: str, now: int) -> None:
@@ -98,6 +102,7 @@ class Dispatcher:
         scheduler = self._schedulers.pop(worker_id, None)
         if scheduler is None:
             return
+        self._placement.remove(scheduler)
         for group in scheduler.give_up_all():
             if group.losses < self._config.max_worker_losses:
                 self._unassigned.append(group)
@@ -119,18 +124,19 @@ class Dispatcher:
         if request.request_id in self._groups:
             return Submitted(Admission.DUPLICATE, f"request {request.request_id!r} is live")
         group = SequenceGroup(request, self._arrivals, now)
-        able = self._able(group)
-        if not able and self._schedulers:
+        worker = self._placement.choose(group)
+        if worker is None and self._schedulers:
             return Submitted(Admission.NEVER, self._why_never(group))
-        if self._num_waiting() >= self._config.max_waiting:
+        if self._is_queue_full():
             return Submitted(Admission.LATER, f"{self._config.max_waiting} requests are waiting already")
         self._arrivals += 1
         self._retained.pop(request.request_id, None)
         self._groups[request.request_id] = group
         if request.deadline is not None:
             self._note_deadline(request.deadline, group)
-        if able:
-            self._assign(group, able)
+        self._waiting_at_most += 1
+        if worker is not None:
+            worker.add(group)
         else:
             self._unassigned.append(group)
         return Submitted(Admission.OK, group=group)
@@ -250,6 +256,8 @@ class Dispatcher:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books of any worker or the registry do not balance."""
+        assert self._num_waiting() <= self._waiting_at_most, "more groups wait than were counted"
+        self._placement.check_integrity(self._schedulers)
         assigned: set[SequenceGroup] = set()
         for scheduler in self._schedulers.values():
             check_scheduler(scheduler)
@@ -271,27 +279,17 @@ class Dispatcher:
             return
         groups, self._unassigned = sorted(self._unassigned, key=lambda group: group.rank), []
         for group in groups:
-            able = self._able(group)
-            if able:
-                self._assign(group, able)
+            worker = self._placement.choose(group)
+            if worker is not None:
+                worker.add(group)
             else:
                 why = self._why_never(group)
                 failed = Failed(group, StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_EXHAUSTED", why)
                 self._fail_unassigned(group, failed, now)
 
-    def _able(self, group: SequenceGroup) -> list[Scheduler]:
-        """The workers that could run a group."""
-        return [scheduler for scheduler in self._schedulers.values() if scheduler.why_never(group) is None]
-
     def _why_never(self, group: SequenceGroup) -> str:
         """Why the first worker could not run a group."""
         return next(iter(self._schedulers.values())).why_never(group) or ""
-
-    def _assign(self, group: SequenceGroup, able: list[Scheduler]) -> None:
-        """Gives a group to the least loaded of the workers that could run it."""
-        if len(able) > 1:
-            able.sort(key=lambda scheduler: scheduler.assigned_sequences / scheduler.max_rows)
-        able[0].add(group)
 
     def _fail_unassigned(self, group: SequenceGroup, failed: Failed, now: int) -> None:
         for sequence in group.live:
@@ -305,6 +303,9 @@ class Dispatcher:
         if isinstance(event, Admitted):
             return
         group = event.sequence.group if isinstance(event, Finished) else event.group
+        scheduler = self._scheduler_of(group)
+        if scheduler is not None:
+            self._placement.note_lighter(scheduler)
         if group.is_finished:
             del self._groups[group.request.request_id]
             self._retained[group.request.request_id] = group
@@ -323,7 +324,13 @@ class Dispatcher:
     def _scheduler_of(self, group: SequenceGroup) -> Scheduler | None:
         return None if group.worker_id is None else self._schedulers[group.worker_id]
 
+    def _is_queue_full(self) -> bool:
+        """Whether as many groups wait as may. Counted only when there could be, because it takes time per worker."""
+        if self._waiting_at_most >= self._config.max_waiting:
+            self._waiting_at_most = self._num_waiting()
+        return self._waiting_at_most >= self._config.max_waiting
+
     def _num_waiting(self) -> int:
         """Groups that have not started."""
         queued = sum(len(scheduler.waiting) for scheduler in self._schedulers.values())
-        return queued + sum(1 for g in self._unassigned if g.sequences[0].status is SequenceStatus.WAITING)
+        return queued + sum(1 for group in self._unassigned if group.started_at is None)

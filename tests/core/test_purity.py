@@ -21,6 +21,7 @@ CORE = {
     "events",
     "inspection",
     "loads",
+    "placement",
     "policy",
     "preemption",
     "prefix_cache",
