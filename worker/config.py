@@ -33,6 +33,11 @@ class WorkerSettings(RoleSettings):
     """Tokens in a KV block, a power of two. 16: small enough to waste under 4 %, large enough for fast kernels."""
     num_blocks: int = Field(default=0, ge=0)
     """Blocks in the KV pool. 0: from the memory that is free after loading."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of the GPU memory left after loading that steps and KV blocks may take. The rest is for decode graphs, the
+    driver and other processes."""
+    decode_graphs: bool = True
+    """Replay decode steps as CUDA graphs. Without, every kernel is launched by itself: slower, for comparisons."""
     host_blocks: int | None = Field(default=None, ge=0)
     """Blocks in the swap arena in RAM. 0: no swapping. Unset: half the pool, within a tenth of the free RAM."""
     max_num_seqs: int = Field(default=256, ge=1, le=65_536)

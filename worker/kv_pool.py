@@ -15,8 +15,6 @@ GIB = 1 << 30
 CPU_POOL_SHARE = 0.25
 """Share of the available RAM that the pool takes on the CPU backend: the machine has other work to do."""
 CPU_POOL_CAP_BYTES = 16 * GIB
-CUDA_POOL_SHARE = 0.85
-"""Share of the memory left after loading: activations, graphs and other processes need the rest."""
 ARENA_SHARE = 0.1
 """Share of the available RAM that the swap arena takes at most by default."""
 
@@ -49,28 +47,50 @@ def allocate(layout: KvLayout, *, num_blocks: int, host_blocks: int, device: tor
     except RuntimeError:
         raise StartError(_too_little("KV pool", num_blocks * layout.block_bytes, free_bytes(device))) from None
     try:
-        arena = torch.empty(layout.pool_shape(host_blocks), dtype=layout.dtype, pin_memory=device.type == "cuda")
+        arena = torch.empty(layout.pool_shape(host_blocks), dtype=layout.dtype)
+        if device.type == "cuda" and host_blocks:
+            _pin(arena)
     except RuntimeError:
         needed = host_blocks * layout.block_bytes
         raise StartError(_too_little("swap arena", needed, free_bytes(torch.device("cpu")), "--host-blocks")) from None
     return KvPool(layout, pool, arena)
 
 
+def _pin(arena: torch.Tensor) -> None:
+    """Locks the arena's pages, so that copies run beside computation. RuntimeError: the system refuses.
+
+    torch's own pinned memory would round the size up to a power of two, gigabytes of it.
+    """
+    status = torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.nbytes, 0)
+    if int(status) != 0:
+        raise RuntimeError(f"cudaHostRegister: {status}")
+
+
 def pool_size(
-    layout: KvLayout, *, wanted_blocks: int, max_num_seqs: int, max_model_len: int, free: int, device: torch.device
+    layout: KvLayout,
+    *,
+    wanted_blocks: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    free: int,
+    device: torch.device,
+    utilization: float = 0.9,
+    reserved: int = 0,
 ) -> int:
     """Number of blocks for the pool.
 
     wanted_blocks is the setting; 0: as many as all `max_num_seqs` sequences of `max_model_len` tokens could use, within
-    a share of the `free` bytes. Raises StartError when what is wanted, or by default one sequence, does not fit.
+    a share of the `free` bytes: on a GPU `utilization` of them, less the `reserved` bytes that steps need. Raises
+    StartError when what is wanted, or by default one sequence, does not fit.
     """
     if wanted_blocks:
-        if wanted_blocks * layout.block_bytes > free:
-            raise StartError(_too_little("KV pool", wanted_blocks * layout.block_bytes, free))
+        if wanted_blocks * layout.block_bytes + reserved > free:
+            raise StartError(_too_little("KV pool", wanted_blocks * layout.block_bytes + reserved, free))
         return wanted_blocks
-    allowed = free * CPU_POOL_SHARE if device.type == "cpu" else free * CUDA_POOL_SHARE
     if device.type == "cpu":
-        allowed = min(allowed, CPU_POOL_CAP_BYTES)
+        allowed = min(free * CPU_POOL_SHARE, CPU_POOL_CAP_BYTES)
+    else:
+        allowed = max(0, free * utilization - reserved)
     one_sequence = layout.blocks_for(max_model_len)
     num_blocks = min(int(allowed) // layout.block_bytes, one_sequence * max_num_seqs)
     if num_blocks < one_sequence:

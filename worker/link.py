@@ -182,7 +182,7 @@ class _Session:
     def _outgoing(self) -> Iterator[worker_pb2.JoinRequest]:
         """What gRPC sends, pulled by its own thread: results are waited for and encoded off the executing thread."""
         while (message := self.outbox.get()) is not None and not self.ended.is_set():
-            if isinstance(message, LaunchedStep):
+            if not isinstance(message, worker_pb2.JoinRequest):
                 try:
                     message = worker_pb2.JoinRequest(step_result=result_to_wire(message.result()))
                 except Exception as error:

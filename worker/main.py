@@ -11,7 +11,6 @@ from typing import NoReturn
 
 import torch
 
-from kernels.kv_layout import KvLayout
 from pagewire.runtime.errors import StartError
 from pagewire.runtime.logs import get_logger
 from pagewire.runtime.ready import announce
@@ -20,8 +19,9 @@ from worker import kv_pool
 from worker.config import WorkerSettings
 from worker.executor import Executor
 from worker.link import SchedulerLink
-from worker.models.base import ModelError, ModelSpec, PagedModel
+from worker.models.base import ModelError, ModelSpec
 from worker.models.loader import load_model
+from worker.start import check_kernels, make_executor
 from worker.step import PlanError
 
 PROTOCOL_VERSION = 1
@@ -36,6 +36,7 @@ def run(settings: WorkerSettings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
+    check_kernels(device)
     try:
         model = load_model(
             settings.model,
@@ -61,48 +62,6 @@ def run(settings: WorkerSettings) -> None:
     link.run()
 
 
-def make_executor(settings: WorkerSettings, model: PagedModel, device: torch.device) -> Executor:
-    """Takes the memory for KV blocks, and says how much it is."""
-    spec = model.spec
-    try:
-        layout = KvLayout(spec.num_layers, spec.num_kv_heads, settings.block_size, spec.head_dim, spec.dtype)
-    except ValueError as error:
-        raise StartError(f"--block-size: {error}") from None
-    num_blocks = kv_pool.pool_size(
-        layout,
-        wanted_blocks=settings.num_blocks,
-        max_num_seqs=settings.max_num_seqs,
-        max_model_len=spec.max_model_len,
-        free=kv_pool.free_bytes(device),
-        device=device,
-    )
-    host_blocks = kv_pool.arena_size(
-        layout,
-        wanted_blocks=settings.host_blocks,
-        num_blocks=num_blocks,
-        free_ram=kv_pool.free_bytes(torch.device("cpu")),
-    )
-    pool = kv_pool.allocate(layout, num_blocks=num_blocks, host_blocks=host_blocks, device=device)
-    log.info(
-        "memory",
-        block_size=layout.block_size,
-        block_bytes=layout.block_bytes,
-        num_blocks=num_blocks,
-        pool_bytes=num_blocks * layout.block_bytes,
-        pool_tokens=num_blocks * layout.block_size,
-        host_blocks=host_blocks,
-        arena_bytes=host_blocks * layout.block_bytes,
-        threads=torch.get_num_threads(),
-    )
-    return Executor(
-        model,
-        pool,
-        max_slots=settings.max_num_seqs,
-        max_step_tokens=settings.token_budget,
-        max_model_len=spec.max_model_len,
-    )
-
-
 def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) -> worker_pb2.WorkerHello:
     """Introduces the worker; measures its swap rates first, which overwrites KV blocks."""
     swap_out, swap_in = executor.measure_swaps()
@@ -111,7 +70,7 @@ def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) ->
     return worker_pb2.WorkerHello(
         protocol_version=PROTOCOL_VERSION,
         worker_id=f"{socket.gethostname()[:64]}-{os.getpid()}-{secrets.token_hex(4)}",
-        kernel_version=f"torch-{torch.__version__}",
+        kernel_version=kernel_version(pool.device_blocks.device),
         device=device_name(pool.device_blocks.device),
         model=worker_pb2.ModelInfo(
             name=settings.served_model_name or default_name(settings.model),
@@ -150,6 +109,16 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda:{torch.cuda.get_device_name(device)}"
     return f"cpu:{torch.get_num_threads()} threads"
+
+
+def kernel_version(device: torch.device) -> str:
+    """What computes: torch, and CuPy for the kernels on a GPU."""
+    versions = [f"torch-{torch.__version__}"]
+    if device.type == "cuda":
+        import cupy
+
+        versions.append(f"cupy-{cupy.__version__}")
+    return " ".join(versions)
 
 
 def default_name(model: str) -> str:
