@@ -135,7 +135,7 @@ class SchedulerCollector(Collector):
         )
         cost = SummaryMetricFamily(
             "pagewire_preemption_cost_seconds",
-            "What preemptions were predicted to cost and did cost.",
+            "What preemptions were predicted to cost and did cost; recomputing after a lost worker is in the actual cost.",
             labels=["mode", "kind"],
         )
         for mode in ("swap", "recompute"):

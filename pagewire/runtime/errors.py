@@ -59,14 +59,24 @@ def run_role(role: str, target: Callable[[], Any] | Coroutine[Any, Any, None], r
 
 
 def _run_sync(target: Callable[[], Any]) -> None:
+    stopping = False
+
     def stop(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    result = target()
+    try:
+        result = target()
+    except Exception:
+        # A library that is being imported may turn the exit into an error of its own.
+        if stopping:
+            sys.exit(0)
+        raise
     if inspect.iscoroutine(result):
         _run_async(result)
 

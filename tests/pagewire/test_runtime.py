@@ -173,6 +173,14 @@ def blocks():
     finally:
         print("cleaned up", flush=True)
 
+def imports():
+    try:
+        print("running", flush=True)
+        while True:
+            time.sleep(60)
+    except SystemExit:
+        raise ImportError("cannot load module more than once") from None
+
 def refuses():
     raise StartError("no such\\n  model")
 
@@ -202,6 +210,15 @@ def test_a_signal_ends_a_role_with_code_0_after_it_has_cleaned_up(target: str, n
     process.send_signal(number)
     output, errors = process.communicate()
     assert (process.returncode, output, errors) == (0, "cleaned up\n", "")
+
+
+def test_a_signal_that_falls_into_an_import_ends_a_role_with_code_0_and_no_traceback() -> None:
+    process = role("imports")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGTERM)
+    _output, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
 
 
 @pytest.mark.parametrize("target", ["refuses", "refuses_later", "refuses_later()"])
