@@ -57,6 +57,26 @@ async def test_a_request_id_that_is_no_name_is_replaced(door: World, given: str)
     assert len(reply.headers["x-request-id"]) == 32
 
 
+async def test_the_trace_context_goes_on_to_the_scheduler(door: World) -> None:
+    traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    connection = await raw.send(address(door), COMPLETIONS, ASK, traceparent=traceparent)
+    submit = await door.scheduler.expect("submit")
+    assert submit.traceparent == traceparent
+    finish(door, submit.stream)
+    assert (await connection.reply()).status == 200
+    await connection.close()
+
+
+async def test_a_gateway_that_is_full_refuses_the_batch_and_drops_what_it_had_started(make_door: MakeDoor) -> None:
+    door = await make_door(max_live_requests=1)
+    reply = await raw.ask(address(door), COMPLETIONS, {**ASK, "prompt": ["x", "y"]})
+    assert (reply.status, reply.error["code"], reply.error["reason"]) == (429, "rate_limit_exceeded", "GATEWAY_FULL")
+    assert reply.headers["retry-after"] == "1"
+    first = await door.scheduler.expect("submit")
+    assert (await door.scheduler.expect("detach")).stream == first.stream
+    assert door.gateway.link.live_requests == 0
+
+
 async def test_errors_carry_the_request_id_too(door: World) -> None:
     for path in (COMPLETIONS, "/nowhere"):
         reply = await raw.ask(address(door), path, {}, x_request_id="mine")
