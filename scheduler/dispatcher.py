@@ -88,9 +88,11 @@ class Dispatcher:
         self.remove_worker(worker_id, now)
         self._last_epoch = epoch
         # Waiting groups are distributed anew, so that a worker that comes late gets its share.
-        for scheduler in self._schedulers.values():
+        queueing = [scheduler for scheduler in self._schedulers.values() if scheduler.waiting]
+        for scheduler in queueing:
             self._unassigned.extend(scheduler.give_up_waiting())
-        self._placement.note_all_lighter()
+        if queueing:
+            self._placement.note_all_lighter()
         scheduler = self._make_scheduler(worker_id, self._config, capacity, rates, epoch, self._record)
         self._schedulers[worker_id] = scheduler
         self._placement.add(scheduler)
