@@ -23,11 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 from benchmarks.rows import Rows, Work
 from pagewire.bench import results, suite, throughput
@@ -41,7 +42,6 @@ from pagewire.runtime.errors import run_role
 from pagewire.v1 import worker_pb2
 from worker.executor import Executor, Progress
 from worker.link import SchedulerLink
-from worker.main import fail
 from worker.step import StepPlan, StepResult, StepTimings
 
 RESULTS = Path(__file__).parent / "results" / "host_path.json"
@@ -127,13 +127,17 @@ class StandInStep:
         return StepResult(self.plan.epoch, self.plan.step, [TOKEN] * self.num_rows, timings=self.timings)
 
 
+def fail(error: BaseException) -> NoReturn:
+    """Ends the worker's process."""
+    traceback.print_exception(error)
+    os._exit(1)
+
+
 def work(arguments: Sequence[str]) -> None:
     """The worker's process: the real link around the stand-in."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--scheduler", required=True)
     parser.add_argument("--max-num-seqs", type=int, required=True)
-    parser.add_argument("--online", action="store_true", help="run the online rows, at session and gateway")
-    parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--token-budget", type=int, required=True)
     parser.add_argument("--model", required=True, help="milliseconds per step, or limit")
     parser.add_argument("--ready-fd", type=int, required=True)
