@@ -109,7 +109,7 @@ class Dispatcher:
             if group.losses < self._config.max_worker_losses:
                 self._unassigned.append(group)
                 continue
-            message = f"{group.losses} times the worker was lost that ran this request"
+            message = f"the worker that ran this request was lost {group.losses} times"
             self._fail_unassigned(group, Failed(group, StatusCode.INTERNAL, "WORKER_LOST_REPEATEDLY", message), now)
         self._distribute(now)
 

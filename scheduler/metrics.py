@@ -135,7 +135,7 @@ class SchedulerCollector(Collector):
         )
         cost = SummaryMetricFamily(
             "pagewire_preemption_cost_seconds",
-            "What preemptions were predicted to cost and did cost; recomputing after a lost worker is in the actual cost.",
+            "Predicted and actual cost of preemptions; recomputing after lost workers is in the actual one.",
             labels=["mode", "kind"],
         )
         for mode in ("swap", "recompute"):

@@ -230,7 +230,7 @@ def test_a_request_that_brings_its_worker_down_three_times_fails_and_the_others_
     assert serve_through_deaths(service) == 3
     assert isinstance(poison.failure, Failed)
     assert (poison.failure.code, poison.failure.reason) == (StatusCode.INTERNAL, "WORKER_LOST_REPEATEDLY")
-    assert poison.failure.message == "3 times the worker was lost that ran this request"
+    assert poison.failure.message == "the worker that ran this request was lost 3 times"
     assert [group.sequences[0].output for group in others] == [
         undisturbed_output(group.request, 0)[0] for group in others
     ]
