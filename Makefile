@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUF := @bufbuild/buf@1.75.0
 
-.PHONY: help install demo serve test test-gpu check format protos clean
+.PHONY: help install demo serve test test-gpu bench check format protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -28,6 +28,9 @@ test: install ## run the whole test suite; GPU tests skip where there is no GPU
 
 test-gpu: install ## run the GPU tests only
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: install ## a small measurement of the bundled model; ARGS="--help" shows what else there is
+	@$(BIN)/pagewire bench throughput $(or $(ARGS),--scale 0.02 --length-scale 0.125 --max-num-seqs 64)
 
 check: install ## style, types and protocol rules
 	$(BIN)/ruff check .
