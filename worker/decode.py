@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.backend import PagedKernels
+from kernels.compile import KernelError
 from pagewire.runtime.logs import get_logger
 from worker.attention_batch import AttentionBatch
 from worker.batch import KNOWN, LAST, PROMPT, Batch
@@ -74,7 +75,7 @@ def decode_rows(batch: Batch, count: int, columns: int) -> DecodeRows:
         output_lens=known - tokens[PROMPT],
         token_ids=tokens[LAST],
         positions=positions,
-        slot_mapping=torch.where(known > 0, places, -1),
+        slot_mapping=places.masked_fill_(known == 0, -1),
         block_tables=tables,
         context_lens=known.int(),
     )
@@ -193,7 +194,7 @@ class DecodeGraphs:
                         step.run(bucket, batch.columns, mode)
                     finally:
                         graph.capture_end()
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, KernelError):
                 raise
             except RuntimeError as error:
                 log.warning("decode runs without graphs", why=str(error).splitlines()[0], bucket=bucket)

@@ -84,8 +84,12 @@ class NoHostTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        with self:  # what an operation is made of is looked at, too: a number given to `where` becomes a tensor
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         tensors = [item for item in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
-        devices = {tensor.device.type for tensor in tensors if tensor.dim() or tensor.device == META}
+        devices = {tensor.device.type for tensor in tensors}
         assert len(devices) <= 1, f"{func} takes tensors on {devices}"
         result = func(*args, **(kwargs or {}))
         if "meta" in devices:
