@@ -277,6 +277,7 @@ async def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", nargs="*", choices=OFFLINE, help="run these workloads; none named: all")
     parser.add_argument("--online", action="store_true", help="run the online rows, at session and gateway")
+    parser.add_argument("--at", nargs="+", choices=suite.PLACES, default=list(suite.PLACES))
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--token-budget", type=int, default=Launch("").token_budget)
     parser.add_argument("--profile", type=Path, help="file for the scheduler's stacks; needs py-spy")
@@ -289,7 +290,7 @@ async def main() -> None:
         path = options.out or RESULTS.with_name("host_online.json")
         launch = limit_launch(options.token_budget, options.gateways)
         rates = tuple((rate, anchor.requests) for rate, anchor in ONLINE.items())
-        await suite.main(suite.Plan(online=rates, places=suite.PLACES, online_output=path), launch)
+        await suite.main(suite.Plan(online=rates, places=tuple(options.at), online_output=path), launch)
         return
     recorder = results.Recorder(
         options.out or RESULTS, results.header(steps=options.steps, load_average=os.getloadavg()[0])

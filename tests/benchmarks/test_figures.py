@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kv_waste
+from benchmarks import kv_waste, report
 from benchmarks.rows import Rows, Work
 from pagewire.bench import metrics, serve, throughput, workloads
 from pagewire.bench.anchors import OFFLINE, ONLINE
@@ -141,3 +141,28 @@ def test_kv_waste_is_under_the_bar_on_a_reduced_load() -> None:
 def test_blocks_of_one_token_waste_nothing() -> None:
     jobs = workloads.offline(kv_waste.WORKLOAD, Scale(0.05, 0.25))
     assert max(kv_waste.simulate(jobs, 1, max_num_seqs=64)) == 0.0
+
+
+def test_the_page_shows_recorded_rows_beside_the_peer_and_says_what_is_missing() -> None:
+    recorded = {
+        "gpu": "NVIDIA H200",
+        "commit": "abc",
+        "rows": [
+            {"workload": "decode-b1", "out_tok_s": 261.3, "seconds": 0.98, "spread": 0.012, "gpu_idle_ratio": 0.031},
+            {"workload": "decode-b8", "error": "cut short after 60 s"},
+        ],
+    }
+    page = report.render({"h200/offline": recorded})
+    assert "| decode-b1 | 261.3 | 1.2% | 3.1% | 201 | 1.30x | 278 | >= 255 |" in page
+    assert "| decode-b8 | cut short after 60 s | - | - | 1,554 | - | 2,153 | >= 1,950 |" in page
+    assert "| decode-b32 | not measured yet |" in page
+    assert "gpu `NVIDIA H200`, commit `abc`" in page
+    assert "| 10 requests/s, session | not measured yet |" in page
+
+
+def test_the_page_is_made_of_what_is_recorded_here() -> None:
+    results = report.read(report.RESULTS)
+    page = report.render(results)
+    for name in ("planning", "kv_waste", "host_path", "host_rows"):
+        assert name in results
+        assert f"[{name}.json](../benchmarks/results/{name}.json)" in page
