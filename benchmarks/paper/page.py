@@ -1,0 +1,165 @@
+"""Fills the tables of docs/paper.md from the recorded results, between its markers; the text around them is by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
+Report = dict[str, Any]
+
+
+def fill_page(results: Path) -> None:
+    """Replaces what is between `<!-- name -->` and `<!-- end -->`. Raises KeyError for a name without a table."""
+    text = PAGE.read_text()
+
+    def table(match: re.Match[str]) -> str:
+        name = match.group(1)
+        report = json.loads((results / f"{name}.json").read_text())
+        return f"<!-- {name} -->\n{TABLES[name](report)}\n<!-- end -->"
+
+    PAGE.write_text(re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL))
+
+
+def rows(head: list[str], body: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def span(values: list[float] | None) -> str:
+    return "-" if values is None else " to ".join(f"{value:g}" for value in values)
+
+
+def waste(report: Report) -> str:
+    body = []
+    for name, ours in report["ours"].items():
+        paper = report["paper"][name]
+        body.append([name, *(cell for state in ours for cell in (paper[state], ours[state]))])
+    head = ["% of KV memory"]
+    for state in ("tokens", "reserved", "internal", "other"):
+        head += [f"{state}: paper", "ours"]
+    return rows(head, body)
+
+
+def latency_vs_rate(report: Report) -> str:
+    body = []
+    for load, ours in report["ours"].items():
+        paper = report["paper"][load]
+        for name, key in (
+            ("Orca (Oracle)", "over_orca_oracle"),
+            ("Orca (Pow2)", "over_orca_pow2"),
+            ("Orca (Max)", "over_orca_max"),
+        ):
+            seeds = [seed.get(key) for seed in ours["other_seeds"]]
+            published = span(paper.get(key))
+            if key == "over_orca_oracle" and "over_orca_oracle_opt_13b" in paper:
+                published = f"{paper['over_orca_oracle_opt_13b']} (OPT-13B)"
+            body.append(
+                [
+                    load,
+                    name,
+                    published,
+                    f"**{ours[key]}**",
+                    ", ".join(str(seed) for seed in seeds) if all(seeds) else "-",
+                    ours["lean_engine"][key],
+                ]
+            )
+        most = paper.get("over_static_batcher_at_most")
+        body.append([load, "static batcher", f"up to {most:g}" if most else "-", ours["over_static_batcher"], "-", "-"])
+    head = ["load", "sustained rate over", "paper", "ours", "two other seeds", "with a lean engine"]
+    table = rows(head, body)
+    names = list(next(iter(report["ours"].values()))["sustained_per_s"])
+    rates = [[load, *(ours["sustained_per_s"][name] for name in names)] for load, ours in report["ours"].items()]
+    return table + "\n\n" + rows(["requests/s sustained", *names], rates)
+
+
+def batched_requests(report: Report) -> str:
+    body = []
+    for load, ours in report["ours"].items():
+        for name, value in ours.items():
+            body.append([load, name, report["paper"][load][name], value])
+    return rows(["load", "policy", "paper", "ours"], body)
+
+
+def sharing(report: Report) -> str:
+    body = []
+    for load in ("alpaca-like", "sharegpt-like"):
+        ours = report["ours"][load]["parallel"]
+        paper = report["paper"][load]
+        values = ", ".join(f"{each['percent']} (n={n})" for n, each in ours.items())
+        body.append([load, "parallel sampling", span(paper["parallel"]), values])
+        body.append([load, "beam search", span(paper["beam"]), "pending"])
+    return rows(["load", "decoding", "paper, % of blocks saved", "ours"], body)
+
+
+def shared_prefix(report: Report) -> str:
+    body = [
+        [name, report["paper"][name], ours["over_orca_oracle"], ours["of_which_without_prefix_cache"]]
+        for name, ours in report["ours"].items()
+    ]
+    return rows(["shared prefix", "paper, over Orca (Oracle)", "ours", "ours without the prefix cache"], body)
+
+
+def chatbot(report: Report) -> str:
+    ours, paper = report["ours"], report["paper"]["over_orca"]
+    body = [
+        [name, rate, ours["batched_when_overloaded"][name], paper, ours[f"over_{name.replace('-', '_')}"]]
+        for name, rate in ours["sustained_per_s"].items()
+        if name != "pagewire"
+    ]
+    body.append(["pagewire", ours["sustained_per_s"]["pagewire"], ours["batched_when_overloaded"]["pagewire"], "", ""])
+    return rows(["policy", "requests/s sustained", "batched when overloaded", "paper: vLLM over it", "ours"], body)
+
+
+def block_size(report: Report) -> str:
+    loads = list(report["ours"])
+    sizes = list(report["ours"][loads[0]])
+    body = [
+        [f"{load}: normalized latency, s/token"]
+        + [f"{report['ours'][load][size]['normalized_latency_s']:.3f}" for size in sizes]
+        for load in loads
+    ]
+    return rows(["block size", *sizes], body)
+
+
+def swap_vs_recompute(report: Report) -> str:
+    micro = report["ours"]["micro"]
+    sizes = list(next(iter(micro.values()))["swap_ms_by_block_size"])
+    body = []
+    for name, entry in micro.items():
+        swaps = entry["swap_ms_by_block_size"].values()
+        recompute = f"{entry['recompute_among_others_ms']} / {entry['recompute_alone_ms']}"
+        body.append([name, *swaps, recompute])
+    table = rows(["ms, 256 tokens unless said", *sizes, "recompute among others / alone"], body)
+    ends = []
+    for name, entry in report["ours"].items():
+        if name != "micro":
+            for mode in ("swap", "recompute", "auto"):
+                values = [f"{entry[size][mode]['normalized_latency_s']:.3f}" for size in sizes]
+                ends.append([f"{name.removeprefix('end_to_end, ')}: {mode}", *values])
+    return table + "\n\n" + rows(["end to end, s/token", *sizes], ends)
+
+
+def h200(report: Report) -> str:
+    body = [
+        [name, *each["sustained_per_s"].values(), each["over_orca_max"], each["over_orca_oracle"]]
+        for name, each in report["ours"].items()
+    ]
+    names = list(next(iter(report["ours"].values()))["sustained_per_s"])
+    return rows(["requests/s sustained", *names, "pagewire over Max", "over Oracle"], body)
+
+
+TABLES: dict[str, Callable[[Report], str]] = {
+    "waste": waste,
+    "latency_vs_rate": latency_vs_rate,
+    "batched_requests": batched_requests,
+    "sharing": sharing,
+    "shared_prefix": shared_prefix,
+    "chatbot": chatbot,
+    "block_size": block_size,
+    "swap_vs_recompute": swap_vs_recompute,
+    "h200": h200,
+}
