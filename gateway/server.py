@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 
 import grpc.aio
 from grpc_health.v1 import health_pb2
@@ -135,6 +137,32 @@ class Gateway:
                 self._ready.set()
 
 
+async def _in_thread(load: Callable[[], Tokenizer | None]) -> Tokenizer | None:
+    """Runs `load` in a thread that a stop need not wait for: a download may hang for minutes."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Tokenizer | None] = loop.create_future()
+
+    def settle(result: Tokenizer | None, error: Exception | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = load()
+        except Exception as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop has closed: the process is ending
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="load-tokenizer", daemon=True).start()
+    return await done
+
+
 async def serve(settings: GatewaySettings) -> None:
     """Runs the gateway until cancelled. Announces its address once it can serve requests.
 
@@ -142,7 +170,7 @@ async def serve(settings: GatewaySettings) -> None:
         StartError: wrong tokenizer directory, port in use, bad chat template.
     """
     keep_torch_out()
-    tokenizer = await asyncio.to_thread(load_tokenizer, settings.model)
+    tokenizer = await _in_thread(lambda: load_tokenizer(settings.model))
     if tokenizer is None:
         log.warning("no tokenizer: token ids only; --model gives one", model=settings.model)
     gateway = Gateway(settings, tokenizer)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from gateway.server import Gateway
+from gateway.server import Gateway, serve
 from gateway.session import SchedulerLink
 from gateway.tokenizer import load_tokenizer
 from pagewire.runtime.errors import StartError
@@ -199,6 +200,29 @@ async def test_the_process_announces_itself_when_the_model_is_ready_and_stops_on
     imported = {line.rsplit("|", 1)[-1].strip() for line in text.splitlines() if line.startswith("import time:")}
     assert any(name.startswith("transformers.") for name in imported)
     assert not any(name.split(".")[0] == "torch" for name in imported)
+
+
+async def test_a_stop_does_not_wait_for_a_tokenizer_that_hangs_in_its_download(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gateway.config import GatewaySettings
+
+    begun, release = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def hang(_model: str) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        release.wait()
+
+    monkeypatch.setattr("gateway.server.load_tokenizer", hang)
+    serving = asyncio.create_task(serve(GatewaySettings(listen="127.0.0.1:0")))
+    await begun.wait()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "load-tokenizer"]
+    assert thread.daemon
+    serving.cancel()
+    await asyncio.wait([serving])
+    release.set()
+    thread.join()
 
 
 def test_the_process_that_cannot_start_says_so_in_one_line(tmp_path: Path) -> None:
