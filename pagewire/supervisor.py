@@ -39,6 +39,8 @@ START_ATTEMPTS = 3
 """Deaths before the first readiness after which a start is given up."""
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 30.0
+LONGEST_FOLDER = 70
+"""Characters of a temporary folder in which a socket still has room: its path may have 107."""
 RECENT_S = 10.0
 """Deaths within this time double the pause before the next start."""
 GRACE_S = 5.0
@@ -173,7 +175,10 @@ class Child:
 
 async def supervise(settings: UpSettings) -> None:
     """Runs until it is cancelled, then stops every child. Raises StartError when a child cannot start."""
-    with tempfile.TemporaryDirectory(prefix="pagewire-", ignore_cleanup_errors=True) as folder:
+    parent_folder = tempfile.gettempdir()
+    if len(parent_folder) > LONGEST_FOLDER:
+        parent_folder = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="pagewire-", dir=parent_folder, ignore_cleanup_errors=True) as folder:
         await Supervisor(settings, Path(folder)).run()
 
 

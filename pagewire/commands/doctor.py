@@ -51,7 +51,8 @@ def command() -> Callable[..., None]:
 
 def doctor() -> None:
     """Check this machine and say what to mend. Exits with code 1 if something will not work."""
-    console = Console(highlight=False)
+    # A pipe has no width: lines that are not folded are easier to search and to report.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "check", "found", "mend"):
         table.add_column(title, overflow="fold")

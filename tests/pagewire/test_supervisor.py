@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pagewire.supervisor import Child
+from pagewire.supervisor import Child, Supervisor, UpSettings, supervise
 from tests.pagewire.fake_roles import COMMAND
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +125,23 @@ def test_the_children_read_their_tables_of_the_configuration_file(start: Callabl
     ready = up.wait_ready()
     assert len(ready["pids"]["workers"]) == 2
     assert all(psutil.Process(pid).environ()["PAGEWIRE_CONFIG"] == str(config) for pid in pids(ready))
+
+
+def test_a_long_temporary_folder_is_no_obstacle_to_the_socket_between_the_roles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("d" * 100)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    seen: list[str] = []
+
+    async def look(self: Supervisor) -> None:
+        seen.append(self.scheduler_address)
+
+    monkeypatch.setattr(Supervisor, "run", look)
+    asyncio.run(supervise(UpSettings()))
+    (address,) = seen
+    assert len(address.removeprefix("unix:")) <= 107
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
