@@ -27,7 +27,9 @@ STATES = {"tokens": "#009e73", "reserved": "#56b4e9", "internal": "#d55e00", "ot
 def plot_all(results: Path) -> None:
     """Writes every plot into docs/paper/."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    matplotlib.rcParams.update({"svg.hashsalt": "pagewire", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "pagewire", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    )
     for name, plot in PLOTS.items():
         report = json.loads((results / f"{name}.json").read_text())
         plot(report)
@@ -36,13 +38,13 @@ def plot_all(results: Path) -> None:
         pyplot.close()
 
 
-def axes(columns: int, height: float = 3.0) -> list[Axes]:
-    _, grid = pyplot.subplots(1, columns, figsize=(4.6 * columns, height), squeeze=False)
+def axes(columns: int, height: float = 3.0, width: float = 4.8) -> list[Axes]:
+    _, grid = pyplot.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
     return list(grid[0])
 
 
 def waste(report: dict[str, Any]) -> None:
-    (axis,) = axes(1, 3.2)
+    (axis,) = axes(1, 3.2, width=6.2)
     names = ["orca-max", "orca-pow2", "orca-oracle", "pagewire"]
     for side, (who, shift) in enumerate((("paper", -0.2), ("ours", 0.2))):
         bottoms = [0.0] * len(names)
@@ -69,8 +71,8 @@ def latency_vs_rate(report: dict[str, Any]) -> None:
         axis.set_ylim(0, 1)
         axis.set_xlabel("requests per second")
         axis.set_ylabel("normalized latency, s/token")
-        axis.set_title(f"{load}, OPT-13B on one A100 (simulated)")
-        axis.legend()
+        axis.set_title(f"{load}, OPT-13B, A100 (simulated)")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def batched_requests(report: dict[str, Any]) -> None:
@@ -95,7 +97,8 @@ def sharing(report: dict[str, Any]) -> None:
         widths = [int(n) for n in ours]
         axis.plot(widths, [each["percent"] for each in ours.values()], marker="o", color=colour, label=f"{load}, ours")
         axis.plot([2, 6], report["paper"][load]["parallel"], "x--", color=colour, label=f"{load}, paper")
-    axis.set_ylim(0)
+    axis.set_ylim(0, 45)
+    axis.set_xticks([2, 4, 6])
     axis.set_xlabel("parallel samples")
     axis.set_ylabel("blocks saved, %")
     axis.legend()
@@ -123,7 +126,8 @@ def swap_vs_recompute(report: dict[str, Any]) -> None:
         left.plot(sizes, list(entry["swap_ms_by_block_size"].values()), marker="o", color=colour, label=f"swap, {name}")
         left.axhline(entry["recompute_among_others_ms"], color=colour, linestyle="--")
     left.set_yscale("log")
-    left.set_ylabel("ms out and in again; dashed: recompute")
+    left.set_ylim(1, 1500)
+    left.set_ylabel("ms; dashed: recompute")
     left.legend(fontsize=6)
     for name, entry in report["ours"].items():
         if name == "micro" or "paper's layout" not in name:
