@@ -225,7 +225,7 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
     if num_prompt >= limits.max_model_len:
         raise _invalid(f"token_ids has {num_prompt} tokens; the context has room for {limits.max_model_len - 1}")
     if sampling.beam_width > 1:
-        raise SubmitError(UNIMPLEMENTED, "BEAM_SEARCH", "sampling.beam_width above 1 is not supported yet")
+        raise SubmitError(UNIMPLEMENTED, "BEAM_SEARCH_NOT_BUILT", "sampling.beam_width above 1 is not supported yet")
     num_sequences = max(1, sampling.n)
     if num_sequences > MAX_SEQUENCES:
         raise _invalid(f"sampling.n must be at most {MAX_SEQUENCES}")

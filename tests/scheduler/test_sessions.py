@@ -310,7 +310,7 @@ async def test_before_any_worker_has_joined_requests_are_refused() -> None:
         ({"request_id": "x" * 129}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
         ({"sampling": {"temperature": 0.5}}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
         ({"sampling": {"temperature": 0, "n": 1_000_000}}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
-        ({"sampling": {"temperature": 0, "beam_width": 2}}, grpc.StatusCode.UNIMPLEMENTED, "BEAM_SEARCH"),
+        ({"sampling": {"temperature": 0, "beam_width": 2}}, grpc.StatusCode.UNIMPLEMENTED, "BEAM_SEARCH_NOT_BUILT"),
         ({"stop": {"max_tokens": 0}}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
         ({"stop": {"max_tokens": 1, "stop_token_ids": [5000]}}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
     ],
