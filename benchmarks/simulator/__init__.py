@@ -6,6 +6,7 @@
     allocation   the memory policies of the paper's baselines, as other schedulers of the same engine
     memory       what every token slot of a KV pool is used for at one moment
     scale        what grows with the number of workers
+    calibrate    fits a profile to recorded steps
 
 Nothing here has a clock or randomness of its own: equal arrivals and profiles give equal outcomes.
 """

@@ -105,18 +105,27 @@ class WorkerProfile:
         prefill = self.token_budget * 1e9 / self.forward_ns(prefill_load(self.token_budget))
         return TransferRates(round(swap), round(swap), round(prefill))
 
+    def rows(self, load: StepLoad) -> int:
+        """Sequences in a step."""
+        return load.decode_tokens + load.num_chunks
+
+    def flops(self, load: StepLoad) -> float:
+        tokens = load.decode_tokens + load.chunk_tokens
+        pairs = load.decode_context + load.chunk_pairs
+        return tokens * self.model.flops_per_token + self.model.attention_flops * pairs
+
+    def kv_traffic(self, load: StepLoad) -> int:
+        """Bytes of KV read by attention, and read and written by copy-on-write."""
+        context = load.decode_context + load.chunk_context
+        return context * self.model.kv_token_bytes + 2 * load.copied_blocks * self.block_bytes
+
     def forward_ns(self, load: StepLoad) -> int:
         """The step without its swaps."""
-        model = self.model
-        tokens = load.decode_tokens + load.chunk_tokens
-        if tokens == 0:
+        if self.rows(load) == 0:
             return 0
-        flops = tokens * model.flops_per_token + model.attention_flops * (load.decode_context + load.chunk_pairs)
-        kv_bytes = (load.decode_context + load.chunk_context) * model.kv_token_bytes
-        kv_bytes += 2 * load.copied_blocks * self.block_bytes  # a copy reads and writes
-        seconds = max(model.weight_bytes / self.memory_rate, flops / self.compute_rate) + kv_bytes / self.memory_rate
-        rows = load.decode_tokens + load.num_chunks
-        return self.step_overhead_ns + rows * self.row_overhead_ns + round(seconds * 1e9)
+        weights = self.model.weight_bytes / self.memory_rate
+        seconds = max(weights, self.flops(load) / self.compute_rate) + self.kv_traffic(load) / self.memory_rate
+        return self.step_overhead_ns + self.rows(load) * self.row_overhead_ns + round(seconds * 1e9)
 
     def swap_ns(self, num_blocks: int) -> int:
         """Copying blocks one way between KV pool and host arena."""

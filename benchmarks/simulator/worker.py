@@ -1,8 +1,8 @@
 """A worker that is a cost model: it keeps its persistent batch by the plans it gets, as a real one does, and holds no
 memory. A steady decode step costs it a constant.
 
-The simulated model ends sequence `i` of a request after `payload` output tokens with the token STOP, which the
-scheduler cannot foresee. All other tokens are TOKEN.
+The simulated model ends every sequence of a request after `payload` output tokens (an int) with the token STOP, which
+the scheduler cannot foresee. All other tokens are TOKEN. With another payload, sequences end by length.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ class Row:
     """One row of the persistent batch."""
 
     request: Request
+    wanted: int  # output tokens, the last of which is STOP
     computed: int  # tokens with KV, while not decoding
     known: int  # tokens known before the next sample, while not decoding
     outputs: int  # output tokens sampled, while not decoding
     base: int = 0  # while decoding: step s writes the KV of position s - base
     stop_step: int = 0  # while decoding: the step that samples STOP; 0: not decoding
+
+
+def wanted_tokens(request: Request) -> int:
+    """Output tokens after which the simulated model stops; beyond max_tokens if it does not."""
+    return request.payload if isinstance(request.payload, int) else request.max_tokens + 1
 
 
 class VirtualWorker:
@@ -49,7 +55,9 @@ class VirtualWorker:
         self._release(plan.release_slots)
         for new in plan.new_sequences:
             outputs = len(new.token_ids) - new.prompt_tokens
-            self._rows[new.slot] = Row(new.request, new.computed_tokens, len(new.token_ids), outputs)
+            self._rows[new.slot] = Row(
+                new.request, wanted_tokens(new.request), new.computed_tokens, len(new.token_ids), outputs
+            )
         for slot in plan.decode_add:
             self._start_decoding(slot, step)
         sampled, load = self._compute(plan)
@@ -80,7 +88,7 @@ class VirtualWorker:
     def _start_decoding(self, slot: int, step: int) -> None:
         row = self._rows[slot]
         row.base = step - row.computed
-        row.stop_step = step + max(0, row.request.payload - row.outputs - 1)  # type: ignore[operator]
+        row.stop_step = step + max(0, row.wanted - row.outputs - 1)
         self._sum_of_bases += row.base
         self._decode_set.append(slot)
         self._stops.setdefault(row.stop_step, []).append(slot)
@@ -101,11 +109,11 @@ class VirtualWorker:
             chunk_pairs += count * start + count * (count + 1) // 2
             if row.computed == row.known:
                 row.outputs += 1
-                tokens.append(STOP if row.outputs == row.request.payload else TOKEN)
+                tokens.append(STOP if row.outputs == row.wanted else TOKEN)
         for fork in plan.forks:
             parent = self._rows[fork.parent_slot]
-            self._rows[fork.slot] = Row(parent.request, parent.computed, parent.known, parent.outputs)
-            tokens.append(STOP if parent.outputs == parent.request.payload else TOKEN)
+            self._rows[fork.slot] = Row(parent.request, parent.wanted, parent.computed, parent.known, parent.outputs)
+            tokens.append(STOP if parent.outputs == parent.wanted else TOKEN)
         load = StepLoad(
             decode_tokens=len(decode_set),
             decode_context=len(decode_set) * (step + 1) - self._sum_of_bases,
