@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--limit-s", type=float, default=420.0, help="seconds for everything")
-    parser.add_argument("--row-limit-s", type=float, default=60.0, help="seconds for one row, all its runs")
+    parser.add_argument("--row-limit-s", type=float, default=90.0, help="seconds for one row, all its runs")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each offline row")
     parser.add_argument(
         "--workload", nargs="*", choices=OFFLINE, default=list(OFFLINE), help="offline rows; default: all"

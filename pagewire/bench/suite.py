@@ -127,7 +127,12 @@ async def _offline_rows(runner: Runner, plan: Plan, recorder: Recorder, console:
 
         async def measure(name: str = name) -> Row:
             return await throughput.measure(
-                runner, name, scale=plan.scale, repeat=plan.repeat, vocab_size=await runner.vocab_size()
+                runner,
+                name,
+                scale=plan.scale,
+                repeat=plan.repeat,
+                vocab_size=await runner.vocab_size(),
+                limit_s=plan.row_limit_s,
             )
 
         recorder.add(await runner.row({"workload": name}, plan.row_limit_s, measure))

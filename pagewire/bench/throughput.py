@@ -19,6 +19,9 @@ from pagewire.bench.workloads import FULL, Job, Scale
 PRIMER = [Job([10] * 8, 2)]
 """Runs right before the clock starts, so that the device's idle time counts from here and not from the last row."""
 
+MARGIN = 1.2
+"""Another run is begun only if there is that many times the last one's time for it."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -33,11 +36,24 @@ class Outcome:
     used: metrics.Used | None
 
 
-async def measure(runner: Runner, name: str, *, scale: Scale, repeat: int, vocab_size: int) -> Row:
-    """A row's values: the median run of `repeat`. Raises BenchError when any run fails."""
+async def measure(
+    runner: Runner, name: str, *, scale: Scale, repeat: int, vocab_size: int, limit_s: float = float("inf")
+) -> Row:
+    """A row's values: the median run of `repeat`, or of fewer when `limit_s` leaves no time for another.
+
+    Raises:
+        BenchError: any run failed.
+    """
     jobs = workloads.offline(name, scale, vocab_size)
     num_in, num_out = workloads.totals(jobs)
-    outcomes = [await run(runner, jobs, f"{name}-{time.monotonic_ns()}") for _ in range(repeat)]
+    deadline = time.monotonic() + min(limit_s, runner.left_s)
+    outcomes: list[Outcome] = []
+    while len(outcomes) < repeat:
+        begun = time.monotonic()
+        outcomes.append(await run(runner, jobs, f"{name}-{time.monotonic_ns()}"))
+        ended = time.monotonic()
+        if ended + MARGIN * (ended - begun) > deadline:
+            break
     seconds = [outcome.seconds for outcome in outcomes]
     middle = sorted(outcomes, key=lambda outcome: outcome.seconds)[(len(outcomes) - 1) // 2]
     row: Row = {

@@ -76,6 +76,15 @@ async def test_a_row_that_takes_too_long_is_cut_short_and_leaves_nothing_running
     assert (load.running, load.waiting) == (0, 0)
 
 
+async def test_a_row_with_time_for_one_run_has_the_values_of_that_run(runner: Runner) -> None:
+    await runner.vocab_size()
+    row = await throughput.measure(
+        runner, "decode-b8", scale=Scale(lengths=0.25), repeat=50, vocab_size=31_000, limit_s=0.001
+    )
+    assert len(row["runs_s"]) == 1
+    assert row["spread"] is None
+
+
 async def test_the_token_budget_changes_while_the_worker_stays(tmp_path: Path) -> None:
     launch = Launch(
         model="0", max_num_seqs=4, token_budget=64, online_token_budget=32, gateways=1, worker_module=STAND_IN
