@@ -29,10 +29,9 @@ import torch
 from kernels.kv_layout import KvLayout
 from worker.config import WorkerSettings
 from worker.executor import Executor, LaunchedStep
-from worker.main import choose_device
 from worker.models.base import PagedModel
 from worker.models.loader import load_model
-from worker.start import check_kernels, make_executor
+from worker.start import check_kernels, choose_device, make_executor
 from worker.step import BlockMoves, NewSequence, Sampling, StepPlan, StepResult
 
 ROOT = Path(__file__).resolve().parent

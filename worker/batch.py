@@ -322,8 +322,9 @@ class Batch:
         """Blocks of the pool that the step's rows hold, and those among them that it writes to."""
         size, decode = self.layout.block_size, layout.decode_slots
         rows = np.concatenate((decode, layout.chunk_slots))
-        in_table = np.arange(self.columns) < self.table_lens[rows][:, None]
-        held = self.tables[rows][in_table].astype(np.int64)
+        lens = self.table_lens[rows]
+        width = int(lens.max()) if rows.size else 0
+        held = self.tables[rows, :width][np.arange(width) < lens[:, None]].astype(np.int64)
         written = self.tables[decode, (self.known[decode] - 1) // size].astype(np.int64)
         return held, np.concatenate((written, np.unique(layout.slot_mapping // size)))
 

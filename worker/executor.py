@@ -312,12 +312,14 @@ class Executor:
             return
         try:
             self._mixed(work, step)
+            return
         except torch.OutOfMemoryError as error:
-            # What the decode set needs is allocated for good. Chunks are given up; their rows go on with a token that
-            # nobody reads, because plans that count on them are under way.
-            log.error("no memory for chunks", error=str(error).splitlines()[0], tokens=work.layout.num_tokens)
-            torch.cuda.empty_cache()
-            self._without_chunks(work, step)
+            why = str(error).splitlines()[0]
+        # Out here nothing holds what the attempt had allocated. What the decode set needs is allocated for good. Chunks
+        # are given up; their rows go on with a token that nobody reads, because plans that count on them are under way.
+        log.error("no memory for chunks", error=why, tokens=work.layout.num_tokens)
+        torch.cuda.empty_cache()
+        self._without_chunks(work, step)
 
     def _decode(self, work: _StepWork, step: _Outcome) -> None:
         """A step of the decode set alone."""

@@ -21,7 +21,7 @@ from worker.executor import Executor
 from worker.link import SchedulerLink
 from worker.models.base import ModelError, ModelSpec
 from worker.models.loader import load_model
-from worker.start import check_kernels, make_executor
+from worker.start import check_kernels, choose_device, make_executor
 from worker.step import PlanError
 
 PROTOCOL_VERSION = 1
@@ -92,16 +92,6 @@ def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) ->
         swap_out_bytes_per_second=swap_out,
         swap_in_bytes_per_second=swap_in,
     )
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device for a setting of auto, cpu or cuda. StartError: cuda is wanted and there is none."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        built = "sees no usable GPU: check `nvidia-smi`" if torch.version.cuda else "is a build without CUDA"
-        raise StartError(f"--device cuda, but torch {torch.__version__} {built}; or use --device cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def device_name(device: torch.device) -> str:

@@ -36,6 +36,16 @@ EVERYTHING = Sampling(
 """Sampling that needs all of the sampler's memory."""
 
 
+def choose_device(wanted: str) -> torch.device:
+    """The device for a setting of auto, cpu or cuda. StartError: cuda is wanted and there is none."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "sees no usable GPU: check `nvidia-smi`" if torch.version.cuda else "is a build without CUDA"
+        raise StartError(f"--device cuda, but torch {torch.__version__} {built}; or use --device cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def check_kernels(device: torch.device) -> None:
     """StartError, one line with the mend, if the GPU kernels cannot run on `device`."""
     if device.type != "cuda":
