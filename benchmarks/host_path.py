@@ -39,6 +39,7 @@ from pagewire.bench.service import Launch
 from pagewire.bench.workloads import FULL, HIGHEST_ID, OFFLINE, Job
 from pagewire.runtime import logs, ready
 from pagewire.runtime.errors import run_role
+from pagewire.runtime.parent import die_with_supervisor
 from pagewire.v1 import worker_pb2
 from worker.executor import Executor, Progress
 from worker.link import SchedulerLink
@@ -142,6 +143,7 @@ def work(arguments: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help="milliseconds per step, or limit")
     parser.add_argument("--ready-fd", type=int, required=True)
     given, _ = parser.parse_known_args(arguments)
+    die_with_supervisor()
     logs.configure("worker", "warning")
     hello = worker_pb2.WorkerHello(
         protocol_version=1,
