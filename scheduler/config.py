@@ -34,6 +34,8 @@ class SchedulerSettings(RoleSettings):
     """How a sequence group leaves GPU memory when that is full: by the cheaper of two measured costs, or always one."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts for later prompts that begin alike, per tenant."""
+    max_worker_losses: int = Field(default=3, ge=1)
+    """Workers lost in a row while they ran a request, without progress, after which it fails. 3: two may be chance."""
     max_waiting: int = Field(default=1024, ge=1, le=1 << 20)
     """Requests that may wait before new ones are refused with RESOURCE_EXHAUSTED."""
     watermark: float = Field(default=0.01, ge=0.0, lt=1.0)

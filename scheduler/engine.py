@@ -65,6 +65,7 @@ class Engine:
                 preemption_mode=settings.preemption_mode,
                 prefix_cache=settings.prefix_cache,
                 max_waiting=settings.max_waiting,
+                max_worker_losses=settings.max_worker_losses,
                 watermark=settings.watermark,
                 retention_ns=int(settings.retention_s * NS_PER_S),
                 max_retained=settings.max_retained,
