@@ -144,8 +144,8 @@ def paged_attention_decode(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     *,
-    workspace: DecodeWorkspace | None = None,
     out: torch.Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
 ) -> torch.Tensor:
     """As the twin; and query may be [B, Q, Hq, D], the last Q tokens of each sequence, each seeing up to itself.
 
