@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -34,10 +34,18 @@ class AsyncClient:
     Args:
         address: `host:port` or `unix:PATH` of a gateway.
         resume_s: seconds for which a stream tries to go on after a break without getting anywhere; 0: never.
+        on_break: called once per break of a stream, when it begins to try to go on.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, resume_s: float = DEFAULT_RESUME_S) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        resume_s: float = DEFAULT_RESUME_S,
+        on_break: Callable[[], None] | None = None,
+    ) -> None:
         self.address = address
+        self._on_break = on_break
         self._resume_ns = int(resume_s * NS_PER_S)
         self._channel = grpc.aio.insecure_channel(address, options=client_options(internal=False))
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -129,7 +137,7 @@ class AsyncClient:
         self, request: inference_pb2.GenerateRequest, timeout: float | None, first_call: Call
     ) -> AsyncGenerator[Piece]:
         await self._connect()
-        state = StreamState(request, self._resume_ns)
+        state = StreamState(request, self._resume_ns, self._on_break)
         state.next_call = first_call
         deadline_ns = None if timeout is None else time.monotonic_ns() + int(timeout * NS_PER_S)
         call: Any = None

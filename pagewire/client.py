@@ -44,10 +44,18 @@ class Client:
         address: `host:port` or `unix:PATH` of a gateway.
         resume_s: seconds for which a stream tries to go on after a break without getting anywhere; 0: never. Requests
             are then also cancelled by the server as soon as the connection is lost.
+        on_break: called once per break of a stream, when it begins to try to go on; for telling a waiting person.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, resume_s: float = DEFAULT_RESUME_S) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        resume_s: float = DEFAULT_RESUME_S,
+        on_break: Callable[[], None] | None = None,
+    ) -> None:
         self.address = address
+        self._on_break = on_break
         self._resume_ns = int(resume_s * NS_PER_S)
         self._channel = grpc.insecure_channel(address, options=client_options(internal=False))
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -95,7 +103,7 @@ class Client:
         request = inference_pb2.GenerateRequest(request_id=request_id)
         request.sampling.n = n
         self._connect()
-        return Stream(self._stub, StreamState(request, self._resume_ns), timeout, Call.ATTACH)
+        return Stream(self._stub, StreamState(request, self._resume_ns, self._on_break), timeout, Call.ATTACH)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request in whatever state it is. False: no live request has that id."""
@@ -123,7 +131,7 @@ class Client:
 
     def _open(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Stream:
         self._connect()
-        return Stream(self._stub, StreamState(request, self._resume_ns), timeout, Call.GENERATE)
+        return Stream(self._stub, StreamState(request, self._resume_ns, self._on_break), timeout, Call.GENERATE)
 
     def _connect(self) -> None:
         """Connects once, so that a server that was never there is an error at once and not after `resume_s`."""

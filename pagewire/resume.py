@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 
 import grpc
@@ -36,14 +37,21 @@ class StreamState:
     Args:
         request: is given a request id if it has none.
         resume_ns: how long to try without any progress before the break is raised; 0: never resume.
+        on_break: called once per break, when the stream begins to try to go on.
     """
 
-    def __init__(self, request: inference_pb2.GenerateRequest, resume_ns: int) -> None:
+    def __init__(
+        self,
+        request: inference_pb2.GenerateRequest,
+        resume_ns: int,
+        on_break: Callable[[], None] | None = None,
+    ) -> None:
         if not request.request_id:
             request.request_id = uuid.uuid4().hex
         self.request = request
         self.next_call = Call.GENERATE
         self._resume_ns = resume_ns
+        self._on_break = on_break
         self._positions: dict[int, int] = {}
         self._finished: set[int] = set()
         self._expected = max(1, request.sampling.n)
@@ -131,6 +139,8 @@ class StreamState:
     def _try_again(self, call: Call, details: StatusDetails, now: int) -> int:
         if self._broken_since is None:
             self._broken_since = now
+            if self._on_break is not None:
+                self._on_break()
         if now - self._broken_since >= self._resume_ns:
             if details.reason:
                 raise errors.from_details(details)

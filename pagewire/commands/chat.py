@@ -36,7 +36,7 @@ def chat(
     """
     with imports("gateway"):
         from pagewire.client import Client
-        from pagewire.commands.output import cost_line, errors_as_one_line, one_line, show
+        from pagewire.commands.output import cost_line, errors_as_one_line, one_line, show, tell_break
         from pagewire.errors import PagewireError
 
     given = o.sampling(
@@ -45,7 +45,7 @@ def chat(
     console = Console(highlight=False)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    with errors_as_one_line("chat"), Client(address) as client:
+    with errors_as_one_line("chat"), Client(address, on_break=tell_break) as client:
         served = ", ".join(entry.name for entry in client.models())
         console.print(f"Chatting with {served}. {HELP}", style="dim", markup=False, soft_wrap=True)
         while True:

@@ -34,14 +34,14 @@ def generate(
     """Continue a prompt and stream the answer."""
     with imports("gateway"):
         from pagewire.client import Client
-        from pagewire.commands.output import cost_line, errors_as_one_line, show
+        from pagewire.commands.output import cost_line, errors_as_one_line, show, tell_break
 
     if prompt == "-":
         prompt = sys.stdin.read()
     given = o.sampling(
         model=model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
     )
-    with errors_as_one_line("generate"), Client(address) as client:
+    with errors_as_one_line("generate"), Client(address, on_break=tell_break) as client:
         _text, finish = show(client.generate(prompt, timeout=timeout, **given), Console())
     if finish is not None and not quiet:
         console = Console(stderr=True, highlight=False)

@@ -31,6 +31,11 @@ def errors_as_one_line(command: str) -> Iterator[None]:
         sys.exit(130)
 
 
+def tell_break() -> None:
+    """Tells who waits at the terminal why nothing comes."""
+    print("\n[the server is out of reach; trying to go on where the answer stopped]", file=sys.stderr)
+
+
 def one_line(error: PagewireError) -> str:
     """What went wrong and what helps."""
     if isinstance(error, UnavailableError) and not error.reason:

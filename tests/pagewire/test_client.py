@@ -269,6 +269,18 @@ def test_a_server_that_stays_away_is_told_in_plain_words() -> None:
         state.broke(raw, now=31 * NS_PER_S)
 
 
+def test_who_waits_is_told_once_per_break_and_not_of_every_attempt() -> None:
+    told: list[int] = []
+    state = StreamState(inference_pb2.GenerateRequest(), 30 * NS_PER_S, on_break=lambda: told.append(1))
+    lost = StatusDetails(grpc.StatusCode.UNAVAILABLE, "")
+    state.broke(lost, now=0)
+    state.broke(lost, now=NS_PER_S)
+    assert len(told) == 1
+    state.accept(inference_pb2.GenerateResponse(token_ids=[5]))
+    state.broke(lost, now=2 * NS_PER_S)
+    assert len(told) == 2
+
+
 def test_a_status_without_details_is_decoded_as_far_as_it_goes() -> None:
     error = errors.from_details(StatusDetails(grpc.StatusCode.INTERNAL, "odd"))
     assert type(error) is errors.StatusError
