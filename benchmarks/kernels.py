@@ -211,8 +211,9 @@ def other_rows() -> list[Row]:
                 if settings is None:
                     return lambda: sampling.argmax(logits)
                 temperature, top_k, top_p, min_p = (torch.full((batch,), x, device="cuda") for x in settings)
-                draws = torch.rand(batch, device="cuda", dtype=torch.float64)
-                return lambda: sampling.sample(logits, temperature, top_k, top_p, min_p, draws)
+                seeds = torch.arange(batch, device="cuda")
+                zeros = torch.zeros_like(seeds)
+                return lambda: sampling.sample(logits, temperature, top_k, top_p, min_p, seeds, zeros, zeros)
 
             add(name, batch, batch * VOCABULARY * 4, samplers)
     return rows

@@ -7,7 +7,7 @@ CPU tensors get the torch twins of `kernels.reference`, CUDA tensors the kernels
     paged_attention_decode, .._prefill         bfloat16, float16: head sizes in steps of 16 to 256;  torch twin, eager
                                                float32: every head size to 256, simple kernel
     copy_blocks, swap_blocks                   blocks of a multiple of 16 bytes                      torch twin
-    argmax, sample, draws, penalties, bias     float32 logits of every size                          -
+    argmax, sample, penalties, bias            float32 logits of every size                          -
     token_logprobs                             up to 2048 likeliest tokens                           -
 
 The operations between matrix products are chosen in `worker.models.ops`, by the same rule.
@@ -100,13 +100,11 @@ class SamplingKernels(Protocol):
         top_k: torch.Tensor,
         top_p: torch.Tensor,
         min_p: torch.Tensor,
-        draws: torch.Tensor,
+        seeds: torch.Tensor,
+        indices: torch.Tensor,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
         """Draws a token per row; the likeliest where the temperature is 0."""
-        ...
-
-    def uniform_draws(self, seeds: torch.Tensor, indices: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """One random number per row."""
         ...
 
     def apply_penalties(
@@ -146,7 +144,6 @@ class CudaKernels:
         self.rope_and_cache = cache.rope_and_cache
         self.argmax = sampling.argmax
         self.sample = sampling.sample
-        self.uniform_draws = sampling.uniform_draws
         self.apply_penalties = sampling.apply_penalties
         self.add_logit_bias = sampling.add_logit_bias
         self.mask_tokens = sampling.mask_tokens

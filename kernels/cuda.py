@@ -14,7 +14,6 @@ from kernels.sampling import (
     mask_tokens,
     sample,
     token_logprobs,
-    uniform_draws,
 )
 from kernels.swap import swap_blocks
 
@@ -35,6 +34,5 @@ __all__ = [
     "silu_and_mul",
     "swap_blocks",
     "token_logprobs",
-    "uniform_draws",
     "write_kv",
 ]

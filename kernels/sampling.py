@@ -1,7 +1,8 @@
 """Sampling on CUDA devices: `csrc/sampling.cu`. Twins: `kernels.reference.sampling` and `kernels.reference.philox`.
 
-Probabilities are float32 here and float64 in the twins: a draw that falls within rounding of a boundary, or a nucleus
-that ends there, may differ by one token. The same logits on the same device always give the same token.
+Sums of logit and noise are float32 here and float64 in the twins: where the two largest are within rounding of one
+another, or a nucleus ends within rounding of its share, the token may differ. The same logits on the same device always
+give the same token.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def sample(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
-    draws: torch.Tensor,
+    seeds: torch.Tensor,
+    indices: torch.Tensor,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
     """As the twin; and rows of temperature 0 take their likeliest token, so one launch serves a mixed batch.
 
@@ -64,7 +67,9 @@ def sample(
         ("top_k", top_k, torch.int64),
         ("top_p", top_p, torch.float32),
         ("min_p", min_p, torch.float32),
-        ("draws", draws, torch.float64),
+        ("seeds", seeds, torch.int64),
+        ("indices", indices, torch.int64),
+        ("positions", positions, torch.int64),
     ):
         _check_column(name, column, dtype, rows, logits.device)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -78,7 +83,9 @@ def sample(
         top_k.data_ptr(),
         top_p.data_ptr(),
         min_p.data_ptr(),
-        draws.data_ptr(),
+        seeds.data_ptr(),
+        indices.data_ptr(),
+        positions.data_ptr(),
         size,
         logits.stride(0),
     )
@@ -191,23 +198,3 @@ def add_logit_bias(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Te
 def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
     """As the twin; a pair may appear twice. Raises ValueError, KernelError."""
     _adjust(logits, rows, token_ids, None)
-
-
-def uniform_draws(seeds: torch.Tensor, indices: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """As the twin, the same bits. Raises ValueError, KernelError."""
-    count = seeds.numel()
-    for name, column in (("seeds", seeds), ("indices", indices), ("positions", positions)):
-        _check_column(name, column, torch.int64, count, seeds.device)
-    out = torch.empty(count, dtype=torch.float64, device=seeds.device)
-    kernel = kernel_compile.kernel("sampling.cu", "uniform_draws", seeds.device, VECTOR=1)
-    kernel(
-        (-(-count // 256), 1, 1),
-        256,
-        0,
-        out.data_ptr(),
-        seeds.data_ptr(),
-        indices.data_ptr(),
-        positions.data_ptr(),
-        count,
-    )
-    return out

@@ -103,9 +103,15 @@ class Sampler:
         adjusted = logits if plan.is_plain else self._adjust(logits, plan)
         if plan.random:
             numbers, shares = state.numbers.index_select(1, slots), state.shares.index_select(1, slots)
-            draws = kernels.uniform_draws(numbers[SEED], numbers[INDEX], output_lens)
             token_ids = kernels.sample(
-                adjusted, shares[TEMPERATURE], numbers[TOP_K], shares[TOP_P], shares[MIN_P], draws
+                adjusted,
+                shares[TEMPERATURE],
+                numbers[TOP_K],
+                shares[TOP_P],
+                shares[MIN_P],
+                numbers[SEED],
+                numbers[INDEX],
+                output_lens,
             )
         else:
             token_ids = kernels.argmax(adjusted)

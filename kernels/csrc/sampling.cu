@@ -1,5 +1,6 @@
 // The next token from logits, without sorting the vocabulary. Rows do not depend on one another, and nothing depends on the order
-// in which threads run: probabilities are summed as integers of 2^-44 of the likeliest one, so every sum is exact.
+// in which threads run: probabilities are summed as integers of 2^-44 of the likeliest one, so every sum is exact, and the drawn token
+// is the one of largest logit / temperature + noise, each token with noise of its own (Gumbel-max; Maddison et al. 2014).
 //
 // "Likelier" is one total order: larger logit; of equal logits, lower id. A token's composite key, the logit's ordered bits above
 // the inverted id, sorts that way, so what top-k, top-p and min-p keep is always "composite key >= threshold".
@@ -232,19 +233,41 @@ argmax(i64* __restrict__ out, const float* __restrict__ logits, int size, i64 ro
   if (threadIdx.x == 0) out[blockIdx.x] = id_of(best);
 }
 
+// Philox4x32-10 (Salmon et al. 2011) of the counter (block, index, position low word, position high word) under the key (seed low
+// word, seed high word): the words of the tokens 4 * block to 4 * block + 3.
+DEVICE void philox(u32 (&words)[4], u32 block, u64 index, u64 position, u64 seed) {
+  u32 c0 = block, c1 = (u32)index, c2 = (u32)position, c3 = (u32)(position >> 32);
+  u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const u32 low0 = 0xD2511F53u * c0, high0 = __umulhi(0xD2511F53u, c0);
+    const u32 low1 = 0xCD9E8D57u * c2, high1 = __umulhi(0xCD9E8D57u, c2);
+    c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// -log(-log(u)) for u = (word + 1/2) / 2^32. Above one half the inner logarithm is taken of 1 - u, which keeps its digits.
+DEVICE float gumbel(u32 word) {
+  const bool upper = word & 0x80000000u;
+  const float x = ((float)(upper ? ~word : word) + 0.5f) * 2.3283064365386963e-10f;
+  return -logf(upper ? -log1pf(-x) : -logf(x));
+}
+
 // Grid: [rows]. Block: [1024]. Shared: sizeof(Workspace).
 //   out          [rows] int64: the drawn token
 //   logits       [rows, size] float32, row_stride elements from row to row
 //   temperature  [rows] float32; 0 or less takes the likeliest token
 //   top_k        [rows] int64, 0 = all;  top_p [rows] float32, 1 or more = all;  min_p [rows] float32, 0 = all
-//   draws        [rows] float64 in (0, 1), (word + 0.5) / 2^32
+//   seeds        [rows] int64, the bits of an unsigned seed;  indices, positions  [rows] int64
 extern "C" __global__ void __launch_bounds__(THREADS)
 sample(i64* __restrict__ out, const float* __restrict__ logits, const float* __restrict__ temperature,
        const i64* __restrict__ top_k, const float* __restrict__ top_p, const float* __restrict__ min_p,
-       const double* __restrict__ draws, int size, i64 row_stride) {
+       const i64* __restrict__ seeds, const i64* __restrict__ indices, const i64* __restrict__ positions, int size, i64 row_stride) {
   SHARED_MEMORY(shared);
   Workspace& w = *(Workspace*)shared;
-  const int r = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int r = blockIdx.x;
   Row row = {logits + r * row_stride, size, 0.0f, 0.0f};
   const u64 best = likeliest_key(row.logits, size, w);
   row.top = row.logits[id_of(best)];
@@ -272,62 +295,39 @@ sample(i64* __restrict__ out, const float* __restrict__ logits, const float* __r
     kept.key = narrower.key > kept.key ? narrower.key : kept.key;
   }
   const float least = min_p[r];
-  auto kept_mass = [&](float x, int id) {
-    if (composite_key(x, id) < kept.key) return (u64)0;
-    if (exp2_fast(-octaves(row, x)) < least) return (u64)0;
-    return mass_of(row, x);
+  auto is_kept = [&](float x, int id) {
+    return composite_key(x, id) >= kept.key && exp2_fast(-octaves(row, x)) >= least && mass_of(row, x) > 0;
   };
 
-  // Inverse of the cumulative distribution, in order of ids: first by warps, each with a stretch of the vocabulary.
-  const int stretch = ceil_div(size, WARPS * 32 * VECTOR) * 32 * VECTOR;
-  const int begin = min(warp * stretch, size), end = min(begin + stretch, size);
-  u64 mass = 0;
-  for (int base = begin + lane * VECTOR; base < end; base += 32 * VECTOR)
+  // Four neighbouring tokens share one Philox. Scores are taken from the likeliest token down, so those that can win are small
+  // numbers, with digits to spare.
+  const float per_nat = 1.0f / heat;
+  u64 drawn = 0;
+  for (int base = threadIdx.x * 4; base < size; base += THREADS * 4) {
+    float x[4];
+    bool some = false;
+    if (VECTOR == 4) {
+      const float4 v = *(const float4*)(row.logits + base);
+      x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    }
 #pragma unroll
-    for (int j = 0; j < VECTOR; ++j) mass += kept_mass(row.logits[base + j], base + j);
+    for (int j = 0; j < 4; ++j) {
+      if (VECTOR != 4) x[j] = base + j < size ? row.logits[base + j] : NEGATIVE_INFINITY;
+      if (is_kept(x[j], base + j)) some = true;
+      else x[j] = NEGATIVE_INFINITY;
+    }
+    if (!some) continue;
+    u32 words[4];
+    philox(words, (u32)base / 4, (u64)indices[r], (u64)positions[r], (u64)seeds[r]);
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) mass += __shfl_xor_sync(FULL_MASK, mass, offset);
-  __syncthreads();
-  if (lane == 0) w.warp_b[warp] = mass;
-  __syncthreads();
-  u64 total = 0, before = 0;
-  for (int i = 0; i < WARPS; ++i) {
-    if (i == warp) before = total;
-    total += w.warp_b[i];
-  }
-  // floor(draw * total) = floor((word + 1/2) * total / 2^32), with all bits: total < 2^61 goes in two halves.
-  const u64 word = (u64)(draws[r] * 4294967296.0 - 0.5), half = total >> 1;
-  const u64 low = (total & 0xffffffffull) * word + (half & 0xffffffffull), high = (total >> 32) * word + (half >> 32);
-  const u64 target = high + (low >> 32);
-  if (before <= target && target < before + mass) {
-    for (int base = begin; base < end; base += 32 * VECTOR) {
-      u64 own[VECTOR], sum = 0;
-#pragma unroll
-      for (int j = 0; j < VECTOR; ++j) {
-        const int id = base + lane * VECTOR + j;
-        own[j] = id < end ? kept_mass(row.logits[id], id) : 0;
-        sum += own[j];
-      }
-      u64 upto = sum;
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const u64 below = __shfl_up_sync(FULL_MASK, upto, offset);
-        if (lane >= offset) upto += below;
-      }
-      u64 running = before + upto - sum;
-      bool found = false;
-#pragma unroll
-      for (int j = 0; j < VECTOR; ++j) {
-        if (running <= target && target < running + own[j]) {
-          out[r] = base + lane * VECTOR + j;
-          found = true;
-        }
-        running += own[j];
-      }
-      if (__any_sync(FULL_MASK, found)) break;
-      before += __shfl_sync(FULL_MASK, upto, 31);
+    for (int j = 0; j < 4; ++j) {
+      if (x[j] == NEGATIVE_INFINITY) continue;
+      const u64 key = composite_key(gumbel(words[j]) - (row.top - x[j]) * per_nat, base + j);
+      drawn = key > drawn ? key : drawn;
     }
   }
+  drawn = block_max(drawn, w);
+  if (threadIdx.x == 0 && drawn) out[r] = id_of(drawn);
 }
 
 // Grid: [rows]. Block: [1024]. Shared: sizeof(Workspace).
@@ -412,24 +412,4 @@ adjust_tokens(float* __restrict__ logits, const i64* __restrict__ rows, const i6
   if (i >= count) return;
   float* place = logits + rows[i] * row_stride + ids[i];
   *place = bias ? *place + bias[i] : NEGATIVE_INFINITY;
-}
-
-// Philox4x32-10 (Salmon et al. 2011). Grid: [ceil(count / 256)]. Block: [256]. Shared: none.
-//   out        [count] float64: (first word + 0.5) / 2^32
-//   seeds      [count] int64, the bits of an unsigned seed: the key, low word first
-//   positions, indices  [count] int64: the counter is (position low word, position high word, index, 0)
-extern "C" __global__ void __launch_bounds__(256)
-uniform_draws(double* __restrict__ out, const i64* __restrict__ seeds, const i64* __restrict__ indices,
-              const i64* __restrict__ positions, int count) {
-  const int i = blockIdx.x * 256 + threadIdx.x;
-  if (i >= count) return;
-  u32 c0 = (u32)positions[i], c1 = (u32)((u64)positions[i] >> 32), c2 = (u32)indices[i], c3 = 0;
-  u32 k0 = (u32)seeds[i], k1 = (u32)((u64)seeds[i] >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const u32 low0 = 0xD2511F53u * c0, high0 = __umulhi(0xD2511F53u, c0);
-    const u32 low1 = 0xCD9E8D57u * c2, high1 = __umulhi(0xCD9E8D57u, c2);
-    c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  out[i] = ((double)c0 + 0.5) / 4294967296.0;
 }

@@ -7,7 +7,7 @@ All twins accumulate in float32 or wider and never let the content of an unused 
 from kernels.reference.attention import paged_attention_decode, paged_attention_prefill
 from kernels.reference.cache import copy_blocks, rope_and_cache, swap_blocks, write_kv
 from kernels.reference.layers import add_rms_norm, rms_norm, rope, silu_and_mul
-from kernels.reference.philox import philox4x32, uniform_draws
+from kernels.reference.philox import philox4x32
 from kernels.reference.sampling import (
     TokenLogprobRows,
     add_logit_bias,
@@ -36,6 +36,5 @@ __all__ = [
     "silu_and_mul",
     "swap_blocks",
     "token_logprobs",
-    "uniform_draws",
     "write_kv",
 ]

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from kernels.reference.philox import token_uniforms, vocabulary_uniforms
+
 _CANDIDATES = 1024
 """Tokens per row sorted first. A row whose kept set is larger is sorted whole: slower, the same result."""
+_NOISE_CHUNK = 32_768
+"""Tokens whose noise is computed at once, so that what lies between stays in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -86,37 +90,87 @@ def sample(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
-    draws: torch.Tensor,
+    seeds: torch.Tensor,
+    indices: torch.Tensor,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
     """Chooses one token per row: float32 logits [R, V] to int64 [R].
 
     temperature float32 [R]; rows of temperature 0 take their likeliest token, others draw. top_k int64 [R], 0 = all;
-    top_p float32 [R] in (0, 1]; min_p float32 [R] in [0, 1]; draws float64 [R] in (0, 1). Probabilities are
-    softmax(logits / temperature). Kept are, one after another: the top_k likeliest; of these, renormalised, the
-    shortest likeliest-first prefix whose sum reaches top_p (Holtzman et al. 2020); of these, those at least min_p times
-    as probable as the likeliest. The token is the first, by id, at which the cumulative kept probability exceeds draw
-    times its total. Computed in float64.
+    top_p float32 [R] in (0, 1]; min_p float32 [R] in [0, 1]. Probabilities are softmax(logits / temperature). Kept are,
+    one after another: the top_k likeliest; of these, renormalised, the shortest likeliest-first prefix whose sum
+    reaches top_p (Holtzman et al. 2020); of these, those at least min_p times as probable as the likeliest.
+
+    The token is the kept one of largest logit / temperature - log(-log(u)), of equal ones the lowest id ("Gumbel-max";
+    Maddison et al. 2014), where u is the token's number by `philox.token_uniforms` of seeds, indices and
+    positions, int64 [R] each. A change of the logits by e changes the token only if the two largest sums are within 2e
+    of one another, however large the vocabulary. Computed in float64.
     """
     drawing = (temperature > 0.0).nonzero().squeeze(1)
     if drawing.numel() < temperature.numel():
         token_ids = argmax(logits)
         if drawing.numel():
-            settings = (column[drawing] for column in (temperature, top_k, top_p, min_p, draws))
+            settings = (column[drawing] for column in (temperature, top_k, top_p, min_p, seeds, indices, positions))
             token_ids[drawing] = sample(logits[drawing], *settings)
         return token_ids
-    probabilities = torch.softmax(logits.double() / temperature.double().unsqueeze(1), dim=-1)
+    scores = logits.double() / temperature.double().unsqueeze(1)
     vocab_size = logits.shape[1]
     restricted = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0)
+    many = torch.ones_like(restricted)
+    token_ids = torch.empty_like(top_k)
     rows = restricted.nonzero().squeeze(1)
     if rows.numel():
-        kept = _keep_likeliest(logits[rows], probabilities[rows], top_k[rows], top_p[rows], min_p[rows])
-        probabilities[rows] = probabilities[rows].masked_fill(~kept, 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    totals = cumulative[:, -1:].contiguous()
-    token_ids = torch.searchsorted(cumulative, draws.unsqueeze(1) * totals, right=True).squeeze(1)
-    # Rounding can put draw * total at the total itself: take the last token that has any probability.
-    last = torch.searchsorted(cumulative, totals, right=False).squeeze(1)
-    return token_ids.minimum(last).clamp_(max=vocab_size - 1)  # an id always, even of parameters that are not finite
+        probabilities = torch.softmax(scores[rows], dim=-1)
+        kept = _keep_likeliest(logits[rows], probabilities, top_k[rows], top_p[rows], min_p[rows])
+        scores[rows] = scores[rows].masked_fill(~kept, float("-inf"))
+        # Four numbers for the price of one to those who want all, one at a time to those who name their tokens.
+        is_few = kept.sum(dim=-1) * 4 < vocab_size
+        few = rows[is_few]
+        many[few] = False
+        if few.numel():
+            token_ids[few] = _draw_of_few(scores[few], kept[is_few], seeds[few], indices[few], positions[few])
+    rows = many.nonzero().squeeze(1)
+    if rows.numel():
+        token_ids[rows] = _draw_of_many(scores[rows], seeds[rows], indices[rows], positions[rows])
+    return token_ids
+
+
+def _gumbel(uniforms: torch.Tensor) -> torch.Tensor:
+    """-log(-log(u)), in place."""
+    return uniforms.log_().neg_().log_().neg_()
+
+
+def _draw_of_many(
+    scores: torch.Tensor, seeds: torch.Tensor, indices: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """The token of largest score after noise, int64 [R]; float64 scores [R, V] are changed, -inf is never drawn."""
+    rows, vocab_size = scores.shape
+    width = max(_NOISE_CHUNK // rows // 4 * 4, 4)
+    for begin in range(0, vocab_size, width):
+        end = min(begin + width, vocab_size)
+        scores[:, begin:end] += _gumbel(vocabulary_uniforms(seeds, indices, positions, begin, end))
+    return scores.argmax(dim=-1)
+
+
+def _draw_of_few(
+    scores: torch.Tensor,
+    kept: torch.Tensor,
+    seeds: torch.Tensor,
+    indices: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """As _draw_of_many, with noise for the tokens of bool `kept` [R, V] alone."""
+    rows, ids = kept.nonzero().unbind(-1)
+    noisy = scores[rows, ids]
+    for begin in range(0, ids.numel(), _NOISE_CHUNK // 4):
+        some = slice(begin, begin + _NOISE_CHUNK // 4)
+        row = rows[some]
+        noisy[some] += _gumbel(token_uniforms(seeds[row], indices[row], positions[row], ids[some]))
+    best = scores.new_full((scores.shape[0],), float("-inf")).scatter_reduce_(0, rows, noisy, "amax")
+    winners = noisy == best[rows]
+    # An id always, even where a sum is not finite: then nothing equals the largest.
+    lowest = torch.full_like(seeds, scores.shape[1] - 1)
+    return lowest.scatter_reduce_(0, rows[winners], ids[winners], "amin")
 
 
 def _keep_likeliest(

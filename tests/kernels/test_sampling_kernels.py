@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import reference, sampling
+from kernels.reference import philox
 from tests.kernels.emulator import EmulatorBackend
 
 ROWS, VOCABULARY = 6, 3000
@@ -19,9 +20,10 @@ def column(values: list[float], dtype: torch.dtype, device: torch.device) -> tor
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def draws(device: torch.device, rows: int = ROWS, position: int = 0) -> torch.Tensor:
+def keys(device: torch.device, rows: int = ROWS, position: int = 0) -> list[torch.Tensor]:
+    """Seeds, indices and positions."""
     seeds = torch.arange(rows, device=device) * 7919 - 3
-    return reference.uniform_draws(seeds, torch.zeros_like(seeds), torch.full_like(seeds, position))
+    return [seeds, torch.zeros_like(seeds), torch.full_like(seeds, position)]
 
 
 def sample_both(
@@ -39,18 +41,26 @@ def sample_both(
         column([top_k] * rows, torch.int64, device),
         column([top_p] * rows, torch.float32, device),
         column([min_p] * rows, torch.float32, device),
-        draws(device, rows, position),
+        *keys(device, rows, position),
     )
     return sampling.sample(*arguments).tolist(), reference.sample(*arguments).tolist()
 
 
-def test_draws_have_the_twin_s_bits_for_any_seed_index_and_position(device: torch.device) -> None:
+@pytest.mark.parametrize("size", [3000, 2999])
+def test_noise_has_the_twin_s_bits_for_any_seed_index_and_position(device: torch.device, size: int) -> None:
     seeds = column([0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF0], torch.int64, device)
     indices = column([0, 1, 2, 127, 2**31, 5], torch.int64, device)
     positions = column([0, 1, 2**20, 2**33, 4096, 7], torch.int64, device)
-    assert torch.equal(
-        sampling.uniform_draws(seeds, indices, positions), reference.uniform_draws(seeds, indices, positions)
-    )
+    ones, zeros = torch.ones(ROWS, device=device), torch.zeros_like(seeds)
+    arguments = (ones, zeros, ones, torch.zeros_like(ones), seeds, indices, positions)
+    # Of equal logits the token of the largest number wins: any other bit would name another token.
+    flat = torch.zeros(ROWS, size, device=device)
+    numbers = philox.vocabulary_uniforms(seeds, indices, positions, 0, size)
+    assert sampling.sample(flat, *arguments).tolist() == numbers.argmax(dim=-1).tolist()
+    # And of the tokens of smaller numbers, when those of larger ones cannot be drawn.
+    flat[numbers > 0.4] = -float("inf")
+    wanted = numbers.masked_fill(numbers > 0.4, 0.0).argmax(dim=-1)
+    assert sampling.sample(flat, *arguments).tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("size", [1, 31, 1000, 3001])
@@ -99,11 +109,11 @@ def test_rows_of_different_parameters_do_not_disturb_one_another(device: torch.d
     top_k = column([5, 0, 3, 0, 100, 1], torch.int64, device)
     top_p = column([0.5, 1.0, 0.9, 1.0, 0.7, 1.0], torch.float32, device)
     min_p = column([0.0, 0.1, 0.0, 0.0, 0.02, 0.0], torch.float32, device)
-    together = sampling.sample(logits, temperature, top_k, top_p, min_p, draws(device))
+    together = sampling.sample(logits, temperature, top_k, top_p, min_p, *keys(device))
     greedy = reference.argmax(logits)
     assert together[[0, 3, 5]].tolist() == greedy[[0, 3, 5]].tolist()
     for r in (1, 2, 4):
-        alone = [x[r : r + 1] for x in (logits, temperature, top_k, top_p, min_p, draws(device))]
+        alone = [x[r : r + 1] for x in (logits, temperature, top_k, top_p, min_p, *keys(device))]
         assert sampling.sample(*alone).tolist() == [int(together[r])] == reference.sample(*alone).tolist()
 
 
@@ -185,7 +195,7 @@ def test_what_sampling_cannot_take_is_refused_before_the_launch(emulator: Emulat
     with pytest.raises(ValueError, match="float32"):
         sampling.argmax(logits.double())
     with pytest.raises(ValueError, match="top_k"):
-        sampling.sample(logits, ones, ones, ones, ones, ones.double())
+        sampling.sample(logits, ones, ones, ones, ones, *keys(logits.device, 2))
     with pytest.raises(ValueError, match="token_ids"):
         sampling.token_logprobs(logits, torch.zeros(3, dtype=torch.int64), 1)
     seen, counts = (torch.zeros(3, 8, dtype=dtype) for dtype in (torch.bool, torch.int32))

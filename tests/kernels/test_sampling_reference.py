@@ -7,51 +7,81 @@ import torch
 
 from kernels import reference
 from kernels.reference import sampling
+from kernels.reference.philox import token_uniforms
 
 NEVER = float("-inf")
 
 
 def draw_from(
     logits: list[float] | torch.Tensor,
-    draw: float | list[float],
+    count: int,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-) -> list[int]:
-    """Tokens that one row of logits gives for one or several draws."""
-    draws = torch.tensor([draw] if isinstance(draw, float) else draw, dtype=torch.float64)
-    rows = draws.numel()
+    seed: int = 3,
+) -> torch.Tensor:
+    """Tokens drawn at positions 0, 1, ... from one row of logits, or from one row each: int64 [count]."""
     return reference.sample(
-        torch.as_tensor(logits, dtype=torch.float32).expand(rows, -1),
-        torch.full((rows,), temperature),
-        torch.full((rows,), top_k),
-        torch.full((rows,), top_p),
-        torch.full((rows,), min_p),
-        draws,
-    ).tolist()
+        torch.as_tensor(logits, dtype=torch.float32).expand(count, -1),
+        torch.full((count,), temperature),
+        torch.full((count,), top_k),
+        torch.full((count,), top_p),
+        torch.full((count,), min_p),
+        torch.full((count,), seed),
+        torch.zeros(count, dtype=torch.int64),
+        torch.arange(count),
+    )
 
 
 def kept(logits: list[float], **limits: float) -> set[int]:
     """The tokens that can be drawn at all."""
-    return set(draw_from(logits, [(i + 0.5) / 4000 for i in range(4000)], **limits))  # type: ignore[arg-type]
+    return set(draw_from(logits, 2000, **limits).tolist())  # type: ignore[arg-type]
 
 
 def log(*probabilities: float) -> list[float]:
     return [math.log(p) for p in probabilities]
 
 
-def test_a_draw_walks_the_distribution_in_the_order_of_token_ids() -> None:
-    logits = log(0.2, 0.5, 0.3)
-    assert draw_from(logits, [0.1, 0.19, 0.21, 0.69, 0.71, 0.99]) == [0, 0, 1, 1, 2, 2]
+def shares(logits: list[float], temperature: float) -> list[float]:
+    count = 20_000
+    drawn = draw_from(logits, count, temperature=temperature)
+    return [share / count for share in torch.bincount(drawn, minlength=len(logits)).tolist()]
+
+
+def test_a_draw_is_the_largest_sum_of_logit_over_temperature_and_noise() -> None:
+    logits = torch.randn(37)
+    seeds, zeros, positions = (torch.full((37,), value) for value in (3, 0, 5))
+    noise = [-math.log(-math.log(u)) for u in token_uniforms(seeds, zeros, positions, torch.arange(37)).tolist()]
+    sums = [logit / 0.5 + own for logit, own in zip(logits.tolist(), noise, strict=True)]
+    assert draw_from(logits, 6, temperature=0.5)[5] == sums.index(max(sums))
+
+
+def test_of_equal_sums_the_lowest_id_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_gumbel", torch.zeros_like)
+    assert draw_from([1.0, 2.0, 2.0, 2.0], 1).tolist() == [1]
+    assert draw_from([1.0] + [2.0] * 20, 1, top_k=3).tolist() == [1]
 
 
 def test_temperature_divides_the_logits() -> None:
-    # At temperature 0.5 probabilities are squared: 1/17 and 16/17.
-    assert draw_from(log(0.2, 0.8), [0.058, 0.06], temperature=0.5) == [0, 1]
-    # At temperature 2 they are square roots: 1/3 and 2/3.
-    assert draw_from(log(0.2, 0.8), [0.33, 0.34], temperature=2.0) == [0, 1]
+    # At temperature 0.5 probabilities are squared: 1/17 and 16/17; at 2 they are square roots: 1/3 and 2/3.
+    # Five standard deviations of a share of 20,000 draws are at most 0.018.
+    assert shares(log(0.2, 0.8), 0.5) == pytest.approx([1 / 17, 16 / 17], abs=0.018)
+    assert shares(log(0.2, 0.8), 1.0) == pytest.approx([0.2, 0.8], abs=0.018)
+    assert shares(log(0.2, 0.8), 2.0) == pytest.approx([1 / 3, 2 / 3], abs=0.018)
+
+
+@pytest.mark.parametrize("noise", ["every token its own", "one half up, the other down"])
+def test_noise_in_the_logits_hardly_ever_changes_a_draw(noise: str) -> None:
+    rows, vocab, size = 500, 4096, 2e-6
+    halves = torch.where(torch.arange(vocab) < vocab // 2, size, -size)
+    changed = 0
+    for seed in range(12):
+        logits = (torch.randn(vocab) * 0.5).expand(rows, -1)
+        nearly = logits + (halves if noise.startswith("one half") else torch.randn(rows, vocab) * size)
+        changed += int((draw_from(logits, rows, seed=seed) != draw_from(nearly, rows, seed=seed)).sum())
+    assert changed <= 1  # of 6,000; a walk along cumulative sums changes a dozen where halves move against one another
 
 
 def test_top_k_keeps_exactly_k_tokens_and_of_equal_ones_the_lower_ids() -> None:
@@ -87,7 +117,6 @@ def test_min_p_is_relative_to_the_likeliest_token() -> None:
 def test_an_impossible_token_is_never_drawn() -> None:
     logits = [NEVER, 0.0, NEVER, 0.0, NEVER]
     assert kept(logits) == {1, 3}
-    assert draw_from(logits, [2**-33, 1 - 2**-33]) == [1, 3]
     assert kept(logits, top_k=4) == {1, 3}
 
 
@@ -98,10 +127,9 @@ def test_kept_sets_larger_than_the_candidates_equal_a_full_sort(
     limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = torch.randn(5000)
-    draws = torch.linspace(0.001, 0.999, 301, dtype=torch.float64).tolist()
-    narrow = draw_from(logits, draws, **limits)  # type: ignore[arg-type]
+    narrow = draw_from(logits, 301, **limits)  # type: ignore[arg-type]
     monkeypatch.setattr(sampling, "_CANDIDATES", 5000)
-    assert draw_from(logits, draws, **limits) == narrow  # type: ignore[arg-type]
+    assert draw_from(logits, 301, **limits).equal(narrow)  # type: ignore[arg-type]
 
 
 def test_a_row_samples_the_same_alone_and_beside_others() -> None:
@@ -109,26 +137,36 @@ def test_a_row_samples_the_same_alone_and_beside_others() -> None:
     logits = torch.randn(rows, 3000)
     temperature, top_k = torch.rand(rows) + 0.5, torch.randint(0, 2500, (rows,))
     top_p, min_p = torch.rand(rows) * 0.5 + 0.5, torch.rand(rows) * 0.01
-    draws = torch.rand(rows, dtype=torch.float64)
-    together = reference.sample(logits, temperature, top_k, top_p, min_p, draws)
+    seeds, indices, positions = (torch.randint(0, 1 << bits, (rows,)) for bits in (62, 7, 40))
+    columns = (logits, temperature, top_k, top_p, min_p, seeds, indices, positions)
+    together = reference.sample(*columns)
     for row in range(rows):
-        one = slice(row, row + 1)
-        alone = reference.sample(logits[one], temperature[one], top_k[one], top_p[one], min_p[one], draws[one])
+        alone = reference.sample(*(column[row : row + 1] for column in columns))
         assert alone.item() == together[row].item()
 
 
-def test_samples_follow_the_distribution_that_is_left() -> None:
-    count, vocab = 20_000, 50
+@pytest.mark.parametrize("vocab", [50, 12])
+def test_samples_follow_the_distribution_that_is_left(vocab: int) -> None:
+    count = 20_000  # of 50 tokens the ten kept ones get their noise one by one, of 12 all get theirs
     logits = torch.randn(vocab)
     probabilities = torch.softmax(logits.double() / 0.8, 0)
     top = probabilities.topk(10).indices
     expected = torch.zeros(vocab, dtype=torch.float64)
     expected[top] = probabilities[top] / probabilities[top].sum() * count
-    draws = reference.uniform_draws(torch.full((count,), 3), torch.zeros(count).long(), torch.arange(count))
-    observed = torch.bincount(torch.tensor(draw_from(logits, draws.tolist(), temperature=0.8, top_k=10)), minlength=50)
+    observed = torch.bincount(draw_from(logits, count, temperature=0.8, top_k=10), minlength=vocab)
     assert observed[expected == 0].sum() == 0
     chi_square = ((observed[top] - expected[top]) ** 2 / expected[top]).sum().item()
     assert chi_square < 27.9  # the 99.9th percentile of chi-square with 9 degrees of freedom
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 10}, {"top_p": 0.9}])
+def test_a_draw_from_a_row_that_is_not_finite_is_a_token_all_the_same(limits: dict[str, float]) -> None:
+    logits = torch.zeros(4, 100)
+    logits[0] = math.nan
+    logits[1] = NEVER
+    logits[2, 5] = math.inf
+    logits[3, ::3] = math.nan
+    assert all(0 <= token < 100 for token in draw_from(logits, 4, **limits).tolist())  # type: ignore[arg-type]
 
 
 def test_penalties_lower_what_has_occurred() -> None:

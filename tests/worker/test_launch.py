@@ -242,7 +242,7 @@ def test_everything_a_sampler_can_be_asked_for_waits_for_nothing(device: MetaDev
         forks=[Fork(0, 2, 1)],
     )
     names = device.launches.names
-    assert {"sample", "uniform_draws", "apply_penalties", "adjust_tokens", "token_logprobs"} <= set(names)
+    assert {"sample", "apply_penalties", "adjust_tokens", "token_logprobs"} <= set(names)
     assert len(device.runtime.uploads) == 1
     device.launch(
         copies=BlockMoves([2, 1], [12, 13]),
