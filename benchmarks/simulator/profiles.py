@@ -195,5 +195,3 @@ A100_OPT_13B_LEAN = replace(
 )
 
 A100_LLAMA_13B = replace(A100_OPT_13B, name="a100-40gb-llama-13b", model=LLAMA_13B)
-
-PROFILES = {profile.name: profile for profile in (H200_LLAMA_8B, A100_OPT_13B, A100_OPT_13B_LEAN, A100_LLAMA_13B)}
