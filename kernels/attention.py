@@ -19,7 +19,7 @@ MAX_SEQUENCES = 2048
 """Sequences of one decode launch: their prefix sums lie in shared memory."""
 _MAX_ROWS, _MAX_HEAD_DIM = 16, 256
 _MAX_UNITS = 1 << 18
-_MOST_CTAS = 4
+_MOST_CTAS = 8
 _RESERVED_SHARED = 1024
 """Shared memory that the system takes of every resident CTA."""
 
@@ -72,7 +72,7 @@ class DecodeWorkspace:
 
     @staticmethod
     def allocate(device: torch.device) -> DecodeWorkspace:
-        """About 18 MB on an H200. Not inside a graph capture: a replay would find other contents in its place."""
+        """About 35 MB on an H200. Not inside a graph capture: a replay would find other contents in its place."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise kernel_compile.KernelError("allocate a DecodeWorkspace (or run decode once) before capturing a graph")
         slots = 2 * _MOST_CTAS * kernel_compile.limits(device).processors  # a CTA shares at most two units

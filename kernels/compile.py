@@ -136,6 +136,12 @@ def parameters(text: str, name: str) -> tuple[str, ...]:
     return tuple(kinds)
 
 
+def waits_for_previous(text: str, name: str) -> bool:
+    """Whether the kernel itself waits for those before it, so that it may be launched early (device.cuh)."""
+    kernels = text.split('extern "C" __global__')[1:]
+    return any(re.search(rf"\b{name}\(", kernel) and "wait_for_previous();" in kernel for kernel in kernels)
+
+
 @functools.cache
 def _read(file: str) -> str:
     return (CSRC / file).read_text()
@@ -262,10 +268,11 @@ class CupyBackend:
         path = _cubin_file(text, architecture(torch.cuda.get_device_capability(device)))
         import cupy
 
+        starts_early = waits_for_previous(text, name) and torch.cuda.get_device_capability(device) >= (9, 0)
         try:
             with cupy.cuda.Device(device.index):
                 function = cupy.RawModule(path=str(path)).get_function(name)
-                return _CupyKernel(function, name, device.index or 0)
+                return _CupyKernel(function, name, device.index or 0, starts_early)
         except cupy.cuda.driver.CUDADriverError as error:
             raise KernelError(
                 f"the driver refuses kernel {name}: {_first_line(error)}; is CuPy for another CUDA?"
@@ -289,13 +296,49 @@ class CupyBackend:
 _thread = threading.local()
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: an id and a value of 64 bytes at offset 8."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
+
+@functools.cache
+def _launch_ex() -> Any:
+    """cuLaunchKernelEx, which CuPy does not offer; None where the driver has none (before CUDA 11.8)."""
+    function = getattr(ctypes.CDLL("libcuda.so.1"), "cuLaunchKernelEx", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        function.restype = ctypes.c_int
+    return function
+
+
 class _CupyKernel:
-    """A cupy.RawKernel, launched by the driver call that it would make itself, without its per-argument objects."""
+    """A cupy.RawKernel, launched by the driver call that it would make itself, without its per-argument objects.
+
+    starts_early: by programmatic dependent launch; the kernel itself waits for those before it (device.cuh).
+    """
 
     DEFAULT_SHARED_BYTES = 48 * 1024
     """More dynamic shared memory than this must be asked for once."""
 
-    def __init__(self, function: Any, name: str, device_index: int) -> None:
+    def __init__(self, function: Any, name: str, device_index: int, starts_early: bool) -> None:
         import cupy
 
         self._function = function  # keeps the module loaded
@@ -304,6 +347,11 @@ class _CupyKernel:
         self._name = name
         self._device_index = device_index
         self._shared_bytes = self.DEFAULT_SHARED_BYTES
+        self._launch_ex = _launch_ex() if starts_early else None
+        self._attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self._config = _LaunchConfig(attributes=ctypes.pointer(self._attribute), num_attributes=1)
+        self._config.block[1] = self._config.block[2] = 1
+        self._config_address = ctypes.addressof(self._config)
 
     def launch(self, grid: Grid, threads: int, shared_bytes: int, arguments: int) -> None:
         if shared_bytes > self._shared_bytes:
@@ -313,6 +361,14 @@ class _CupyKernel:
             self._runtime.setDevice(self._device_index)
             _thread.has_context = True
         stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        if self._launch_ex is not None:
+            config = self._config
+            config.grid[0], config.grid[1], config.grid[2] = grid
+            config.block[0], config.shared_bytes, config.stream = threads, shared_bytes, stream
+            status = self._launch_ex(self._config_address, self._handle, arguments, None)
+            if status:
+                raise KernelError(f"launch of {self._name} {grid} x {threads} failed: CUDA error {status}")
+            return
         try:
             self._driver.launchKernel(
                 self._handle, grid[0], grid[1], grid[2], threads, 1, 1, shared_bytes, stream, arguments, 0

@@ -10,7 +10,9 @@ typedef Vector<DTYPE, VECTOR> Packed;
 //   out      [rows, width] DTYPE, contiguous
 //   gate_up  [rows, 2 * width] DTYPE, gate first, row_stride elements from row to row;  width a multiple of 16 bytes
 extern "C" __global__ void __launch_bounds__(256)
-silu_and_mul(DTYPE* __restrict__ out, const DTYPE* __restrict__ gate_up, int width, i64 row_stride) {
+silu_and_mul(DTYPE* out, const DTYPE* gate_up, int width, i64 row_stride) {
+  let_next_start();
+  wait_for_previous();
   const int column = (blockIdx.x * 256 + threadIdx.x) * VECTOR;
   if (column >= width) return;
   const DTYPE* row = gate_up + blockIdx.y * row_stride;
@@ -28,7 +30,9 @@ silu_and_mul(DTYPE* __restrict__ out, const DTYPE* __restrict__ gate_up, int wid
 //   out    [rows, width] DTYPE: table[ids[row]], zeros where the id is outside 0 .. table_rows
 //   table  [table_rows, width] DTYPE, contiguous;  ids [rows] int64;  width a multiple of 16 bytes
 extern "C" __global__ void __launch_bounds__(256)
-gather_rows(DTYPE* __restrict__ out, const DTYPE* __restrict__ table, const i64* __restrict__ ids, int width, i64 table_rows) {
+gather_rows(DTYPE* out, const DTYPE* table, const i64* ids, int width, i64 table_rows) {
+  let_next_start();
+  wait_for_previous();
   const int column = (blockIdx.x * 256 + threadIdx.x) * VECTOR;
   if (column >= width) return;
   const i64 id = ids[blockIdx.y];

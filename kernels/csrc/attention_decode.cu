@@ -60,12 +60,14 @@ DEVICE int first_visible(int context_len, int query_len, int window) {
 //   group           query heads per KV head;  window: tokens a query sees, itself included, 0 = all;  soft_cap: 0 = none
 //   min_share       fewest tiles a CTA takes, so that short contexts are not cut into crumbs
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
-paged_attention_decode(DTYPE* __restrict__ out, const DTYPE* __restrict__ query, const DTYPE* __restrict__ kv,
-                       const int* __restrict__ block_tables, const int* __restrict__ context_lens, float* partial_out,
+paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
+                       const int* block_tables, const int* context_lens, float* partial_out,
                        float2* partial_stats, int* arrivals, int num_seqs, int query_len, int num_kv_heads, int group,
                        int table_stride, i64 block_stride, i64 value_offset, i64 query_stride, i64 out_stride, float scale,
                        int window, float soft_cap, int min_share) {
   SHARED_MEMORY(shared);
+  let_next_start();
+  wait_for_previous();
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int g = lane / 4, t = lane % 4;
   const int num_rows = query_len * group;
@@ -150,10 +152,10 @@ paged_attention_decode(DTYPE* __restrict__ out, const DTYPE* __restrict__ query,
     next_token = (next_first / TILE + next_flat - next.begin) * TILE;
     const int* table = block_tables + (i64)next.seq * table_stride;
     if (BLOCK_SIZE >= TILE) {
-      next_block = __ldg(table + next_token / BLOCK_SIZE);
+      next_block = table[next_token / BLOCK_SIZE];
     } else {  // lane r (and r + 16) knows the block of row r
       int token = next_token + lane % TILE;
-      next_block = token >= next_first && token < next_len ? __ldg(table + token / BLOCK_SIZE) : 0;
+      next_block = token >= next_first && token < next_len ? table[token / BLOCK_SIZE] : 0;
     }
     next_flat += WARPS;
   };

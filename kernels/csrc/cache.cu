@@ -48,11 +48,13 @@ DEVICE void turn(DTYPE* out, const DTYPE* in, const float* cos_sin, int item) {
 //   positions     [tokens] int64;  cos_sin [positions, ROTARY_DIM] float32: cosines, then sines
 //   slot_mapping  [tokens] int64, block * BLOCK_SIZE + offset; negative: the token is not stored
 extern "C" __global__ void
-rope_and_cache(DTYPE* __restrict__ query_out, DTYPE* __restrict__ key_out, DTYPE* __restrict__ kv,
-               const DTYPE* __restrict__ query, const DTYPE* __restrict__ key, const DTYPE* __restrict__ value,
-               const i64* __restrict__ positions, const float* __restrict__ cos_sin, const i64* __restrict__ slot_mapping,
+rope_and_cache(DTYPE* query_out, DTYPE* key_out, DTYPE* kv,
+               const DTYPE* query, const DTYPE* key, const DTYPE* value,
+               const i64* positions, const float* __restrict__ cos_sin, const i64* slot_mapping,
                int query_heads, int kv_heads, i64 query_stride, i64 key_stride, i64 value_stride, i64 block_stride,
                i64 value_offset) {
+  let_next_start();
+  wait_for_previous();
   const i64 token = blockIdx.x;
   const float* angles = ROTARY_DIM > 0 ? cos_sin + positions[token] * ROTARY_DIM : cos_sin;
   for (int i = threadIdx.x; i < query_heads * ITEMS; i += blockDim.x) {

@@ -79,6 +79,22 @@ DEVICE u32 pack<float16>(float low, float high) {
   return y;
 }
 
+// Products of two pairs, rounded to T.
+template <class T>
+DEVICE u32 multiply_pairs(u32 a, u32 b);
+template <>
+DEVICE u32 multiply_pairs<bfloat16>(u32 a, u32 b) {
+  u32 y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));  // plus -0: sm_80 has no multiplication
+  return y;
+}
+template <>
+DEVICE u32 multiply_pairs<float16>(u32 a, u32 b) {
+  u32 y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -140,6 +156,21 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int PENDING>
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Programmatic dependent launch: the next kernel of the stream may start its CTAs wherever there is room, now ...
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// ... and before it reads or writes what an earlier kernel may write or read it waits until all of those have finished. Every kernel
+// that calls this is launched early (kernels/compile.py): every thread must call it before all such accesses, and what earlier kernels
+// write must not be `const __restrict__` or read by __ldg, because the compiler may move such loads in front of the wait.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Loads that skip L1, for data that another CTA of the same launch wrote.

@@ -45,9 +45,11 @@ DEVICE void normalise(const float (&x)[OWN][VECTOR], const DTYPE* weight, DTYPE*
 //   hidden  [rows / heads, heads, WIDTH] DTYPE, token_stride elements from one group of `heads` rows to the next
 //   weight  [WIDTH] DTYPE
 extern "C" __global__ void __launch_bounds__(CTA_ROWS * ROW_THREADS)
-rms_norm(DTYPE* __restrict__ out, const DTYPE* __restrict__ hidden, const DTYPE* __restrict__ weight, int rows, int heads,
+rms_norm(DTYPE* out, const DTYPE* hidden, const DTYPE* weight, int rows, int heads,
          i64 token_stride, float eps) {
   __shared__ float scratch[ROW_WARPS];
+  let_next_start();
+  wait_for_previous();
   const int lane_in_row = threadIdx.x % ROW_THREADS;
   const int row = blockIdx.x * CTA_ROWS + threadIdx.x / ROW_THREADS;
   if (row >= rows) return;  // whole warps, and whole CTAs where a row has more than one
@@ -69,9 +71,11 @@ rms_norm(DTYPE* __restrict__ out, const DTYPE* __restrict__ hidden, const DTYPE*
 //   total     [rows, WIDTH] DTYPE: hidden + residual, rounded; may be `residual` itself or `hidden` itself
 //   hidden    [rows, WIDTH] DTYPE;  residual [rows, WIDTH] DTYPE;  weight [WIDTH] DTYPE
 extern "C" __global__ void __launch_bounds__(CTA_ROWS * ROW_THREADS)
-add_rms_norm(DTYPE* out, DTYPE* total, const DTYPE* hidden, const DTYPE* residual, const DTYPE* __restrict__ weight, int rows,
+add_rms_norm(DTYPE* out, DTYPE* total, const DTYPE* hidden, const DTYPE* residual, const DTYPE* weight, int rows,
              float eps) {
   __shared__ float scratch[ROW_WARPS];
+  let_next_start();
+  wait_for_previous();
   const int lane_in_row = threadIdx.x % ROW_THREADS;
   const int row = blockIdx.x * CTA_ROWS + threadIdx.x / ROW_THREADS;
   if (row >= rows) return;

@@ -7,6 +7,7 @@ All twins accumulate in float32 or wider and never let the content of an unused 
 from kernels.reference.attention import paged_attention_decode, paged_attention_prefill
 from kernels.reference.cache import copy_blocks, rope_and_cache, swap_blocks, write_kv
 from kernels.reference.layers import add_rms_norm, rms_norm, rope, silu_and_mul
+from kernels.reference.linear import Normed, linear, linear_add, linear_gated, takes_few_tokens
 from kernels.reference.philox import philox4x32
 from kernels.reference.sampling import (
     TokenLogprobRows,
@@ -19,12 +20,16 @@ from kernels.reference.sampling import (
 )
 
 __all__ = [
+    "Normed",
     "TokenLogprobRows",
     "add_logit_bias",
     "add_rms_norm",
     "apply_penalties",
     "argmax",
     "copy_blocks",
+    "linear",
+    "linear_add",
+    "linear_gated",
     "mask_tokens",
     "paged_attention_decode",
     "paged_attention_prefill",
@@ -35,6 +40,7 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "swap_blocks",
+    "takes_few_tokens",
     "token_logprobs",
     "write_kv",
 ]

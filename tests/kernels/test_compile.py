@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from kernels import attention, sampling
+from kernels import attention, linear, sampling
 from kernels import compile as kernel_compile
 from kernels.compile import Cubin, DeviceLimits, KernelError
 
@@ -182,3 +182,45 @@ def test_a_gpu_that_is_too_old_is_refused_with_the_mend() -> None:
 def test_tensors_without_a_backend_are_refused() -> None:
     with pytest.raises(KernelError, match=r"kernels\.reference"):
         kernel_compile.limits(torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "early"),
+    [
+        ("cache.cu", "rope_and_cache", True),
+        ("cache.cu", "copy_blocks", False),
+        ("norm.cu", "add_rms_norm", True),
+        ("linear_skinny.cu", "linear_skinny", True),
+        ("sampling.cu", "argmax", False),
+    ],
+)
+def test_only_a_kernel_that_waits_itself_is_launched_before_those_in_front_of_it_have_ended(
+    file: str, name: str, early: bool
+) -> None:
+    assert kernel_compile.waits_for_previous(kernel_compile.source(file, {}), name) is early
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("tokens", "normed", "epilogue"), [(8, 1, linear.GATING), (8, 0, linear.ADDING), (16, 1, 0)])
+def test_products_of_a_few_tokens_keep_two_ctas_on_a_processor(
+    arch: str, dtype: str, tokens: int, normed: int, epilogue: int
+) -> None:
+    config = linear.skinny_config(tokens)
+    cubin = build(
+        "linear_skinny.cu",
+        arch,
+        DTYPE=dtype,
+        K=4096,
+        ROW_TILES=config.row_tiles,
+        TOKEN_TILES=config.token_tiles,
+        WARPS=linear.WARPS,
+        STAGES=config.stages,
+        MIN_CTAS=config.ctas,
+        NORMED=normed,
+        EPILOGUE=epilogue,
+    )
+    assert_no_spills(cubin)
+    registers = cubin.resources["linear_skinny"].registers
+    assert config.ctas * linear.WARPS * 32 * registers <= REGISTERS_OF_A_PROCESSOR
+    if arch == "sm_90a":
+        assert config.ctas * (config.shared_bytes(True) + 1024) <= LIMITS[arch].processor_shared_bytes

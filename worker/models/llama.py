@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from kernels.reference import Normed
 from worker.models.base import ModelError, ModelSpec, PagedAttention
 from worker.models.ops import ops_for
 from worker.models.rope import LENGTH_DEPENDENT_TYPES, STATIC_TYPES, rope_table, rope_type
@@ -245,11 +246,16 @@ class LlamaModel:
         device = weights.embedding.device
         self._ops = ops_for(device)
         self._cos_sin = rope_table(config, shape.head_dim, spec.max_model_len, device)
+        self._has_bias = shape.qkv_bias or shape.output_bias or shape.mlp_bias
 
     @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
         """As in PagedModel."""
         ops, epsilon = self._ops, self._shape.norm_epsilon
+        first = self._weights.layers[0]
+        matrices = (first.qkv, first.output, first.gate_up, first.down)
+        if not self._has_bias and ops.takes_few_tokens(len(token_ids), *matrices):
+            return self._forward_few(token_ids, positions, batch)
         hidden = residual = functional.embedding(token_ids, self._weights.embedding)
         for number, layer in enumerate(self._weights.layers):
             if number == 0:
@@ -262,17 +268,44 @@ class LlamaModel:
             hidden = functional.linear(ops.silu_and_mul(gate_up), layer.down, layer.down_bias)
         return ops.add_rms_norm(hidden, residual, self._weights.norm, epsilon)[0]
 
+    def _forward_few(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
+        """`forward` of a few tokens: all that counts is reading the weights, so products take what is around them."""
+        ops, epsilon = self._ops, self._shape.norm_epsilon
+        residual = functional.embedding(token_ids, self._weights.embedding)
+        squares: torch.Tensor | None = None
+        for number, layer in enumerate(self._weights.layers):
+            hidden = (
+                ops.rms_norm(residual, layer.input_norm, epsilon)
+                if squares is None
+                else Normed(residual, squares, layer.input_norm, epsilon)
+            )
+            attended = self._attend(number, layer, ops.linear(hidden, layer.qkv), positions, batch)
+            squares = ops.linear_add(attended, layer.output, residual)
+            gated = ops.linear_gated(Normed(residual, squares, layer.mlp_norm, epsilon), layer.gate_up)
+            squares = ops.linear_add(gated, layer.down, residual)
+        return ops.rms_norm(residual, self._weights.norm, epsilon)
+
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As in PagedModel."""
+        if self._ops.takes_few_tokens(len(hidden), self._weights.head):
+            return self._ops.linear(hidden, self._weights.head, floating=True)
         return functional.linear(hidden, self._weights.head).float()
 
     def _attention(
         self, number: int, layer: LlamaLayer, hidden: torch.Tensor, positions: torch.Tensor, batch: PagedAttention
     ) -> torch.Tensor:
         """Self-attention of one layer: normed hidden [T, hidden_size] to [T, hidden_size]."""
+        qkv = functional.linear(hidden, layer.qkv, layer.qkv_bias)
+        attended = self._attend(number, layer, qkv, positions, batch)
+        return functional.linear(attended, layer.output, layer.output_bias)
+
+    def _attend(
+        self, number: int, layer: LlamaLayer, qkv: torch.Tensor, positions: torch.Tensor, batch: PagedAttention
+    ) -> torch.Tensor:
+        """Attention between the projections: [T, query_size + 2 * kv_size] to [T, query_size]."""
         shape, ops = self._shape, self._ops
-        qkv = functional.linear(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, shape.head_dim)
+        qkv = qkv.view(len(qkv), -1, shape.head_dim)
         query, key, value = torch.split(qkv, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             query = ops.rms_norm(query, layer.query_norm, shape.norm_epsilon)
@@ -287,7 +320,7 @@ class LlamaModel:
             scale=self._scale,
             sliding_window=shape.windows[number],
         )
-        return functional.linear(attended.reshape(len(hidden), -1), layer.output, layer.output_bias)
+        return attended.reshape(len(qkv), -1)
 
 
 def tie(weights: LlamaWeights) -> LlamaWeights:

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 
 from kernels import activation, cache, norm, reference
+from kernels import linear as few
+from kernels.reference import Normed
 
 _WIDEST_NORM = 32 * 1024
 """Elements of the widest row that the norm kernel takes."""
@@ -36,6 +38,22 @@ class LayerOps(Protocol):
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """SwiGLU's gate: silu(gate) * up of [T, 2 * I], gate first."""
+        ...
+
+    def takes_few_tokens(self, num_tokens: int, *weights: torch.Tensor) -> bool:
+        """Whether the three products below take num_tokens rows times these matrices, and are the better way."""
+        ...
+
+    def linear(self, x: torch.Tensor | Normed, weight: torch.Tensor, *, floating: bool = False) -> torch.Tensor:
+        """A product of a few tokens, after a norm where x is `Normed`."""
+        ...
+
+    def linear_gated(self, x: torch.Tensor | Normed, gate_up: torch.Tensor) -> torch.Tensor:
+        """The same, then SwiGLU's gate."""
+        ...
+
+    def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Adds the product to `residual` in place; returns `Normed.squares` of it."""
         ...
 
 
@@ -65,6 +83,11 @@ class CudaOps:
         fits = gate_up.shape[-1] // 2 % (16 // gate_up.element_size()) == 0
         silu_and_mul = activation.silu_and_mul if fits else reference.silu_and_mul
         return silu_and_mul(gate_up)
+
+    takes_few_tokens = staticmethod(few.takes_few_tokens)
+    linear = staticmethod(few.linear)
+    linear_gated = staticmethod(few.linear_gated)
+    linear_add = staticmethod(few.linear_add)
 
 
 def _fits_norm(hidden: torch.Tensor) -> bool:
