@@ -46,6 +46,8 @@ DECODE = {
     (256, 2048): 524.0,
 }
 """(batch, context) and FlashAttention-3's microseconds on an H200."""
+SWEPT = ((1, 1024), (8, 2048), (1, 65536), (32, 1024), (64, 512), (64, 4096), (128, 256), (256, 256), (256, 512))
+"""(batch, context) that the sweep over pipelines takes."""
 PREFILL = {
     (1, 512, 512): 46,
     (1, 2048, 2048): 119,

@@ -47,12 +47,29 @@ def _stage_bytes(head_dim: int) -> int:
     return 2 * TILE * (2 * head_dim + 16)
 
 
+_FEW_SEQUENCES = 256
+_SHAPES = (  # units of a launch at least, then (warps, CTAs, fewest stages), best first
+    (1024, ((1, 8, 2), (2, 4, 2))),
+    (256, ((2, 4, 3),)),
+    (0, ()),
+)
+_ANY_SHAPE = ((4, 2, 3), (4, 1, 2), (2, 1, 2))
+
+
 @functools.cache
-def decode_config(head_dim: int, rows: int, limits: kernel_compile.DeviceLimits) -> DecodeConfig:
-    """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError."""
-    for warps, ctas, fewest_stages in ((4, 2, 3), (4, 1, 2), (2, 1, 2)):
+def decode_config(
+    head_dim: int, rows: int, limits: kernel_compile.DeviceLimits, num_seqs: int = 1, num_kv_heads: int = 1
+) -> DecodeConfig:
+    """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError.
+
+    The more units (sequence, KV head) there are, the fewer warps share one: a CTA's warps meet at the end of every unit.
+    Measured on an H100 (docs/kernels/decode.md).
+    """
+    sequences = _FEW_SEQUENCES if num_seqs <= _FEW_SEQUENCES else MAX_SEQUENCES
+    shapes = next(shapes for units, shapes in _SHAPES if num_seqs * num_kv_heads >= units)
+    for warps, ctas, fewest_stages in (*shapes, *_ANY_SHAPE):
         room = min(limits.shared_bytes, limits.processor_shared_bytes // ctas - _RESERVED_SHARED)
-        stages = (room - (MAX_SEQUENCES + 128) * 4) // (warps * _stage_bytes(head_dim))
+        stages = (room - (sequences + 128) * 4) // (warps * _stage_bytes(head_dim))
         if stages >= fewest_stages:
             # O of 16 rows of 256 elements does not fit the registers: two passes over the keys there.
             return DecodeConfig(2 if rows > 8 and head_dim <= 128 else 1, warps, min(stages, 6), ctas)
@@ -177,7 +194,7 @@ def paged_attention_decode(
     device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
     limits = kernel_compile.limits(device)
     rows = query_len * group
-    config = decode_config(head_dim, rows, limits)
+    config = decode_config(head_dim, rows, limits, num_seqs, num_kv_heads)
     units = num_seqs * num_kv_heads * -(-rows // (8 * config.query_tiles))
     if units > _MAX_UNITS:
         raise ValueError(f"{units} pairs of sequence and head in one launch; at most {_MAX_UNITS}")

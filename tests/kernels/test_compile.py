@@ -56,11 +56,17 @@ def assert_no_spills(cubin: Cubin) -> None:
     assert not spilled
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("rows", [4, 16])
-def test_decode_fits_registers_and_shared_memory(arch: str, dtype: str, head_dim: int, rows: int) -> None:
-    config = attention.decode_config(head_dim, rows, LIMITS[arch])
+DECODES = [(dtype, head_dim, rows, 1) for dtype in HALVES for head_dim in HEAD_DIMS for rows in (4, 16)] + [
+    ("bfloat16", head_dim, 4, num_seqs) for head_dim in (64, 128) for num_seqs in (64, 256, 512)
+]
+"""Element type, head size, rows that share keys, sequences."""
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "rows", "num_seqs"), DECODES)
+def test_decode_fits_registers_and_shared_memory(
+    arch: str, dtype: str, head_dim: int, rows: int, num_seqs: int
+) -> None:
+    config = attention.decode_config(head_dim, rows, LIMITS[arch], num_seqs, 8)
     cubin = build(
         "attention_decode.cu",
         arch,
@@ -73,7 +79,7 @@ def test_decode_fits_registers_and_shared_memory(arch: str, dtype: str, head_dim
         MIN_CTAS=config.ctas,
     )
     assert_no_spills(cubin)
-    shared = config.shared_bytes(head_dim, attention.MAX_SEQUENCES)
+    shared = config.shared_bytes(head_dim, attention.MAX_SEQUENCES if num_seqs > 256 else 256)
     assert shared <= LIMITS[arch].shared_bytes
     assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
     registers = cubin.resources["paged_attention_decode"].registers
