@@ -118,7 +118,11 @@ def play(executor: Executor) -> list[list[int]]:
         forks=[Fork(3, 5, 1)],
     )
     steps.run(
-        copies=BlockMoves([61], [119]), replace_slots=[5], replace_indices=[1], replace_blocks=[119], decode_add=[3, 5]
+        copies=BlockMoves([61], [119]),  # half full
+        replace_slots=[5, 5],
+        replace_indices=[1, 2],  # what both would write to from now on
+        replace_blocks=[119, 118],
+        decode_add=[3, 5],
     )
     for _ in range(3):
         steps.run()
