@@ -61,9 +61,8 @@ WEIGHT_BYTES = 15.0e9
 """Of Llama-3.1-8B in bfloat16, the embedding left out: a step reads a few of its rows."""
 KV_BYTES = 131_072
 """Per token: 32 layers, key and value, 8 heads of 128, 2 bytes."""
-BYTES_PER_NS, FLOPS_PER_NS = 4.2e3, 742e3
-LIMIT = "limit"
-"""Name of the device that takes the limit's time."""
+RATES = {"limit-h200": (4.2e3, 742e3), "limit-h100": (2.95e3, 773e3)}
+"""Devices that take the limit's time, and what was measured on each card: bytes and operations a nanosecond."""
 
 
 def fixed(step_ms: float) -> StepTime:
@@ -71,13 +70,17 @@ def fixed(step_ms: float) -> StepTime:
     return lambda _work: int(step_ms * 1e6)
 
 
-def limit(work: Work) -> int:
+def limit(bytes_per_ns: float, flops_per_ns: float) -> StepTime:
     """The larger of weights and arithmetic, and the KV; nanoseconds."""
-    tokens = work.decode_tokens + work.chunk_tokens
-    return int(
-        max(WEIGHT_BYTES / BYTES_PER_NS, tokens * WEIGHT_BYTES / FLOPS_PER_NS)
-        + work.context_tokens * KV_BYTES / BYTES_PER_NS
-    )
+
+    def step_time(work: Work) -> int:
+        tokens = work.decode_tokens + work.chunk_tokens
+        return int(
+            max(WEIGHT_BYTES / bytes_per_ns, tokens * WEIGHT_BYTES / flops_per_ns)
+            + work.context_tokens * KV_BYTES / bytes_per_ns
+        )
+
+    return step_time
 
 
 class StandInDevice:
@@ -140,7 +143,7 @@ def work(arguments: Sequence[str]) -> None:
     parser.add_argument("--scheduler", required=True)
     parser.add_argument("--max-num-seqs", type=int, required=True)
     parser.add_argument("--token-budget", type=int, required=True)
-    parser.add_argument("--model", required=True, help="milliseconds per step, or limit")
+    parser.add_argument("--model", required=True, help="milliseconds per step, or one of RATES")
     parser.add_argument("--ready-fd", type=int, required=True)
     given, _ = parser.parse_known_args(arguments)
     die_with_supervisor()
@@ -162,7 +165,10 @@ def work(arguments: Sequence[str]) -> None:
     link = SchedulerLink(
         given.scheduler,
         hello,
-        cast(Executor, StandInDevice(limit if given.model == LIMIT else fixed(float(given.model)))),
+        cast(
+            Executor,
+            StandInDevice(limit(*RATES[given.model]) if given.model in RATES else fixed(float(given.model))),
+        ),
         on_welcome=lambda: ready.announce(given.ready_fd, worker_id=hello.worker_id),
         on_failure=fail,
     )
@@ -239,15 +245,15 @@ def profile_scheduler(pid: int, path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
-def limit_launch(token_budget: int, gateways: int = 0) -> Launch:
+def limit_launch(card: str, token_budget: int, gateways: int = 0) -> Launch:
     """A service whose device takes the limit's time."""
     worker = ("benchmarks.host_path", "worker")
-    return Launch(model=LIMIT, token_budget=token_budget, gateways=gateways, worker_module=worker)
+    return Launch(model=f"limit-{card}", token_budget=token_budget, gateways=gateways, worker_module=worker)
 
 
-async def measure_rows(names: Sequence[str], token_budget: int, path: Path) -> None:
+async def measure_rows(names: Sequence[str], card: str, token_budget: int, path: Path) -> None:
     """The offline workloads on the device that takes the limit's time."""
-    launch = limit_launch(token_budget)
+    launch = limit_launch(card, token_budget)
     recorder = results.Recorder(path, results.header(token_budget=token_budget, load_average=os.getloadavg()[0]))
     with tempfile.TemporaryDirectory(prefix="pagewire-host-path-") as folder:
         runner = Runner(launch, Path(folder), say=lambda _line: None)
@@ -262,6 +268,7 @@ async def measure_rows(names: Sequence[str], token_budget: int, path: Path) -> N
                 value = row[anchor.unit]
                 share = 0.0 if anchor.limit is None else value / anchor.limit
                 row["of_limit"] = round(1 / share if anchor.unit == "seconds" and share else share, 4) or None
+                row["device_s"] = round(row["steps"] * row["ms_per_step"]["forward"] / 1e3, 4)
                 print(
                     f"{name:<20}  {row['out_tok_s']:9.0f}  {anchor.limit or 0:6.0f}  {row['of_limit'] or 0:8.1%}"
                     f"  {row['seconds']:8.2f}  {row['gpu_idle_ratio']:6.1%}  {row['steps']:5}",
@@ -278,6 +285,7 @@ async def main() -> None:
     parser.add_argument("--step-ms", type=float, action="append", help="device time; default: 0 and the H200's")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", nargs="*", choices=OFFLINE, help="run these workloads; none named: all")
+    parser.add_argument("--card", choices=[name.removeprefix("limit-") for name in RATES], default="h200")
     parser.add_argument("--online", action="store_true", help="run the online rows, at session and gateway")
     parser.add_argument("--at", nargs="+", choices=suite.PLACES, default=list(suite.PLACES))
     parser.add_argument("--gateways", type=int, default=1)
@@ -286,11 +294,11 @@ async def main() -> None:
     options = parser.parse_args()
     if options.rows is not None:
         path = options.out or RESULTS.with_name("host_rows.json")
-        await measure_rows(options.rows or OFFLINE, options.token_budget, path)
+        await measure_rows(options.rows or OFFLINE, options.card, options.token_budget, path)
         return
     if options.online:
         path = options.out or RESULTS.with_name("host_online.json")
-        launch = limit_launch(options.token_budget, options.gateways)
+        launch = limit_launch(options.card, options.token_budget, options.gateways)
         rates = tuple((rate, anchor.requests) for rate, anchor in ONLINE.items())
         await suite.main(suite.Plan(online=rates, places=tuple(options.at), online_output=path), launch)
         return

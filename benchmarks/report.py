@@ -41,6 +41,17 @@ benchmarks/run_all.sh OUT_FOLDER --tests --kernels
 `pagewire bench throughput`, `pagewire bench serve` and `pagewire bench kernels` take single ones, of any model.
 """
 
+H100_TB_S, H100_TFLOP_S = 2.95, 773
+"""Measured: a device copy, read and written bytes; a bfloat16 product of 8192 x 8192 x 8192."""
+H200_TB_S, H200_TFLOP_S = 4.13, 742
+H100_OFFLINE = f"""The card at hand was an H100 80GB (device copy {H100_TB_S} TB/s, bf16 products {H100_TFLOP_S} TFLOP/s); the
+peer was measured on an H200, which computes as fast and has 1.4 times the memory bandwidth. So both are given as a
+share of the limit on their own card. [limit.json](../benchmarks/results/h100/limit.json) has the H100's limits: the
+same service with a device that takes exactly the time of weights, arithmetic and KV.
+
+"""
+H100_ONLINE = "The peer's values are an H200's: a decode step alone takes 1.4 times as long here.\n\n"
+H100_KERNELS = "Shares of what the card copies (decode) or multiplies (prefill).\n\n"
 FACTS = ("gpu", "machine", "cpu", "commit", "command")
 
 
@@ -77,6 +88,13 @@ def render(results: dict[str, Content]) -> str:
         ("KV memory without tokens (CPU)", "kv_waste", kv_waste),
     )
     parts = [HEAD]
+    if "h100/offline" in results:
+        parts.append(f"## Offline throughput on one H100\n\n{offline_h100(results)}")
+        parts.append(source("h100/offline", results["h100/offline"]))
+        parts.append(f"## Latency under load on one H100\n\n{H100_ONLINE}{online(results.get('h100/online'))}")
+        parts.append(source("h100/online", results["h100/online"]))
+        parts.append(f"## Attention kernels on one H100\n\n{kernels_h100(results['h100/kernels'])}")
+        parts.append(source("h100/kernels", results["h100/kernels"]))
     for title, name, write in sections:
         content = results.get(name)
         parts.append(f"## {title}\n\n{write(content)}")
@@ -129,6 +147,62 @@ def offline(content: Content | None) -> str:
         "goal",
     ]
     return _unmeasured(content) + table(heading, lines)
+
+
+def offline_h100(results: dict[str, Content]) -> str:
+    """Every workload against what this card allows, beside the peer against what its card allows."""
+    rows, limits = _by(results["h100/offline"], "workload"), _by(results["h100/limit"], "workload")
+    lines = []
+    for name, anchor in OFFLINE.items():
+        row, seconds = rows.get(name, {}), limits[name]["device_s"]
+        unit = " s" if anchor.unit == "seconds" else ""
+        limit = seconds if unit else limits[name]["out_tokens"] / seconds
+        value = row.get(anchor.unit)
+        peer = anchor.limit and (anchor.limit / anchor.peer if unit else anchor.peer / anchor.limit)
+        lines.append(
+            [
+                name,
+                f"{value:,g}{unit}" if value else row.get("error", "not measured yet"),
+                "-" if row.get("spread") is None else f"{row['spread']:.1%}",
+                "-" if row.get("gpu_idle_ratio") is None else f"{row['gpu_idle_ratio']:.1%}",
+                f"{limit:,.4g}{unit}",
+                "-" if not value else f"{limit / value if unit else value / limit:.0%}",
+                "-" if not peer else f"{peer:.0%}",
+                f"{anchor.peer:,g}{unit}",
+            ]
+        )
+    heading = ["workload (output tokens/s, or seconds)", "Pagewire", "spread", "GPU idle", "limit", "of limit"]
+    return H100_OFFLINE + table([*heading, "vLLM on an H200, of its limit", "vLLM on an H200"], lines)
+
+
+def kernels_h100(content: Content) -> str:
+    """Attention as a share of what each card reads or computes."""
+    lines = []
+    for row in content["rows"]:
+        if row["kernel"] not in ("decode", "prefill"):
+            continue
+        decode = row["kernel"] == "decode"
+        rate, ours, theirs = ("tb_s", H100_TB_S, H200_TB_S) if decode else ("tflop_s", H100_TFLOP_S, H200_TFLOP_S)
+        peer_us = row.get("peer_us")
+        peer = "-" if not peer_us else f"{row[rate] * row['us'] / peer_us / theirs:.0%}"
+        lines.append(
+            [
+                f"{row['kernel']} {row['batch']} x {row['new']}, context {row['context']}",
+                f"{row['us']:.1f}",
+                f"{row[rate]:.2f} TB/s" if decode else f"{row[rate]:.0f} TFLOP/s",
+                f"{row[rate] / ours:.0%}",
+                peer,
+                f"{peer_us:g}" if peer_us else "-",
+            ]
+        )
+    heading = [
+        "sequences x new tokens",
+        "us",
+        "rate",
+        "of this card's rate",
+        "FlashAttention-3 on an H200, of its card's",
+    ]
+    return H100_KERNELS + table([*heading, "its us"], lines)
 
 
 def online(content: Content | None) -> str:

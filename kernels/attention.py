@@ -62,7 +62,7 @@ def decode_config(
 ) -> DecodeConfig:
     """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError.
 
-    The more units (sequence, KV head) there are, the fewer warps share one: a CTA's warps meet at the end of every unit.
+    The more units (sequence, KV head) there are, the fewer warps share one: a CTA's warps meet at every unit's end.
     Measured on an H100 (docs/kernels/decode.md).
     """
     sequences = _FEW_SEQUENCES if num_seqs <= _FEW_SEQUENCES else MAX_SEQUENCES
