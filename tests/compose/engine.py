@@ -41,12 +41,17 @@ class Engine:
     compose: list[str]
     """The command: `docker compose`, or the older `docker-compose`."""
 
+    @property
+    def has_buildkit(self) -> bool:
+        """Whether this machine's docker can build with BuildKit, which recent ones cannot without a plug-in."""
+        return _works("docker", "buildx", "version", environment=self.environment)
+
     def docker(self, *arguments: str, timeout: float = 60) -> str:
         """Runs `docker ...`; returns what it printed. Raises with its complaint when it fails."""
-        return _run(["docker", *arguments], self.environment, timeout)
+        return run(["docker", *arguments], self.environment, timeout)
 
 
-def _run(command: list[str], environment: dict[str, str], timeout: float) -> str:
+def run(command: list[str], environment: dict[str, str], timeout: float) -> str:
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -82,7 +87,7 @@ def engine() -> Iterator[Engine]:
     if os.geteuid() != 0:
         raise NoEngineError("no Docker engine answers, and only root can start one")
     for program in ("dockerd", "debootstrap"):
-        if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+        if shutil.which(program, path=_with_sbin()["PATH"]) is None:
             raise NoEngineError(f"no Docker engine answers, and {program} is not installed")
     # dockerd keeps images here: gigabytes, which /tmp may not have room for.
     folder = Path(tempfile.mkdtemp(prefix="pagewire-engine-", dir="/var/tmp"))
@@ -97,6 +102,19 @@ def engine() -> Iterator[Engine]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _drops_forwarded() -> bool:
+    """Whether this machine's packet filter, as an earlier dockerd may have left it, keeps containers from each other."""
+    try:
+        found = subprocess.run(["iptables", "-S", "FORWARD"], env=_with_sbin(), capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return "-P FORWARD DROP" in found.stdout
+
+
+def _with_sbin() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+
+
 @contextlib.contextmanager
 def _daemon(folder: Path) -> Iterator[str]:
     """dockerd with the first variant that this kernel takes; yields its address."""
@@ -104,16 +122,13 @@ def _daemon(folder: Path) -> Iterator[str]:
     complaint = ""
     for variant in DAEMON_VARIANTS:
         log = folder / "dockerd.log"
-        # No default bridge and no packet filter: nothing of the machine's network is changed for good. Containers talk
-        # on compose's own bridge, published ports go through docker-proxy.
+        # Neither a default bridge nor rules of its own, where it can be: nothing of the machine's network is changed for
+        # good. Containers talk on compose's own bridge, published ports go through docker-proxy.
         command = ["dockerd", "--host", host, "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec"]
-        command += ["--pidfile", f"{folder}/dockerd.pid", "--bridge=none", "--iptables=false", "--ip6tables=false"]
-        command += ["--ip-forward=false", "--ip-masq=false", *variant]
-        path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        command += ["--pidfile", f"{folder}/dockerd.pid", "--bridge=none", *variant]
+        command += ["--ip-masq=false", f"--iptables={str(_drops_forwarded()).lower()}"]
         with log.open("wb") as output:
-            daemon = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PATH": path}
-            )
+            daemon = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_with_sbin())
         try:
             deadline = time.monotonic() + DAEMON_START_S
             while daemon.poll() is None and time.monotonic() < deadline:
@@ -136,9 +151,8 @@ def _daemon(folder: Path) -> Iterator[str]:
 def _make_base(folder: Path, made: Engine) -> None:
     """Debian with Python and a wheelhouse, imported as LOCAL_BASE."""
     command = ["debootstrap", "--variant=minbase", "--include=python3,python3-pip,python3-venv"]
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     try:
-        _run([*command, SUITE, str(folder)], {**os.environ, "PATH": path}, timeout=300)
+        run([*command, SUITE, str(folder)], _with_sbin(), timeout=300)
     except RuntimeError as error:
         raise NoEngineError(f"a base image cannot be made: {error}") from None
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
@@ -148,7 +162,7 @@ def _make_base(folder: Path, made: Engine) -> None:
     wanted += [*project["build-system"]["requires"], "wheel"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--constraint"]
     command += ["constraints.txt", "--python-version", SUITE_PYTHON, "--dest", f"{folder}/wheelhouse", *wanted]
-    _run(command, dict(os.environ), timeout=600)
+    run(command, dict(os.environ), timeout=600)
     (folder / "etc/pip.conf").write_text(PIP_SETTINGS)
     with subprocess.Popen(["tar", "-C", str(folder), "-c", "."], stdout=subprocess.PIPE) as tar:
         subprocess.run(
