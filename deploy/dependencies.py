@@ -1,4 +1,4 @@
-"""Prints what Pagewire requires, one per line: python dependencies.py PYPROJECT [EXTRA ...]; with extras, theirs alone."""
+"""Prints what Pagewire requires, one per line; with extras, what these add: dependencies.py PYPROJECT [EXTRA ...]."""
 
 import sys
 import tomllib

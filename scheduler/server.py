@@ -13,13 +13,13 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from pagewire.runtime import channel, logs, ready
+from pagewire.runtime.metrics_page import MetricsPage, own_registry
 from pagewire.v1 import scheduler_pb2
 from scheduler.config import SchedulerSettings
 from scheduler.control import ControlServicer
 from scheduler.engine import Engine
 from scheduler.gateway_link import SchedulerServicer
 from scheduler.metrics import SchedulerCollector
-from pagewire.runtime.metrics_page import MetricsPage, own_registry
 from scheduler.worker_link import WorkerServicer
 
 STOP_GRACE_S = 0.5

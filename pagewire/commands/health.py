@@ -18,7 +18,9 @@ def command() -> Callable[..., None]:
 
 
 def health(
-    address: Annotated[str, typer.Argument(help="HOST:PORT of a gateway or a scheduler, or http://HOST:PORT/health.")] = o.DEFAULT_ADDRESS,
+    address: Annotated[
+        str, typer.Argument(help="HOST:PORT of a gateway or a scheduler, or http://HOST:PORT/health of any role.")
+    ] = o.DEFAULT_ADDRESS,
     service: Annotated[str, typer.Option(help="Ask for one gRPC service; empty: for the whole server.")] = "",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 3.0,
 ) -> None:
@@ -30,8 +32,10 @@ def health(
 
 
 def _http_status(url: str, timeout: float) -> str:
+    # Never through a proxy that the environment names: what is asked is near.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=timeout):
+        with opener.open(url, timeout=timeout):
             return "SERVING"
     except (OSError, ValueError) as error:
         return str(error)

@@ -103,9 +103,10 @@ def engine() -> Iterator[Engine]:
 
 
 def _drops_forwarded() -> bool:
-    """Whether this machine's packet filter, as an earlier dockerd may have left it, keeps containers from each other."""
+    """Whether the packet filter, as an earlier dockerd may have left it, keeps containers from each other."""
+    command = ["iptables", "-S", "FORWARD"]
     try:
-        found = subprocess.run(["iptables", "-S", "FORWARD"], env=_with_sbin(), capture_output=True, text=True, check=False)
+        found = subprocess.run(command, env=_with_sbin(), capture_output=True, text=True, check=False)
     except OSError:
         return False
     return "-P FORWARD DROP" in found.stdout
@@ -122,8 +123,8 @@ def _daemon(folder: Path) -> Iterator[str]:
     complaint = ""
     for variant in DAEMON_VARIANTS:
         log = folder / "dockerd.log"
-        # Neither a default bridge nor rules of its own, where it can be: nothing of the machine's network is changed for
-        # good. Containers talk on compose's own bridge, published ports go through docker-proxy.
+        # Neither a default bridge nor, where it can be, rules of its own: nothing of the machine's network is changed
+        # for good. Containers talk on compose's own bridge, published ports go through docker-proxy.
         command = ["dockerd", "--host", host, "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec"]
         command += ["--pidfile", f"{folder}/dockerd.pid", "--bridge=none", *variant]
         command += ["--ip-masq=false", f"--iptables={str(_drops_forwarded()).lower()}"]

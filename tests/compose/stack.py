@@ -52,7 +52,8 @@ class Stack:
 
     def containers(self, service: str) -> list[str]:
         """Ids of the running containers of a service."""
-        return self.compose("ps", "--quiet", service).split()
+        found = self.compose("ps", "--quiet", service).split()
+        return [container for container in found if self.inspect(container)["State"]["Running"]]
 
     def inspect(self, container: str) -> dict:
         (found,) = json.loads(self.engine.docker("inspect", container))

@@ -9,14 +9,16 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
+import gateway.session
+import worker.link
 from gateway.metrics import GatewayCollector
-from gateway.session import SchedulerLink
 from pagewire.runtime.metrics_page import own_registry
 from scheduler.loads import Loads
 from scheduler.metrics import Metrics, SchedulerCollector
@@ -32,12 +34,12 @@ NOTHING_RUNS = Loads(
 )
 
 
-class JoinedWorker:
-    """What a page reads of a worker's link."""
-
-    joined = True
-    num_sessions = 2
-    executor = SimpleNamespace(progress=SimpleNamespace(count=7))
+# What the pages of a gateway and a worker read of their links to the scheduler.
+GATEWAY_LINK = cast(gateway.session.SchedulerLink, SimpleNamespace(ready=True, live_requests=3))
+WORKER_LINK = cast(
+    worker.link.SchedulerLink,
+    SimpleNamespace(joined=True, num_sessions=2, executor=SimpleNamespace(progress=SimpleNamespace(count=7))),
+)
 
 
 def page(registry: CollectorRegistry) -> str:
@@ -49,8 +51,8 @@ def names() -> set[str]:
     """Every family of the three pages, with the endings that its type gives to series."""
     pages = [
         page(own_registry(SchedulerCollector(Metrics(), lambda: NOTHING_RUNS))),
-        page(own_registry(GatewayCollector(SchedulerLink("127.0.0.1:1", "g", 1.0)))),
-        page(own_registry(WorkerCollector(JoinedWorker()))),  # type: ignore[arg-type]
+        page(own_registry(GatewayCollector(GATEWAY_LINK))),
+        page(own_registry(WorkerCollector(WORKER_LINK))),
     ]
     found = set()
     for family, kind in re.findall(r"^# TYPE (\S+) (\S+)$", "\n".join(pages), re.MULTILINE):
