@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PUBLIC_BASE = "python:3.12-slim"
+"""The default of docker-compose.yml."""
 LOCAL_BASE = "pagewire-base:test"
 SUITE, SUITE_PYTHON = "bookworm", "3.11"
 PIP_SETTINGS = "[global]\nno-index = true\nfind-links = /wheelhouse\ndisable-pip-version-check = true\n"
@@ -61,8 +63,9 @@ def run(command: list[str], environment: dict[str, str], timeout: float) -> str:
 
 
 def _works(*command: str, environment: dict[str, str] | None = None) -> bool:
+    limit_s = 300 if "pull" in command else 30
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=30, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=limit_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
@@ -77,29 +80,41 @@ def _compose() -> list[str]:
 
 @contextlib.contextmanager
 def engine() -> Iterator[Engine]:
-    """An engine for the length of a `with` block. Raises NoEngineError where none can be had."""
+    """An engine for the length of a `with` block. Raises NoEngineError where none, or no base image, can be had."""
     if shutil.which("docker") is None:
         raise NoEngineError("docker is not installed (Debian: docker.io docker-compose debootstrap)")
     compose = _compose()
-    if _works("docker", "info"):
-        yield Engine(dict(os.environ), compose)
-        return
-    if os.geteuid() != 0:
-        raise NoEngineError("no Docker engine answers, and only root can start one")
-    for program in ("dockerd", "debootstrap"):
-        if shutil.which(program, path=_with_sbin()["PATH"]) is None:
-            raise NoEngineError(f"no Docker engine answers, and {program} is not installed")
-    # dockerd keeps images here: gigabytes, which /tmp may not have room for.
+    # Images are kept here, gigabytes, for which /tmp may not have room.
     folder = Path(tempfile.mkdtemp(prefix="pagewire-engine-", dir="/var/tmp"))
     try:
-        with _daemon(folder) as host:
-            environment = {**os.environ, "DOCKER_HOST": host, "PAGEWIRE_BASE": LOCAL_BASE}
-            made = Engine(environment, compose)
-            if "PAGEWIRE_BASE" not in os.environ:
-                _make_base(folder / "base", made)
-            yield made
+        if _works("docker", "info"):
+            yield _with_base(Engine(dict(os.environ), compose), folder, may_pull=True)
+        else:
+            with _daemon(folder) as host:
+                yield _with_base(Engine({**os.environ, "DOCKER_HOST": host}, compose), folder, may_pull=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_base(made: Engine, folder: Path, *, may_pull: bool) -> Engine:
+    """The engine with a base image: what the environment names, else the public one, else one made here."""
+    if "PAGEWIRE_BASE" in os.environ:
+        return made
+    if may_pull and (_works("docker", "image", "inspect", PUBLIC_BASE) or _works("docker", "pull", PUBLIC_BASE)):
+        return made
+    _need_root_and("debootstrap")
+    try:
+        _make_base(folder / "base", made)
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        raise NoEngineError(f"a base image can neither be pulled nor made: {error}") from None
+    return Engine({**made.environment, "PAGEWIRE_BASE": LOCAL_BASE}, made.compose)
+
+
+def _need_root_and(program: str) -> None:
+    if os.geteuid() != 0:
+        raise NoEngineError(f"no Docker engine with a base image answers, and only root can run {program}")
+    if shutil.which(program, path=_with_sbin()["PATH"]) is None:
+        raise NoEngineError(f"no Docker engine with a base image answers, and {program} is not installed")
 
 
 def _drops_forwarded() -> bool:
@@ -119,6 +134,7 @@ def _with_sbin() -> dict[str, str]:
 @contextlib.contextmanager
 def _daemon(folder: Path) -> Iterator[str]:
     """dockerd with the first variant that this kernel takes; yields its address."""
+    _need_root_and("dockerd")
     host = f"unix://{folder}/docker.sock"
     complaint = ""
     for variant in DAEMON_VARIANTS:
@@ -152,10 +168,7 @@ def _daemon(folder: Path) -> Iterator[str]:
 def _make_base(folder: Path, made: Engine) -> None:
     """Debian with Python and a wheelhouse, imported as LOCAL_BASE."""
     command = ["debootstrap", "--variant=minbase", "--include=python3,python3-pip,python3-venv"]
-    try:
-        run([*command, SUITE, str(folder)], _with_sbin(), timeout=300)
-    except RuntimeError as error:
-        raise NoEngineError(f"a base image cannot be made: {error}") from None
+    run([*command, SUITE, str(folder)], _with_sbin(), timeout=300)
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
