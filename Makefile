@@ -4,11 +4,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUF := @bufbuild/buf@1.75.0
 
-.PHONY: help install demo serve test test-gpu bench check format protos clean
+.PHONY: help install demo serve test test-gpu test-compose bench check format protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml setup.py constraints.txt tools/install.sh
 	@bash tools/install.sh $(VENV)
@@ -28,6 +28,9 @@ test: install ## run the whole test suite; GPU tests skip where there is no GPU
 
 test-gpu: install ## run the GPU tests only
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-compose: install ## build the images and drive docker-compose.yml on a Docker engine; skips where none can be had
+	@PAGEWIRE_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/compose $(ARGS)
 
 bench: install ## a small measurement of the bundled model; ARGS="--help" shows what else there is
 	@$(BIN)/pagewire bench throughput $(or $(ARGS),--scale 0.02 --length-scale 0.125 --max-num-seqs 64)

@@ -23,6 +23,10 @@ class GatewaySettings(RoleSettings):
     """Where OpenAI clients connect: HOST:PORT, such as 127.0.0.1:8000 (port 0: a free one). Empty or off: no HTTP."""
     http_max_body_bytes: int = Field(default=8 << 20, ge=1 << 10)
     """Largest HTTP body in bytes. As for gRPC messages: 8 MiB hold a million token ids."""
+    metrics_port: int | None = Field(default=None, le=65535)
+    """Port of the Prometheus page, on metrics_host. 0 picks a free one; unset or negative: no page."""
+    metrics_host: str = "127.0.0.1"
+    """Host name or address that the Prometheus page listens on. Loopback because it needs no password."""
     api_keys_file: Path | None = None
     """File with the API keys that HTTP clients must send: one KEY or KEY TENANT per line. Unset: none are asked for."""
     insecure: bool = False

@@ -18,6 +18,7 @@ from gateway import control, native
 from gateway.chat import ChatTemplate
 from gateway.config import GatewaySettings
 from gateway.health import Health
+from gateway.metrics import GatewayCollector
 from gateway.openai.api_keys import load_api_keys
 from gateway.openai.app import Door, make_app
 from gateway.openai.server import HttpServer, is_on
@@ -28,6 +29,7 @@ from gateway.tokenizer import Tokenizer, keep_torch_out, load_tokenizer
 from pagewire.runtime import ready
 from pagewire.runtime.channel import bind, server_options
 from pagewire.runtime.logs import get_logger
+from pagewire.runtime.metrics_page import MetricsPage, own_registry
 
 FAREWELL_S = 0.5
 """Time for the last statuses to reach clients."""
@@ -66,6 +68,9 @@ class Gateway:
         """Where clients connect, once started."""
         self.http_address: str | None = None
         """Where OpenAI clients connect; None while there is no HTTP."""
+        self._page: MetricsPage | None = None
+        self.metrics_address: str | None = None
+        """Of the Prometheus page; None: there is none."""
 
     async def start(self) -> None:
         """Binds the port and opens the session. Raises StartError for an address or a chat template that cannot be."""
@@ -82,6 +87,9 @@ class Gateway:
         await self._server.start()
         self.link.on_state(self._changed.set)
         self._tasks = [asyncio.create_task(self.link.run()), asyncio.create_task(self._follow_state())]
+        if self._settings.metrics_port is not None and self._settings.metrics_port >= 0:
+            self._page = MetricsPage(own_registry(GatewayCollector(self.link)), healthy=lambda: self.link.ready)
+            self.metrics_address = await self._page.start(self._settings.metrics_host, self._settings.metrics_port)
         if self._http is not None:
             self.http_address = self._http.start(self._settings.http_listen, insecure=self._settings.insecure)
             self._tasks.append(asyncio.create_task(self._http.run()))
@@ -105,6 +113,8 @@ class Gateway:
             stopping.append(self._http.stop())
         await asyncio.gather(*stopping)
         farewell.cancel()
+        if self._page is not None:
+            await self._page.stop()
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
@@ -176,7 +186,7 @@ async def serve(settings: GatewaySettings) -> None:
     gateway = Gateway(settings, tokenizer)
     try:
         await gateway.start()
-        log.info("listening", grpc=gateway.address, http=gateway.http_address)
+        log.info("listening", grpc=gateway.address, http=gateway.http_address, metrics=gateway.metrics_address)
         running = asyncio.create_task(gateway.run())
         waiting = asyncio.create_task(gateway.wait_ready())
         await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)

@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "Continue a prompt and stream the answer.",
     "chat": "Chat with the model.",
     "bench": "Measure throughput, latency under load, and kernels.",
+    "health": "Ask a server whether it serves.",
     "doctor": "Check this machine and say what to mend.",
 }
 """Each is a module of `pagewire.commands` with a function `command`, which makes the typer command, or an application

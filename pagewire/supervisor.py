@@ -317,7 +317,8 @@ class Supervisor:
                 pass_fds=(writing,),
                 # A group of its own: Ctrl-C reaches this process alone, which then stops the children in order.
                 process_group=0,
-                env={**os.environ, parent.VARIABLE: str(os.getpid())},
+                # The variable names the scheduler's page, whose flag has it; others would want the same port.
+                env={**_environment_without("PAGEWIRE_METRICS_PORT"), parent.VARIABLE: str(os.getpid())},
             )
         finally:
             os.close(writing)
@@ -457,6 +458,10 @@ def _is_alive(child: Child) -> bool:
 def _signal(child: Child, number: signal.Signals) -> None:
     if child.process is not None:
         child.process.send_signal(number)  # does nothing to a process that has ended
+
+
+def _environment_without(name: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != name}
 
 
 def _how_it_ended(code: int) -> str:

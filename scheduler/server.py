@@ -11,16 +11,15 @@ from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
 
 from pagewire.runtime import channel, logs, ready
+from pagewire.runtime.metrics_page import MetricsPage, own_registry
 from pagewire.v1 import scheduler_pb2
 from scheduler.config import SchedulerSettings
 from scheduler.control import ControlServicer
 from scheduler.engine import Engine
 from scheduler.gateway_link import SchedulerServicer
 from scheduler.metrics import SchedulerCollector
-from scheduler.metrics_page import MetricsPage
 from scheduler.worker_link import WorkerServicer
 
 STOP_GRACE_S = 0.5
@@ -62,9 +61,7 @@ async def serving(settings: SchedulerSettings) -> AsyncIterator[Serving]:
         addresses = [await channel.bind(server, one, insecure=settings.insecure) for one in settings.addresses]
         metrics_address = None
         if settings.metrics_port is not None and settings.metrics_port >= 0:
-            registry = CollectorRegistry(auto_describe=False)
-            registry.register(SchedulerCollector(engine.metrics, engine.dispatcher.loads))
-            page = MetricsPage(registry)
+            page = MetricsPage(own_registry(SchedulerCollector(engine.metrics, engine.dispatcher.loads)))
             metrics_address = await page.start(settings.metrics_host, settings.metrics_port)
         await server.start()
         yield Serving(engine, addresses, metrics_address)

@@ -24,7 +24,6 @@ SCHEDULER_EDGES = {
     "fanout",
     "gateway_link",
     "metrics",
-    "metrics_page",
     "server",
     "worker_link",
 }

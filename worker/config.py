@@ -46,3 +46,7 @@ class WorkerSettings(RoleSettings):
     """Most tokens that one step may compute. 2048: the scheduler's own default."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of one operation. 0: one per core, or OMP_NUM_THREADS if set."""
+    metrics_port: int | None = Field(default=None, le=65535)
+    """Port of the Prometheus page, on metrics_host. 0 picks a free one; unset or negative: no page."""
+    metrics_host: str = "127.0.0.1"
+    """Host name or address that the Prometheus page listens on. Loopback because it needs no password."""

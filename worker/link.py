@@ -71,6 +71,10 @@ class SchedulerLink:
         self.on_welcome = on_welcome
         self.on_failure = on_failure
         self.last_epoch = 0
+        self.joined = False
+        """Whether a scheduler has this worker now."""
+        self.num_sessions = 0
+        """Welcomes so far."""
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -85,12 +89,15 @@ class SchedulerLink:
             try:
                 session.join()
                 backoff = FIRST_BACKOFF_S
+                self.joined = True
+                self.num_sessions += 1
                 self.on_welcome()
                 session.serve()
             except SessionLostError as reason:
                 if backoff == FIRST_BACKOFF_S:
                     log.info("not joined", scheduler=self.address, why=str(reason))
             finally:
+                self.joined = False
                 session.close()
                 self.executor.reset()
             self._stop.wait(backoff)

@@ -19,6 +19,7 @@ from worker import kv_pool
 from worker.config import WorkerSettings
 from worker.executor import Executor
 from worker.link import SchedulerLink
+from worker.metrics import start_page
 from worker.models.base import ModelError, ModelSpec
 from worker.models.loader import load_model
 from worker.start import check_kernels, choose_device, make_executor
@@ -59,6 +60,8 @@ def run(settings: WorkerSettings) -> None:
         on_welcome=lambda: announce(settings.ready_fd, worker_id=hello.worker_id),
         on_failure=fail,
     )
+    if settings.metrics_port is not None and settings.metrics_port >= 0:
+        log.info("metrics", address=start_page(link, settings.metrics_host, settings.metrics_port))
     link.run()
 
 

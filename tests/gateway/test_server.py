@@ -36,6 +36,29 @@ START = (
 )
 
 
+async def test_the_metrics_page_follows_the_model_and_the_requests(make_world: MakeWorld) -> None:
+    world = await make_world(metrics_port=0)
+
+    async def read(path: str) -> str:
+        host, port = str(world.gateway.metrics_address).split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        page = await reader.read()
+        writer.close()
+        return page.decode()
+
+    page = await read("/metrics")
+    assert "\npagewire_gateway_ready 1.0\n" in page
+    assert "\npagewire_gateway_live_requests 0.0\n" in page
+    assert "\nprocess_resident_memory_bytes " in page
+    assert (await read("/health")).startswith("HTTP/1.1 200")
+    await world.scheduler.stop()
+    while world.gateway.link.ready:
+        await asyncio.sleep(0)
+    assert "\npagewire_gateway_ready 0.0\n" in await read("/metrics")
+    assert (await read("/health")).startswith("HTTP/1.1 503")
+
+
 @pytest.mark.parametrize("name", ["", "pagewire.v1.InferenceService"])
 async def test_health_follows_the_model_and_the_scheduler(world: World, name: str) -> None:
     stub: Any = health_pb2_grpc.HealthStub(world.channel)

@@ -246,6 +246,15 @@ def test_flags_go_to_the_role_concerned(start: Callable[..., Up]) -> None:
     ]
 
 
+def test_a_metrics_port_in_the_environment_is_the_schedulers_alone(start: Callable[..., Up]) -> None:
+    up = start(PAGEWIRE_METRICS_PORT="9555")
+    ready = up.wait_ready()
+    flags = up.flags_of(ready["pids"]["scheduler"])
+    assert flags[flags.index("--metrics-port") + 1] == "9555"
+    for pid in (*ready["pids"]["workers"], *ready["pids"]["gateways"]):
+        assert "PAGEWIRE_METRICS_PORT" not in psutil.Process(pid).environ()
+
+
 def test_gateways_take_consecutive_ports(start: Callable[..., Up]) -> None:
     up = start("--gateways", "2", "--grpc-port", "6000", "--http-port", "7000", "--api-keys-file", "/some/keys")
     for index, pid in enumerate(up.wait_ready()["pids"]["gateways"]):

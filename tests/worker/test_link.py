@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -14,6 +17,7 @@ from pagewire.v1 import inference_pb2, worker_pb2
 from tests.worker.fake_scheduler import LIMIT_S, FakeScheduler, Session
 from tests.worker.toy import ToyModel, make_executor
 from worker.link import SchedulerLink
+from worker.metrics import start_page
 from worker.step import PlanError
 
 PROMPT = [7, 3, 30, 11]
@@ -199,3 +203,27 @@ def test_a_gap_in_the_steps_ends_the_worker() -> None:
     assert "step 2 after step 0" in str(worker.failures.get(timeout=LIMIT_S))
     worker.join()
     scheduler.stop()
+
+
+def test_the_page_counts_and_is_healthy_while_the_worker_is_joined(
+    scheduler: FakeScheduler, worker: RunningLink
+) -> None:
+    address = start_page(worker.link, "127.0.0.1", 0)
+    session = scheduler.session()
+    worker.welcomes.get(timeout=LIMIT_S)
+    first_plan(session)
+    session.result()
+    with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    assert {"pagewire_worker_joined 1.0", "pagewire_worker_sessions_total 1.0"} <= set(lines)
+    assert urllib.request.urlopen(f"http://{address}/health").status == 200
+    worker.link.stop()
+    scheduler.stop()
+    worker.join()
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        urllib.request.urlopen(f"http://{address}/health")
+
+
+def test_a_port_of_the_page_that_is_in_use_is_a_clear_error(worker: RunningLink) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(StartError, match="it is in use"):
+        start_page(worker.link, "127.0.0.1", taken.getsockname()[1])

@@ -1,7 +1,7 @@
-"""The Prometheus page over plain HTTP, on the scheduler's own event loop.
+"""The Prometheus page of a role over plain HTTP, on the role's own event loop, and `/health` beside it.
 
-prometheus_client's server answers from another thread, which would read the scheduler's tables in mid-change. Here a
-page is rendered between two steps, in well under a millisecond per worker.
+prometheus_client's server answers from another thread, which would read a scheduler's tables in mid-change. Here a page
+is rendered between two steps, in well under a millisecond per worker.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import asyncio
 import errno
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from pagewire.runtime.errors import StartError
 
@@ -23,8 +24,10 @@ MAX_CONNECTIONS = 32
 class MetricsPage:
     """Answers `GET /metrics` with what a registry collects, one request per connection."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, healthy: Callable[[], bool] = lambda: True) -> None:
+        """`healthy` decides what `GET /health` answers: 200 or 503."""
         self._registry = registry
+        self._healthy = healthy
         self._server: asyncio.Server | None = None
         self._open = 0
 
@@ -65,11 +68,22 @@ class MetricsPage:
         path = rest.partition(" ")[0].partition("?")[0]
         if method != "GET":
             return _response("405 Method Not Allowed", "text/plain", b"only GET is answered\n")
+        if path == "/health":
+            return _response("200 OK" if self._healthy() else "503 Service Unavailable", "text/plain", b"")
         if path not in ("/metrics", "/"):
             return _response("404 Not Found", "text/plain", b"the page is /metrics\n")
         accept = next((line[7:].strip() for line in header_lines if line.lower().startswith("accept:")), "")
         encode, content_type = _encoder(accept)
         return _response("200 OK", content_type, encode(self._registry))
+
+
+def own_registry(*collectors: Collector) -> CollectorRegistry:
+    """A registry of these collectors and of what every process tells: memory, processor time, open files."""
+    registry = CollectorRegistry(auto_describe=False)
+    for collector in collectors:
+        registry.register(collector)
+    ProcessCollector(registry=registry)
+    return registry
 
 
 def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
