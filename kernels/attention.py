@@ -266,18 +266,8 @@ def paged_attention_prefill(
         return out
     device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
     config = prefill_config(head_dim, kernel_compile.limits(device))
-    kernel = kernel_compile.kernel(
-        "attention_prefill.cu",
-        "paged_attention_prefill",
-        device,
-        DTYPE=kernel_compile.CUDA_NAMES[query.dtype],
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        WARPS=config.warps,
-        ROW_TILES=config.row_tiles,
-        KV_TILE=config.kv_tile,
-        MIN_CTAS=config.ctas,
-    )
+    defines = {"DTYPE": kernel_compile.CUDA_NAMES[query.dtype], "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
+    kernel = kernel_compile.kernel(config.file, config.kernel, device, **defines, **config.defines)
     # A sequence's last tile may be part empty: one more per sequence than the rows fill.
     tiles = query.shape[0] * group // config.rows + num_seqs
     kernel(
@@ -316,20 +306,45 @@ class PrefillConfig:
     """Tokens of keys and values read at a time."""
     ctas: int
     """CTAs resident on a multiprocessor."""
+    wgmma: bool = False
+    """Warpgroup products (Hopper) instead of those of single warps."""
 
     @property
     def rows(self) -> int:
         """Rows of a CTA."""
         return self.warps * self.row_tiles * 16
 
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+        return "paged_attention_prefill_wgmma" if self.wgmma else "paged_attention_prefill"
+
+    @property
+    def file(self) -> str:
+        """Where it is, in csrc."""
+        return self.kernel.removeprefix("paged_") + ".cu"
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """What it is compiled with, besides types and layout."""
+        shape = {"WARPS": self.warps, "KV_TILE": self.kv_tile, "MIN_CTAS": self.ctas}
+        return shape if self.wgmma else {**shape, "ROW_TILES": self.row_tiles}
+
     def shared_bytes(self, head_dim: int) -> int:
         """Dynamic shared memory: queries, two stages of keys and of values, three of block ids, a small scan."""
-        return (self.rows + 4 * self.kv_tile) * (2 * head_dim + 16) + 3 * self.kv_tile * 4 + (self.warps + 4) * 4
+        small = 3 * self.kv_tile * 4 + (self.warps + 4) * 4
+        rows = self.rows + 4 * self.kv_tile
+        return rows * 2 * head_dim + 1024 + small if self.wgmma else rows * (2 * head_dim + 16) + small
+
+
+WGMMA_HEAD_DIMS = (64, 128)
 
 
 @functools.cache
 def prefill_config(head_dim: int, limits: kernel_compile.DeviceLimits) -> PrefillConfig:
     """Raises ValueError."""
+    if limits.wgmma and head_dim in WGMMA_HEAD_DIMS:
+        return PrefillConfig(warps=12, row_tiles=1, kv_tile=64, ctas=1, wgmma=True)
     # 32 rows a warp halve the reads of keys and values from shared memory; O of 256 elements leaves registers for 16.
     # Scores of 64 tokens fit beside O without spills only for 64 elements.
     row_tiles = 2 if head_dim <= 128 else 1

@@ -75,6 +75,8 @@ class DeviceLimits:
     """Most shared memory of one CTA."""
     processor_shared_bytes: int
     """Shared memory of one multiprocessor; every resident CTA takes 1 KiB more than it asks for."""
+    wgmma: bool = False
+    """Whether there are Hopper's warpgroup matrix products."""
 
 
 class Loaded(Protocol):
@@ -290,6 +292,7 @@ class CupyBackend:
             processor_shared_bytes=runtime.deviceGetAttribute(
                 runtime.cudaDevAttrMaxSharedMemoryPerMultiprocessor, index
             ),
+            wgmma=torch.cuda.get_device_capability(index) == (9, 0),
         )
 
 

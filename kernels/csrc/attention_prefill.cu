@@ -10,6 +10,7 @@
 //
 // Defines: DTYPE (bfloat16 | float16), HEAD_DIM (multiple of 16), BLOCK_SIZE, WARPS, ROW_TILES, KV_TILE (multiple of 16), MIN_CTAS.
 #include "device.cuh"
+#include "prefill_tiles.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int WARP_ROWS = ROW_TILES * 16;
@@ -46,30 +47,7 @@ paged_attention_prefill(DTYPE* __restrict__ out, const DTYPE* __restrict__ query
   const int g = lane / 4, t = lane % 4;
   const int kv_head = blockIdx.x;
 
-  // Which sequence: CTAs are numbered over all sequences' tiles, the last tile first, since the last sees the most tokens.
-  {
-    if (tid == 0) found[0] = -1;
-    int before = 0;
-    for (int base = 0; base < num_seqs; base += THREADS) {
-      const int s = base + tid;
-      const int tokens = s < num_seqs ? query_start[s + 1] - query_start[s] : 0;
-      const int tiles = ceil_div(tokens * group, ROWS);
-      int upto = warp_inclusive_scan(tiles, lane);
-      if (lane == 31) scan[warp] = upto;
-      __syncthreads();
-      upto += before;
-      for (int w = 0; w < warp; ++w) upto += scan[w];
-      const int target = blockIdx.y;
-      if (target < upto && target >= upto - tiles) {
-        found[0] = s;
-        found[1] = upto - 1 - target;
-        found[2] = query_start[s];
-        found[3] = tokens;
-      }
-      for (int w = 0; w < WARPS; ++w) before += scan[w];
-      __syncthreads();
-    }
-  }
+  find_tile<ROWS, WARPS>(query_start, num_seqs, group, scan, found);
   const int seq = found[0];
   if (seq < 0) return;  // the grid is an upper bound
   const int row_base = found[1] * ROWS, first_query = found[2], num_tokens = found[3];

@@ -19,7 +19,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 LIMITS = {
     "sm_80": DeviceLimits(108, 163 * 1024, 164 * 1024),
     "sm_89": DeviceLimits(142, 99 * 1024, 100 * 1024),
-    "sm_90a": DeviceLimits(132, 227 * 1024, 228 * 1024),
+    "sm_90a": DeviceLimits(132, 227 * 1024, 228 * 1024, wgmma=True),
 }
 """A100, L40S, H200."""
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -110,17 +110,8 @@ def test_decode_compiles_for_every_block_size(arch: str, block_size: int) -> Non
 )
 def test_prefill_fits_registers_and_shared_memory(arch: str, dtype: str, head_dim: int, block_size: int) -> None:
     config = attention.prefill_config(head_dim, LIMITS[arch])
-    cubin = build(
-        "attention_prefill.cu",
-        arch,
-        DTYPE=dtype,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        WARPS=config.warps,
-        ROW_TILES=config.row_tiles,
-        KV_TILE=config.kv_tile,
-        MIN_CTAS=config.ctas,
-    )
+    assert config.wgmma == (arch == "sm_90a" and head_dim in (64, 128))
+    cubin = build(config.file, arch, DTYPE=dtype, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **config.defines)
     assert_no_spills(cubin)
     assert config.shared_bytes(head_dim) <= LIMITS[arch].shared_bytes
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import attention
+from kernels import compile as kernel_compile
 from tests.kernels.attention_cases import Case, expected, make_case, relative_error
 from tests.kernels.emulator import EmulatorBackend
 
@@ -76,7 +77,25 @@ def test_more_sequences_than_a_block_has_threads_find_their_tiles(device: torch.
     assert relative_error(prefill(case), expected(case)) < TOLERANCE[BF16]
 
 
+def without_wgmma(emulator: EmulatorBackend) -> None:
+    emulator.wgmma = False
+    kernel_compile.register_backend("cpu", emulator)  # forgets what it was asked before
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "sliding_window", "soft_cap"), [(64, None, None), (128, 70, None), (128, None, 5.0)]
+)
+def test_gpus_before_hopper_take_products_of_single_warps(
+    emulator: EmulatorBackend, head_dim: int, sliding_window: int | None, soft_cap: float | None
+) -> None:
+    without_wgmma(emulator)
+    assert not attention.prefill_config(head_dim, kernel_compile.limits(torch.device("cpu"))).wgmma
+    case = make_case([150, 1, 90], new_lens=[150, 1, 33], heads=4, kv_heads=2, head_dim=head_dim)
+    assert relative_error(prefill(case, sliding_window, soft_cap), expected(case, sliding_window, soft_cap)) < 5e-3
+
+
 def test_reads_of_queries_keys_and_values_have_no_bank_conflicts(emulator: EmulatorBackend) -> None:
+    without_wgmma(emulator)
     for head_dim in (64, 80, 96, 128, 256):
         prefill(make_case([20], new_lens=[20], head_dim=head_dim))
     assert emulator.bank_conflicts() == 0

@@ -31,8 +31,9 @@ extern "C" long emulated_bank_conflicts() {{ return emulator::bank_conflicts; }}
 class EmulatorBackend:
     """A device of `num_processors` multiprocessors that runs threads in an order drawn from `seed`."""
 
-    def __init__(self, folder: Path, num_processors: int = 3, seed: int = 0) -> None:
+    def __init__(self, folder: Path, num_processors: int = 3, seed: int = 0, *, wgmma: bool = True) -> None:
         self._folder = folder
+        self.wgmma = wgmma
         self.num_processors = num_processors
         self._random = random.Random(seed)
         self.libraries: list[ctypes.CDLL] = []
@@ -43,7 +44,7 @@ class EmulatorBackend:
         return None if shutil.which("g++") else "the kernel emulator needs g++"
 
     def limits(self, device: torch.device) -> kernel_compile.DeviceLimits:
-        return kernel_compile.DeviceLimits(self.num_processors, 227 * 1024, processor_shared_bytes=228 * 1024)
+        return kernel_compile.DeviceLimits(self.num_processors, 227 * 1024, 228 * 1024, self.wgmma)
 
     def load(self, text: str, name: str, device: torch.device) -> EmulatedKernel:
         text = f"#define PAGEWIRE_EMULATED\n{text}\n{ENTRY.format(name=name)}"

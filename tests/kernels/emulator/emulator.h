@@ -362,6 +362,59 @@ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   }
 }
 
+// wgmma: what a matrix descriptor says of the 128-byte swizzle, read element by element. Asynchrony is not emulated: products are there
+// at once, so a wait that is missing does not show.
+inline u32 shared_address(const void* p) { return u32((const unsigned char*)p - emulator::shared_memory); }
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int PENDING>
+void wgmma_wait() {}
+inline void fence_async_proxy() {}
+namespace emulator {
+template <class T>
+double operand(u64 descriptor, int row, int element) {  // element of a row of 128-byte rows, swizzled by address bits
+  u32 address = (descriptor & 0x3fff) << 4;
+  const u32 stride = (descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1) fail("wgmma: not a descriptor of the 128-byte swizzle");
+  address += row / 8 * stride + row % 8 * 128 + element * 2;
+  address ^= (address >> 7 & 7) << 4;
+  if (address + 2 > shared_bytes) fail("wgmma outside shared memory");
+  return to_float(*(const T*)(shared_memory + address));
+}
+}  // namespace emulator
+template <class T, int N>
+void wgmma(float (&d)[N / 8][4], u64 a, u64 b, int accumulate) {
+  emulator::exchange(emulator::MMA, 0);  // all lanes are here
+  const int g = emulator::current->lane / 4, t = emulator::current->lane % 4, warp = emulator::current->index.x / 32 % 4;
+  for (int n = 0; n < N / 8; ++n)
+    for (int e = 0; e < 4; ++e) {
+      double sum = accumulate ? d[n][e] : 0.0;
+      for (int k = 0; k < 16; ++k)
+        sum += emulator::operand<T>(a, warp * 16 + g + e / 2 * 8, k) * emulator::operand<T>(b, n * 8 + 2 * t + e % 2, k);
+      d[n][e] = float(sum);
+    }
+}
+template <class T, int N>
+void wgmma(float (&d)[N / 8][4], const u32 (&a)[4], u64 b) {
+  struct Operand {
+    u32 a[4];
+  };
+  const Operand* all = emulator::exchange(emulator::MMA, Operand{{a[0], a[1], a[2], a[3]}});
+  const int g = emulator::current->lane / 4, t = emulator::current->lane % 4;
+  const u32 leading = (b >> 16 & 0x3fff) << 4;
+  for (int n = 0; n < N / 8; ++n)
+    for (int e = 0; e < 4; ++e) {
+      const int row = g + e / 2 * 8, column = n * 8 + 2 * t + e % 2;
+      double sum = d[n][e];
+      for (int k = 0; k < 16; ++k) {
+        const u32 pair = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+        const u64 panel = b + column / 64 * (leading >> 4);
+        sum += double(to_float(T{(unsigned short)(pair >> (k % 2 * 16))})) * emulator::operand<T>(panel, k, column % 64);
+      }
+      d[n][e] = float(sum);
+    }
+}
+
 namespace emulator {
 inline void copy_async(void* to, const void* from, int size, bool valid) {
   if ((uintptr_t)to % size || (uintptr_t)from % size || !in_shared(to, size)) fail("cp.async outside shared memory or unaligned");
