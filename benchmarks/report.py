@@ -44,8 +44,9 @@ benchmarks/run_all.sh OUT_FOLDER --tests --kernels
 H100_TB_S, H100_TFLOP_S = 2.95, 773
 """Measured: a device copy, read and written bytes; a bfloat16 product of 8192 x 8192 x 8192."""
 H200_TB_S, H200_TFLOP_S = 4.13, 742
-H100_OFFLINE = f"""The card at hand was an H100 80GB (device copy {H100_TB_S} TB/s, bf16 {H100_TFLOP_S} TFLOP/s); the peer was measured
-on an H200, which computes as fast and has 1.4 times the memory bandwidth. So both are given as a share of the limit on their own card. [limit.json](../benchmarks/results/h100/limit.json) has the H100's limits: the
+H100_OFFLINE = f"""The card at hand was an H100 80GB (device copy {H100_TB_S} TB/s, bf16 {H100_TFLOP_S} TFLOP/s).
+The peer was measured on an H200, which computes as fast and has 1.4 times the memory bandwidth. So both are given as a
+share of the limit on their own card. [limit.json](../benchmarks/results/h100/limit.json) has the H100's limits: the
 same service with a device that takes exactly the time of weights, arithmetic and KV.
 
 """

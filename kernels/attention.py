@@ -327,7 +327,7 @@ class PrefillConfig:
     @property
     def defines(self) -> dict[str, object]:
         """What it is compiled with, besides types and layout."""
-        shape = {"WARPS": self.warps, "KV_TILE": self.kv_tile, "MIN_CTAS": self.ctas}
+        shape: dict[str, object] = {"WARPS": self.warps, "KV_TILE": self.kv_tile, "MIN_CTAS": self.ctas}
         return shape if self.wgmma else {**shape, "ROW_TILES": self.row_tiles}
 
     def shared_bytes(self, head_dim: int) -> int:
