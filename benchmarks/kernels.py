@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from kernels import activation, attention, cache, norm, sampling
+from kernels import activation, attention, cache, linear, norm, sampling
 from kernels import compile as kernel_compile
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCABULARY = 32, 8, 128, 16, 4096, 14336, 128256
@@ -306,6 +306,65 @@ def sweep() -> list[Row]:
     return rows
 
 
+def prefill_sweep() -> list[Row]:
+    """Prefill with other tiles than the default, and with the products of single warps."""
+    rows = []
+    original = attention.prefill_config
+    shapes = [attention.PrefillConfig(4, 2, 32, 2)]
+    shapes += [attention.PrefillConfig(w, 1, kv, c, wgmma=True) for w, kv, c in ((12, 64, 1), (8, 64, 2), (8, 128, 1))]
+    for config in shapes:
+        attention.prefill_config = lambda *_, config=config: config  # type: ignore[assignment]
+        try:
+            for shape in PREFILL:
+                row = {**prefill_row(*shape), "warps": config.warps, "kv_tile": config.kv_tile, "ctas": config.ctas}
+                rows.append({**row, "kernel": f"prefill {'wgmma' if config.wgmma else 'mma'}"})
+        finally:
+            attention.prefill_config = original
+    return rows
+
+
+def linear_rows() -> list[Row]:
+    """A layer's products and the small operations between them for a few tokens: the library's way, and ours."""
+    layers = 10  # together larger than the L2 cache
+    shapes = {"qkv": (6144, HIDDEN), "output": (HIDDEN, HIDDEN), "gate_up": (2 * INTERMEDIATE, HIDDEN)}
+    shapes["down"] = (HIDDEN, INTERMEDIATE)
+    weights = [
+        {
+            name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) * shape[1] ** -0.5
+            for name, shape in shapes.items()
+        }
+        for _ in range(layers)
+    ]
+    weight_bytes = sum(matrix.nbytes for matrix in weights[0].values())
+    scale = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+    rows = []
+    for tokens in (1, 4, 8, 16):
+        hidden, attended = (torch.randn((tokens, HIDDEN), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+        def library(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
+            residual = hidden.clone()
+            for layer in weights:
+                torch.nn.functional.linear(norm.add_rms_norm(hidden, residual, scale, 1e-5)[0], layer["qkv"])
+                out = torch.nn.functional.linear(attended, layer["output"])
+                out = torch.nn.functional.linear(norm.add_rms_norm(out, residual, scale, 1e-5)[0], layer["gate_up"])
+                hidden = torch.nn.functional.linear(activation.silu_and_mul(out), layer["down"])
+
+        def ours(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
+            residual = hidden.clone()
+            squares = hidden.float().square().unflatten(1, (-1, 16)).sum(-1)
+            for layer in weights:
+                linear.linear(linear.Normed(residual, squares, scale, 1e-5), layer["qkv"])
+                squares = linear.linear_add(attended, layer["output"], residual)
+                gated = linear.linear_gated(linear.Normed(residual, squares, scale, 1e-5), layer["gate_up"])
+                squares = linear.linear_add(gated, layer["down"], residual)
+
+        for name, launch in (("linear library", library), ("linear ours", ours)):
+            us, spread = measure([launch])
+            row = {"kernel": name, "batch": tokens, "us": us / layers, "tb_s": weight_bytes / us * layers / 1e6}
+            rows.append({**row, "limit_us": weight_bytes / BYTES_PER_US, "spread": spread})
+    return rows
+
+
 def table(rows: list[Row]) -> str:
     """Rows for people."""
     columns = (("batch", 6), ("new", 6), ("context", 8), ("us", 10), ("rate", 14), ("limit us", 10), ("peer us", 9))
@@ -315,7 +374,7 @@ def table(rows: list[Row]) -> str:
         shape = "".join(f"{row.get(key, ''):>{width}}" for key, width in (("batch", 6), ("new", 6), ("context", 8)))
         limit = f"{row['limit_us']:.1f}" if "limit_us" in row else ""
         spread = f"{row['spread']:.1%}" if "spread" in row else ""
-        config = "".join(f" {key}={row[key]}" for key in ("warps", "stages", "ctas") if key in row)
+        config = "".join(f" {key}={row[key]}" for key in ("warps", "stages", "kv_tile", "ctas") if key in row)
         peer = row.get("peer_us") or ""
         lines.append(f"{row['kernel']:<16}{shape}{row['us']:>10.1f}{rate:>14}{limit:>10}{peer:>9}{spread:>8}{config}")
     return "\n".join(lines)
@@ -334,13 +393,15 @@ def main() -> None:
     """Runs the rows asked for; writes JSON if told where."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", choices=("decode", "prefill", "other", "swap", "sweep"), action="append")
+    parser.add_argument(
+        "--only", choices=("decode", "prefill", "linear", "other", "swap", "sweep", "prefill-sweep"), action="append"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.kernels needs a CUDA device")
     torch.manual_seed(arguments.seed)
-    wanted = arguments.only or ["decode", "prefill", "other", "swap"]
+    wanted = arguments.only or ["decode", "prefill", "linear", "other", "swap"]
     rows: list[Row] = []
     result = {
         "gpu": torch.cuda.get_device_name(),
@@ -368,8 +429,12 @@ def main() -> None:
         note(other_rows())
     if "swap" in wanted:
         note(swap_rows())
+    if "linear" in wanted:
+        note(linear_rows())
     if "sweep" in wanted:
         note(sweep())
+    if "prefill-sweep" in wanted:
+        note(prefill_sweep())
     print(table(rows))
 
 
