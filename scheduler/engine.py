@@ -62,6 +62,7 @@ class Engine:
             SchedulerConfig(
                 max_num_seqs=settings.max_num_seqs,
                 token_budget=settings.token_budget,
+                target_itl_ns=round(settings.target_itl_ms * 1e6),
                 preemption_mode=settings.preemption_mode,
                 prefix_cache=settings.prefix_cache,
                 max_waiting=settings.max_waiting,

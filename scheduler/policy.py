@@ -14,6 +14,7 @@ class SchedulerConfig:
 
     max_num_seqs: int = 256  # sequences that run at once per worker, bounded by the worker's rows as well
     token_budget: int = 2048  # tokens computed per step, decodes first, bounded by the worker's own limit as well
+    target_itl_ns: int = 0  # time of a step within which prefill stays when others decode; 0: no limit
     preemption_mode: PreemptionMode = "auto"
     prefix_cache: bool = True
     max_waiting: int = 1024  # requests that have not started; more are answered LATER

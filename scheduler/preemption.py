@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterable
 from scheduler.policy import TransferRates
 from scheduler.sequence import SequenceGroup
 from scheduler.step_plan import StepTimings
+from scheduler.step_time import StepTime
 
 MEMORY = 0.9
 """How much of the past a rate keeps per observation."""
@@ -62,12 +63,12 @@ class LearnedRate:
 class CostModel:
     """Predicts what a preemption costs, in nanoseconds."""
 
-    __slots__ = ("pending_in_bytes", "pending_out_bytes", "prefill", "swap_in", "swap_out")
+    __slots__ = ("pending_in_bytes", "pending_out_bytes", "step_time", "swap_in", "swap_out")
 
     def __init__(self, rates: TransferRates) -> None:
         self.swap_out = LearnedRate(rates.swap_out_bytes_per_second)
         self.swap_in = LearnedRate(rates.swap_in_bytes_per_second)
-        self.prefill = LearnedRate(rates.prefill_tokens_per_second)
+        self.step_time = StepTime(rates.prefill_tokens_per_second)
         self.pending_out_bytes = 0  # in plans whose results are not in yet
         self.pending_in_bytes = 0
 
@@ -80,8 +81,8 @@ class CostModel:
         return round(seconds * 1e9)
 
     def recompute_ns(self, num_tokens: int) -> int | None:
-        """Time to compute `num_tokens` again. None: the rate is unknown."""
-        rate = self.prefill.per_second
+        """What computing `num_tokens` again adds to steps that run anyway. None: the rate is unknown."""
+        rate = self.step_time.prefill_tokens_per_second
         return round(num_tokens / rate * 1e9) if rate else None
 
     def prefers_swap(self, num_bytes: int, num_tokens: int) -> bool:
@@ -100,6 +101,5 @@ class CostModel:
         self.pending_in_bytes -= in_bytes
         self.swap_out.observe(out_bytes, timings.swap_out_ns)
         self.swap_in.observe(in_bytes, timings.swap_in_ns)
-        # A step that mostly decodes says little about prefill speed: its time goes into reading the weights.
-        if timings.chunk_tokens >= timings.decode_tokens:
-            self.prefill.observe(timings.chunk_tokens + timings.decode_tokens, timings.forward_ns)
+        computing_ns = timings.copy_ns + timings.forward_ns + timings.sample_ns
+        self.step_time.observe(timings.decode_tokens, timings.chunk_tokens, computing_ns)

@@ -232,7 +232,16 @@ class Scheduler:
             self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING] + joining
             self._decoding_changed = False
             draft.decode_add.extend(sequence.slot for sequence in joining)
-        draft.left = self.token_budget - len(self.decoding)
+        draft.left = self._prefill_budget()
+
+    def _prefill_budget(self) -> int:
+        """Tokens that a step may compute beside the decode set: what the budget leaves, and what the target for the
+        time between two tokens leaves."""
+        decodes, target = len(self.decoding), self.config.target_itl_ns
+        left = self.token_budget - decodes
+        if target and (self.prefilling or self.preempted or self.waiting):
+            return self.costs.step_time.chunk_budget(left, target, decodes)
+        return left
 
     def _continue_prefills(self, draft: Draft) -> None:
         """Prompts that are being computed get further chunks, oldest first."""

@@ -82,12 +82,14 @@ def test_unknown_rates_mean_swap() -> None:
     assert costs.prefers_swap(1, 1)
 
 
-def test_the_prefill_rate_is_learned_from_steps_that_mostly_prefill() -> None:
+def test_recomputing_costs_what_a_chunk_adds_to_a_step_and_not_the_whole_step() -> None:
     costs = CostModel(TransferRates(1000, 1000, 0))
-    costs.learn(0, 0, StepTimings(forward_ns=10**9, chunk_tokens=1, decode_tokens=200))
-    assert costs.recompute_ns(100) is None
-    costs.learn(0, 0, StepTimings(forward_ns=10**9, chunk_tokens=190, decode_tokens=10))
-    assert costs.recompute_ns(100) == 500_000_000
+    for chunk in (0, 100, 0, 200):
+        timings = StepTimings(forward_ns=10**9 + chunk * 10**7, sample_ns=10**8, chunk_tokens=chunk, decode_tokens=200)
+        costs.learn(0, 0, timings)
+    predicted = costs.recompute_ns(100)
+    assert predicted is not None
+    assert abs(predicted - 10**9) < 10**7
 
 
 def test_swap_rates_are_learned_from_timings() -> None:

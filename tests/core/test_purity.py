@@ -28,6 +28,7 @@ CORE = {
     "scheduler",
     "sequence",
     "step_plan",
+    "step_time",
 }
 FORBIDDEN = {"asyncio", "datetime", "os", "random", "secrets", "select", "socket", "threading", "time", "uuid"}
 

@@ -1,0 +1,94 @@
+"""What the scheduler's policies do for latency and throughput: the real core under a virtual clock.
+
+    python -m benchmarks.policy chunking     step times kept to a target: benchmarks/results/chunking.json
+    python -m benchmarks.policy all
+
+Simulated: no number here was measured on a GPU. Every load has a fixed seed, so a run can be repeated to the digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.planning import commit
+from benchmarks.simulator.profiles import H200_LLAMA_8B, WorkerProfile
+from benchmarks.simulator.simulation import Arrival, Outcome, Simulation
+from benchmarks.simulator.traces import SHAREGPT_LIKE
+from scheduler.policy import SchedulerConfig
+
+RESULTS = Path(__file__).parent / "results"
+Result = dict[str, Any]
+
+# The H200 with what an engine adds to the limit: decode steps of 5.2 ms and more, prefill at 40 thousand tokens/s.
+H200 = replace(H200_LLAMA_8B, step_overhead_ns=1_600_000, compute_rate=620e12, max_num_seqs=256)
+
+
+def config(profile: WorkerProfile, arrivals: Sequence[Arrival], **settings: Any) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=profile.max_num_seqs,
+        token_budget=profile.token_budget,
+        prefix_cache=False,
+        max_waiting=len(arrivals) + 1,
+        retention_ns=0,
+        max_retained=0,
+        **settings,
+    )
+
+
+def simulate(profile: WorkerProfile, arrivals: Sequence[Arrival], **settings: Any) -> Outcome:
+    return Simulation([profile], arrivals, config=config(profile, arrivals, **settings), keeps_gaps=True).run()
+
+
+def percentiles(nanoseconds: Sequence[int]) -> dict[str, float]:
+    """Median, 99th and 99.9th percentile in milliseconds."""
+    return {f"p{q:g}": round(float(np.percentile(nanoseconds, q)) / 1e6, 2) for q in (50, 99, 99.9)}
+
+
+def latencies(outcome: Outcome) -> Result:
+    return {
+        "ttft_ms": percentiles([done.first_token_ns for done in outcome.completions]),
+        "itl_ms": percentiles(outcome.token_gaps),
+        "out_tok_s": round(outcome.output_tokens_per_second),
+    }
+
+
+def chunking() -> Result:
+    """The online workloads (ShareGPT-like, Poisson) with the prefill of a step kept to a target or not."""
+    rows = []
+    for rate in (10, 30):
+        for target_ms in (0, 7, 8, 9, 10, 12, 14):
+            outcome = simulate(H200, SHAREGPT_LIKE.arrivals(rate, 20.0), target_itl_ns=target_ms * 1_000_000)
+            rows.append({"rate": rate, "target_itl_ms": target_ms, **latencies(outcome)})
+    return {"profile": H200.name, "load": "sharegpt-like, 20 s of Poisson arrivals, seed 0", "rows": rows}
+
+
+EXPERIMENTS: dict[str, Callable[[], Result]] = {"chunking": chunking}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.policy", description=__doc__)
+    parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME")
+    names = parser.parse_args().names
+    for name in EXPERIMENTS if "all" in names else names:
+        report = {
+            "kind": "simulated: the real scheduler core, a virtual clock, a cost model of the worker",
+            "command": f"python -m benchmarks.policy {name}",
+            "commit": commit(),
+            "python": platform.python_version(),
+            **EXPERIMENTS[name](),
+        }
+        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        for row in report["rows"]:
+            print(row)
+
+
+if __name__ == "__main__":
+    main()
