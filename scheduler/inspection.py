@@ -101,6 +101,12 @@ def check_scheduler(scheduler: Scheduler) -> None:
     every_slot = sorted(rows + scheduler.released_slots + scheduler.free_slots)
     assert every_slot == list(range(scheduler.capacity.max_slots)), "a slot is lost or held twice"
     assert scheduler.assigned_sequences == len(sequences), "assigned sequences are miscounted"
+    scheduler.tenants.check_integrity(scheduler.groups)
+    priorities: dict[int, int] = {}
+    for group in scheduler.groups:
+        assert group.preemptions <= scheduler.config.max_preemptions, f"{group} was preempted {group.preemptions} times"
+        priorities[group.request.priority] = priorities.get(group.request.priority, 0) + 1
+    assert priorities == scheduler.priorities, "priorities are miscounted"
     counts: dict[int, int] = {}
     for group in scheduler.groups:
         for token in group.request.stop_ids:

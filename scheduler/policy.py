@@ -16,6 +16,7 @@ class SchedulerConfig:
     token_budget: int = 2048  # tokens computed per step, decodes first, bounded by the worker's own limit as well
     target_itl_ns: int = 0  # time of a step within which prefill stays when others decode; 0: no limit
     preemption_mode: PreemptionMode = "auto"
+    max_preemptions: int = 16  # so often a group may be preempted; then it runs to its end
     prefix_cache: bool = True
     max_waiting: int = 1024  # requests that have not started; more are answered LATER
     watermark: float = 0.01  # fraction of the KV pool that admission leaves free

@@ -8,35 +8,77 @@ The two costs are predicted from live figures. For a group with `bytes` of KV an
 Rates start from what the worker measured and are then learned from step results. This is the choice that the
 PagedAttention paper leaves to the operator (section 4.5, figure 19).
 
-Why this ends. A group yields only to itself or to a group that ranks before it, when that group needs a block for its
-next token; the head of all never yields. So the head runs to its end, and a group is preempted at most once per block
-that the groups before it and itself ever need.
+Why this ends. A group yields only to itself or to a group with a place before it; the head of all never yields, so it
+runs to its end. Whoever has been preempted `max_preemptions` times is protected: it comes before everybody else, comes
+back only when all protected groups fit at their largest, and so is never preempted again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from scheduler.policy import TransferRates
 from scheduler.sequence import SequenceGroup
 from scheduler.step_plan import StepTimings
 from scheduler.step_time import StepTime
 
+Place = tuple[int, int, int, tuple[int, int, int, int]]
+"""A group's place in line: 0 if protected, negative priority, what its tenant has been served, rank."""
+
 MEMORY = 0.9
 """How much of the past a rate keeps per observation."""
 
 
 def choose_victim(
-    needer: SequenceGroup, running: Iterable[SequenceGroup], resumed: Collection[SequenceGroup]
+    needer: SequenceGroup,
+    running: Iterable[SequenceGroup],
+    resumed: Collection[SequenceGroup],
+    place: Callable[[SequenceGroup], Place],
 ) -> SequenceGroup | None:
-    """Who gives up its blocks for `needer`: the group that ranks last, never one that ranks before the needer, never
-    the head of all, and a group that was resumed since the last preemption only if there is no other. The needer
+    """Who gives up its blocks for `needer`: the group with the last place, never one that comes before the needer,
+    never the head of all, and a group that was resumed since the last preemption only if there is no other. The needer
     itself may be the answer. None: it is alone."""
     groups = list(running)
-    head = min(groups, key=lambda group: group.rank)
-    candidates = [group for group in groups if group.rank >= needer.rank and group is not head]
+    head = min(groups, key=place)
+    own = place(needer)
+    candidates = [group for group in groups if group is not head and place(group) >= own]
     unprotected = [group for group in candidates if group not in resumed]
-    return max(unprotected or candidates, key=lambda group: group.rank, default=None)
+    return max(unprotected or candidates, key=place, default=None)
+
+
+def choose_to_displace(
+    claimant: SequenceGroup,
+    running: Iterable[SequenceGroup],
+    rows_held: dict[str, int],
+    rows: int,
+    blocks: int,
+    place: Callable[[SequenceGroup], Place],
+    blocks_of: Callable[[SequenceGroup], int],
+) -> list[SequenceGroup]:
+    """Running groups to preempt so that a claimant that is not running gets `rows` rows and `blocks` blocks: the last
+    in line first, as few as will do, and none if all that may be taken is not enough.
+
+    A lower priority may be taken. So may an equal one of a tenant that has been served more and still has, without it,
+    twice as many rows as the claimant's tenant will have (`rows_held`: rows by tenant). Both are one-way: nobody can
+    take back in the same manner what was taken. Protected groups are never taken."""
+    own = place(claimant)
+    held = dict(rows_held)
+    share = 2 * (held.get(claimant.request.tenant, 0) + len(claimant.live))
+    chosen: list[SequenceGroup] = []
+    for group in sorted(running, key=place, reverse=True):
+        if rows <= 0 and blocks <= 0:
+            return chosen
+        theirs, size, tenant = place(group), len(group.live), group.request.tenant
+        if theirs[0] == 0 or theirs[1] < own[1]:
+            continue
+        if theirs[1] == own[1]:
+            if theirs[2] <= own[2] or held[tenant] - size < share:
+                continue
+            held[tenant] -= size
+        chosen.append(group)
+        rows -= size
+        blocks -= blocks_of(group)
+    return chosen if rows <= 0 and blocks <= 0 else []
 
 
 class LearnedRate:

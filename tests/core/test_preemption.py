@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from scheduler.policy import TransferRates
-from scheduler.preemption import CostModel, LearnedRate, choose_victim
+from scheduler.preemption import CostModel, LearnedRate, Place, choose_victim
 from scheduler.sequence import SequenceGroup
 from scheduler.step_plan import StepTimings
 from tests.core.factories import make_request
+
+
+def place(group: SequenceGroup) -> Place:
+    return group.rank[0], group.rank[1], 0, group.rank
 
 
 def make_groups(*priorities: int) -> list[SequenceGroup]:
@@ -18,28 +22,28 @@ def make_groups(*priorities: int) -> list[SequenceGroup]:
 
 def test_the_youngest_of_the_lowest_priority_yields() -> None:
     groups = make_groups(0, -1, -1, 0)
-    assert choose_victim(groups[0], groups, ()) is groups[2]
+    assert choose_victim(groups[0], groups, (), place) is groups[2]
 
 
 def test_a_group_yields_itself_when_everybody_else_ranks_before_it() -> None:
     groups = make_groups(0, 0, 0)
-    assert choose_victim(groups[2], groups, ()) is groups[2]
+    assert choose_victim(groups[2], groups, (), place) is groups[2]
 
 
 def test_nobody_yields_to_a_group_that_ranks_behind() -> None:
     groups = make_groups(0, 0, 1)
-    assert choose_victim(groups[1], groups, ()) is groups[1]
+    assert choose_victim(groups[1], groups, (), place) is groups[1]
 
 
 def test_a_resumed_group_is_not_the_next_victim_if_there_is_another() -> None:
     groups = make_groups(0, 0, 0)
-    assert choose_victim(groups[0], groups, {groups[2]}) is groups[1]
-    assert choose_victim(groups[0], groups, {groups[1], groups[2]}) is groups[2]
+    assert choose_victim(groups[0], groups, {groups[2]}, place) is groups[1]
+    assert choose_victim(groups[0], groups, {groups[1], groups[2]}, place) is groups[2]
 
 
 def test_the_head_never_yields() -> None:
     groups = make_groups(0)
-    assert choose_victim(groups[0], groups, ()) is None
+    assert choose_victim(groups[0], groups, (), place) is None
 
 
 def test_a_rate_holds_its_start_value_until_the_first_observation() -> None:

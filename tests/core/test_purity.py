@@ -19,6 +19,7 @@ CORE = {
     "dispatcher",
     "draft",
     "events",
+    "fairness",
     "inspection",
     "loads",
     "placement",

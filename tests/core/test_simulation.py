@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter, deque
-from contextlib import suppress
 
 import pytest
 
@@ -57,7 +56,9 @@ class Simulation:
         self.config = SchedulerConfig(
             max_num_seqs=choose([2, 4, 8, 16]),
             token_budget=choose([4, 7, 16, 64]),
+            target_itl_ns=choose([0, 0, 0, 70_000]),
             preemption_mode=choose(["auto", "swap", "recompute"]),
+            max_preemptions=choose([1, 2, 16]),
             prefix_cache=chance() < 0.7,
             max_waiting=choose([4, 100]),
             watermark=choose([0.0, 0.01, 0.1]),
@@ -243,9 +244,11 @@ class Simulation:
             self.deliver_stale(worker_id, self.random.choice(link.delivered))
         elif dice < 0.4 and self.dead:
             old = self.random.choice(self.dead)
-            with suppress(WorkerDiedError):
+            try:
                 while old.plans:
                     old.results.append(old.worker.execute(old.plans.popleft()))
+            except WorkerDiedError:
+                old.plans.clear()
             for result in old.results:
                 self.deliver_stale(worker_id, result)
         elif dice < 0.6 and len(link.results) > 1:
@@ -352,6 +355,7 @@ class Simulation:
             assert sequence.logprobs == [logprob_of(token) for token in output]
         self.statistics[finish.reason.value] += 1
         self.statistics["preemptions"] += finish.usage.preemptions
+        assert finish.usage.preemptions <= self.config.max_preemptions
         self.statistics["recomputed tokens"] += finish.usage.recomputed_tokens
         self.statistics["cached tokens"] += finish.usage.cached_tokens
 
