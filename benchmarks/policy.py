@@ -1,6 +1,7 @@
 """What the scheduler's policies do for latency and throughput: the real core under a virtual clock.
 
     python -m benchmarks.policy chunking     step times kept to a target: benchmarks/results/chunking.json
+    python -m benchmarks.policy fairness     a light tenant beside a heavy one: benchmarks/results/fairness.json
     python -m benchmarks.policy all
 
 Simulated: no number here was measured on a GPU. Every load has a fixed seed, so a run can be repeated to the digit.
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.planning import commit
-from benchmarks.simulator.profiles import H200_LLAMA_8B, WorkerProfile
+from benchmarks.simulator.profiles import A100_OPT_13B_LEAN, H200_LLAMA_8B, WorkerProfile
 from benchmarks.simulator.simulation import Arrival, Outcome, Simulation
 from benchmarks.simulator.traces import SHAREGPT_LIKE
 from scheduler.policy import SchedulerConfig
@@ -70,7 +71,34 @@ def chunking() -> Result:
     return {"profile": H200.name, "load": "sharegpt-like, 20 s of Poisson arrivals, seed 0", "rows": rows}
 
 
-EXPERIMENTS: dict[str, Callable[[], Result]] = {"chunking": chunking}
+def fairness() -> Result:
+    """A light tenant alone, beside one that sends 20 times as much, and both in one queue as if they were one."""
+    rows = []
+    for profile, light_rate, seconds in (
+        (A100_OPT_13B_LEAN, 0.1, 900.0),
+        (A100_OPT_13B_LEAN, 0.2, 600.0),
+        (H200, 1.0, 120.0),
+        (H200, 2.0, 60.0),
+        (H200, 4.0, 60.0),
+    ):
+        light = [replace(one, tenant="light") for one in SHAREGPT_LIKE.arrivals(light_rate, seconds, seed=1)]
+        heavy = [replace(one, tenant="heavy") for one in SHAREGPT_LIKE.arrivals(20 * light_rate, seconds, seed=2)]
+        both = sorted(light + heavy, key=lambda one: one.at_ns)
+        one_queue = [replace(one, tenant="") for one in both]
+        times = {one.at_ns for one in light}
+        row: Result = {"profile": profile.name, "light_per_s": light_rate, "heavy_per_s": round(20 * light_rate, 1)}
+        for name, load in (("alone", light), ("beside", both), ("one_queue", one_queue)):
+            outcome = simulate(profile, load)
+            first = [done.first_token_ns for done in outcome.completions if done.arrived in times]
+            row[f"light_ttft_ms_{name}"] = percentiles(first)
+            row[f"out_tok_s_{name}"] = round(outcome.output_tokens_per_second)
+            row[f"preemptions_{name}"] = outcome.preemptions
+        row["p99_over_lone"] = round(row["light_ttft_ms_beside"]["p99"] / row["light_ttft_ms_alone"]["p99"], 2)
+        rows.append(row)
+    return {"load": "sharegpt-like, Poisson, seed 1 (light) and 2 (heavy)", "rows": rows}
+
+
+EXPERIMENTS: dict[str, Callable[[], Result]] = {"chunking": chunking, "fairness": fairness}
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ class Draft:
     step: int
     left: int = 0  # token budget not used yet
     has_preempted: bool = False
+    serves_light_tenants: bool = False  # a prompt of one is in it, so those of heavy tenants wait for the next step
     release_slots: list[int] = field(default_factory=list)
     swap_out: BlockMoves = NO_MOVES
     swap_in: BlockMoves = NO_MOVES

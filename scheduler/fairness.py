@@ -19,6 +19,8 @@ OUTPUT_TOKEN = 2
 """Units; an output token occupies a row of a step, a prompt token shares its step with many others."""
 CREDIT = 16_384
 """Units by which a tenant that comes back may be ahead of the others."""
+LIGHT = 4
+"""A tenant with so many times fewer decoding sequences than another is light."""
 MAX_REMEMBERED = 1024
 """Tenants without a request whose counters are kept."""
 
@@ -26,7 +28,7 @@ MAX_REMEMBERED = 1024
 class TenantTokens:
     """Counters of the tenants with groups on one worker, and of some that had."""
 
-    __slots__ = ("_decoding", "_num_groups", "_remembered", "_rows", "_served")
+    __slots__ = ("_decoding", "_most_rows", "_num_groups", "_remembered", "_rows", "_served")
 
     def __init__(self) -> None:
         self._served: dict[str, int] = {}  # units; of the tenants with groups
@@ -34,6 +36,7 @@ class TenantTokens:
         self._remembered: dict[str, int] = {}  # units; of tenants without groups, in order of leaving
         self._decoding: list[Sequence] = []  # the decode set that _rows counts
         self._rows: dict[str, int] = {}
+        self._most_rows = 0  # of one tenant
 
     @property
     def is_shared(self) -> bool:
@@ -69,6 +72,12 @@ class TenantTokens:
         """Units that the group's tenant has been charged."""
         return self._served[group.request.tenant]
 
+    def is_light(self, group: SequenceGroup) -> bool:
+        """Whether another tenant decodes at least LIGHT times as many sequences as the group's, of those there were
+        when decodes were charged last. Each step computes something for a light one, or for the heavy ones."""
+        rows = self._rows.get(group.request.tenant, 0)
+        return self.is_shared and LIGHT * max(rows, 1) <= self._most_rows
+
     def charge_prompt(self, group: SequenceGroup, num_tokens: int) -> None:
         """Prompt tokens of a group have been planned."""
         self._served[group.request.tenant] += PROMPT_TOKEN * num_tokens
@@ -77,6 +86,7 @@ class TenantTokens:
         """A step of the decode set has been planned. The set is told by its identity: it is never changed in place."""
         if self._decoding is not decoding:
             self._decoding, self._rows = decoding, rows_by_tenant(decoding)
+            self._most_rows = max(self._rows.values(), default=0)
         for tenant, rows in self._rows.items():
             self._served[tenant] += OUTPUT_TOKEN * rows
 

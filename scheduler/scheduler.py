@@ -477,9 +477,10 @@ class Scheduler:
 
     def _plan_chunk(self, sequence: Sequence, draft: Draft) -> None:
         """Computes as many further known tokens of a sequence as the budget allows. The last chunk samples."""
-        if sequence.starts_at > draft.step:
+        group = sequence.group
+        if sequence.starts_at > draft.step or (draft.serves_light_tenants and not self.tenants.is_light(group)):
             return
-        group, size = sequence.group, self.capacity.block_size
+        size = self.capacity.block_size
         start, known = sequence.computed, sequence.num_tokens
         end = min(known, start + draft.left)
         if not sequence.has_row:
@@ -491,6 +492,7 @@ class Scheduler:
             group.recomputed_tokens += again
             draft.recomputed_tokens += again
         if self.tenants.is_shared:
+            draft.serves_light_tenants = draft.serves_light_tenants or self.tenants.is_light(group)
             self.tenants.charge_prompt(group, max(0, end - max(start, sequence.computed_before)))
         if self.config.prefix_cache:
             keys = self._prompt_keys(group)
