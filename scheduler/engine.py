@@ -308,6 +308,8 @@ class Engine:
         verdict = submitted.admission
         if verdict is Admission.LATER:
             raise SubmitError(codec.RESOURCE_EXHAUSTED, "QUEUE_FULL", submitted.reason, QUEUE_FULL_RETRY_NS)
+        if verdict is Admission.TOO_LATE:
+            raise SubmitError(codec.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", submitted.reason)
         if verdict is Admission.DUPLICATE:
             raise SubmitError(codec.ALREADY_EXISTS, "REQUEST_EXISTS", "a live request has this request_id")
         if verdict is Admission.NEVER:

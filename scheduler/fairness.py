@@ -4,8 +4,8 @@ As the virtual token counter of Sheng et al., "Fairness in Serving Large Languag
 charged one unit per prompt token and two per output token, when they are planned, and of equal priority whoever has
 been charged least goes first. What a preemption makes the worker compute again is nobody's bill.
 
-A tenant that asks for nothing saves up nothing: when it comes, it is at most CREDIT behind the least charged of the
-others. So it goes first for a moment and not for as long as it has slept.
+A tenant that asks for little saves up little: with each request it is brought up to CREDIT below the least charged of
+the others, and one that is new goes just before them. So it goes first for a moment, not for as long as it has slept.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from scheduler.sequence import Sequence, SequenceGroup
 PROMPT_TOKEN = 1
 OUTPUT_TOKEN = 2
 """Units; an output token occupies a row of a step, a prompt token shares its step with many others."""
-CREDIT = 16_384
+CREDIT = 4096
 """Units by which a tenant that comes back may be ahead of the others."""
 LIGHT = 4
 """A tenant with so many times fewer decoding sequences than another is light."""
+NEW = -1 << 62
+"""Stands for the counter of a tenant that nothing is known about."""
 MAX_REMEMBERED = 1024
 """Tenants without a request whose counters are kept."""
 
@@ -48,12 +50,14 @@ class TenantTokens:
         tenant = group.request.tenant
         if tenant in self._served:
             self._num_groups[tenant] += 1
+            if len(self._served) == 1:
+                return
             served = self._served.pop(tenant)
         else:
             self._num_groups[tenant] = 1
-            served = self._remembered.pop(tenant, 0)
+            served = self._remembered.pop(tenant, NEW)
         others = min(self._served.values(), default=0)
-        self._served[tenant] = max(served, others - CREDIT)
+        self._served[tenant] = others - 1 if served == NEW else max(served, others - CREDIT)
 
     def leave(self, group: SequenceGroup) -> None:
         """A group has left it."""

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 
 from scheduler.block_manager import BlockManager
 from scheduler.block_table import BlockTable, blocks_for
+from scheduler.deadlines import least_ns
 from scheduler.decode_calendar import DecodeCalendar
 from scheduler.draft import Draft, ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
@@ -129,20 +130,34 @@ class Scheduler:
             )
         return None
 
+    def least_ns(self, group: SequenceGroup, left: int) -> int:
+        """Time that a group that has not started needs at least, from its start. What the prefix cache holds is looked
+        up only if it could matter: when more than `left` is needed without it."""
+        needed = least_ns(group.request, 0, self.costs.step_time)
+        if needed > left:
+            cached = len(self.blocks.find_prefix(self._lookup_keys(group.live[0]))) * self.capacity.block_size
+            needed = least_ns(group.request, cached, self.costs.step_time)
+        return needed
+
     def add(self, group: SequenceGroup) -> None:
         """Takes a group over: a new one waits, one that has run before is resumed by recompute."""
         group.worker_id = self.worker_id
         group.prompt_hashes = group.lookup_keys = None  # the worker before may have had another block size
         self.groups[group] = None
         self.tenants.enter(group)
-        self.priorities[group.request.priority] = self.priorities.get(group.request.priority, 0) + 1
+        priority = group.request.priority
+        self.priorities[priority] = self.priorities.get(priority, 0) + 1
         self.assigned_sequences += len(group.live)
         for token in group.request.stop_ids:
             self.stop_counts[token] = self.stop_counts.get(token, 0) + 1
         if group.losses:
             group.acquitted_at = _num_output(group) + PROGRESS_TOKENS * len(group.live)
             self.suspects[group] = None
-        insort(self.waiting if group.started_at is None else self.preempted, group, key=rank)
+        queue = self.waiting if group.started_at is None else self.preempted
+        if queue and group.rank < queue[-1].rank:
+            insort(queue, group, key=rank)
+        else:
+            queue.append(group)
 
     def give_up_waiting(self) -> list[SequenceGroup]:
         """Gives back the groups that have not started, for another distribution over workers."""
@@ -361,10 +376,17 @@ class Scheduler:
         need = self._blocks_to_start(claimant) + len(self.calendar.due(draft.step)) + len(self.joining)
         blocks = need + max(len(live) - 1, self.watermark_blocks) - self.blocks.num_free
         if rows > 0 or blocks > 0:
-            candidates = [group for group in self.running if group not in self._resumed]
             held = rows_by_tenant(s for group in self.running for s in group.live) if self.tenants.is_shared else {}
-            for victim in choose_to_displace(claimant, candidates, held, rows, blocks, self.place, self._sole_blocks):
-                self._preempt(victim, draft)
+            # One more preemption would protect a group, which would then come back before the claimant.
+            last = self.config.max_preemptions - 1
+            everybody = [group for group in self.running if group.preemptions < last]
+            others = [group for group in everybody if group not in self._resumed]
+            for groups in (others, everybody):  # who has just been resumed only if nothing else helps
+                victims = choose_to_displace(claimant, groups, held, rows, blocks, self.place, self._sole_blocks)
+                for victim in victims:
+                    self._preempt(victim, draft)
+                if victims:
+                    return
 
     def _blocks_to_start(self, group: SequenceGroup) -> int:
         """Blocks that a waiting or preempted group needs to start, at most."""

@@ -200,7 +200,9 @@ class SequenceGroup:
         self.arrival = arrival  # number of this request among all ever accepted
         # The total order of groups, smaller runs first: those that have been preempted often enough, by priority, by
         # deadline, by arrival. PATIENCE_NS stands in for a later deadline or none, so that nobody is passed for ever.
-        due = now + PATIENCE_NS if request.deadline is None else min(request.deadline, now + PATIENCE_NS)
+        due = now + PATIENCE_NS
+        if request.deadline is not None and request.deadline < due:
+            due = request.deadline
         self.rank = (1, -request.priority, due, arrival)
         self.sequences = [Sequence(self, index) for index in range(request.n)]
         self.listeners: list[Any] = []  # the edge's own

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 MEMORY = 0.98
 """How much of the past each observation of a kind leaves: about 50 steps."""
-RIDGE = 1e-6
+RIDGE = 1e-9
 """A pull towards what was known before, as a share of what the steps weigh: it decides only what no step tells."""
 # Units in which it pulls. Where steps never vary, time counts as fixed before decode's, and as a chunk's before fixed.
 DECODE_UNIT = 256.0

@@ -15,6 +15,7 @@ CORE = {
     "block_manager",
     "block_pool",
     "block_table",
+    "deadlines",
     "decode_calendar",
     "dispatcher",
     "draft",

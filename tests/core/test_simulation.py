@@ -376,6 +376,10 @@ class Simulation:
             # Nobody but the culprit, unless there are several, or workers were lost for no reason of any request's.
             others = sum(other.request.payload.deadly_at is not None for other in self.groups)  # type: ignore[attr-defined]
             assert behaviour.deadly_at is not None or others > 1 or self.has_lossy_workers
+        elif failed.reason == "DEADLINE_UNREACHABLE":
+            assert failed.code is StatusCode.DEADLINE_EXCEEDED
+            assert request.deadline is not None
+            assert not any(sequence.output for sequence in group.sequences)
         else:
             assert failed.reason == "KV_POOL_EXHAUSTED"
             assert failed.code is StatusCode.RESOURCE_EXHAUSTED
@@ -422,6 +426,7 @@ def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part:
         "WORKER_LOST_REPEATEDLY",
         "KV_POOL_EXHAUSTED",
         "never",
+        "too late",
     ):
         assert statistics[happened] > 0, f"no scenario of {SEEDS_PER_TEST} had {happened}: {statistics}"
 
