@@ -3,10 +3,12 @@
 The two costs are predicted from live figures. For a group with `bytes` of KV and `tokens` computed tokens:
 
     swap       (pending copies out + bytes) / rate out + (pending copies in + bytes) / rate in
-    recompute  tokens that the prefix cache will not hold / prefill rate
+    recompute  tokens that the prefix cache will not hold / marginal prefill rate
 
-Rates start from what the worker measured and are then learned from step results. This is the choice that the
-PagedAttention paper leaves to the operator (section 4.5, figure 19).
+Rates start from what the worker measured and are then learned from step results; so is the share of a recomputed
+group's tokens that the prefix cache still has when it comes back. Blocks that another group holds stay in any case and
+are not counted. The mode changes only for a gain of HYSTERESIS, so that two equal costs do not alternate. This is the
+choice that the PagedAttention paper leaves to the operator (section 4.5, figure 19).
 
 Why this ends. A group yields only to itself or to a group with a place before it; the head of all never yields, so it
 runs to its end. Whoever has been preempted `max_preemptions` times is protected: it comes before everybody else, comes
@@ -27,6 +29,8 @@ Place = tuple[int, int, int, tuple[int, int, int, int]]
 
 MEMORY = 0.9
 """How much of the past a rate keeps per observation."""
+HYSTERESIS = 0.1
+"""How much cheaper than the mode chosen last the other one must be."""
 
 
 def choose_victim(
@@ -105,7 +109,7 @@ class LearnedRate:
 class CostModel:
     """Predicts what a preemption costs, in nanoseconds."""
 
-    __slots__ = ("pending_in_bytes", "pending_out_bytes", "step_time", "swap_in", "swap_out")
+    __slots__ = ("_found", "_swapped_last", "pending_in_bytes", "pending_out_bytes", "step_time", "swap_in", "swap_out")
 
     def __init__(self, rates: TransferRates) -> None:
         self.swap_out = LearnedRate(rates.swap_out_bytes_per_second)
@@ -113,6 +117,8 @@ class CostModel:
         self.step_time = StepTime(rates.prefill_tokens_per_second)
         self.pending_out_bytes = 0  # in plans whose results are not in yet
         self.pending_in_bytes = 0
+        self._found = (0.0, 1.0)  # tokens that the prefix cache still had, of tokens; decaying
+        self._swapped_last = True  # cheaper on most machines
 
     def swap_ns(self, num_bytes: int) -> int | None:
         """Time to copy `num_bytes` out and in again, behind the pending copies. None: a rate is unknown."""
@@ -123,19 +129,39 @@ class CostModel:
         return round(seconds * 1e9)
 
     def recompute_ns(self, num_tokens: int) -> int | None:
-        """What computing `num_tokens` again adds to steps that run anyway. None: the rate is unknown."""
+        """What computing `num_tokens` again, as far as they will not be found, adds to steps that run anyway. None: the
+        rate is unknown."""
         rate = self.step_time.prefill_tokens_per_second
-        return round(num_tokens / rate * 1e9) if rate else None
+        found, of = self._found
+        return round(num_tokens * (1 - found / of) / rate * 1e9) if rate else None
 
     def prefers_swap(self, num_bytes: int, num_tokens: int) -> bool:
-        """The cheaper of the two; swap while the figures are incomplete, because it is cheaper on most machines."""
+        """The cheaper of the two, or the one chosen last if that is about as cheap; swap while figures are missing."""
         swap_ns, recompute_ns = self.swap_ns(num_bytes), self.recompute_ns(num_tokens)
-        return swap_ns is None or recompute_ns is None or swap_ns <= recompute_ns
+        if swap_ns is None or recompute_ns is None:
+            return True
+        swap_factor, recompute_factor = (1, 1 + HYSTERESIS) if self._swapped_last else (1 + HYSTERESIS, 1)
+        self._swapped_last = swap_ns * swap_factor <= recompute_ns * recompute_factor
+        return self._swapped_last
+
+    def came_back(self, found_tokens: int, num_tokens: int) -> None:
+        """A recomputed group with `num_tokens` computed before comes back: so many of them need not be computed."""
+        found, of = self._found
+        self._found = MEMORY * found + min(found_tokens, num_tokens), MEMORY * of + num_tokens
 
     def planned(self, out_bytes: int, in_bytes: int) -> None:
         """A plan with these copies has been made."""
         self.pending_out_bytes += out_bytes
         self.pending_in_bytes += in_bytes
+
+    def recomputing_ns(self, num_tokens: int, timings: StepTimings) -> int:
+        """What computing `num_tokens` chunk tokens again has added to a step: its time beyond that of the step without
+        them, or their share of its tokens while no other step is known."""
+        forward = timings.forward_ns
+        without = self.step_time.ns(timings.decode_tokens, timings.chunk_tokens - num_tokens)
+        if timings.decode_tokens + timings.chunk_tokens == num_tokens or not without:
+            return forward * num_tokens // max(1, timings.decode_tokens + timings.chunk_tokens)
+        return max(0, forward - round(without))
 
     def learn(self, out_bytes: int, in_bytes: int, timings: StepTimings) -> None:
         """The result of a plan with these copies is in."""

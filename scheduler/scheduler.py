@@ -444,6 +444,8 @@ class Scheduler:
         blocks.share_prefix(leader.table, found)
         blocks.extend(leader.table, known)
         leader.computed = len(found) * size
+        if group.resumable_after:  # it was preempted here, so the cache could have kept its blocks
+            self.costs.came_back(leader.computed, leader.computed_before)
         leader.starts_at = 0
         leader.status = PREFILLING
         for sequence in others:
@@ -869,11 +871,10 @@ class Scheduler:
 
     def _learn(self, flight: Draft, result: StepResult) -> None:
         size, timings = self.capacity.block_bytes, result.timings
+        if flight.recomputed_tokens:
+            self.actual_ns["recompute"] += self.costs.recomputing_ns(flight.recomputed_tokens, timings)
         self.costs.learn(len(flight.swap_out) * size, len(flight.swap_in) * size, timings)
         self.actual_ns["swap"] += timings.swap_out_ns + timings.swap_in_ns
-        if flight.recomputed_tokens:
-            total = len(flight.decoding) + sum(flight.chunk_tokens)
-            self.actual_ns["recompute"] += timings.forward_ns * flight.recomputed_tokens // total
 
     def _note_first_tokens(self, flight: Draft, result: StepResult, now: int) -> None:
         """What only steps with chunks bring: prompt log-probabilities and first tokens."""

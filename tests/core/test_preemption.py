@@ -76,7 +76,41 @@ def test_recomputing_costs_tokens_at_the_prefill_rate() -> None:
     costs = CostModel(TransferRates(1000, 1000, 50))
     assert costs.recompute_ns(100) == 2_000_000_000
     assert costs.prefers_swap(999, 100)
-    assert not costs.prefers_swap(1001, 100)
+    assert not costs.prefers_swap(1111, 100)
+
+
+def test_the_mode_changes_only_for_a_tenth_less() -> None:
+    costs = CostModel(TransferRates(1000, 1000, 50))  # 100 tokens cost as much as 1000 bytes
+    assert [costs.prefers_swap(size, 100) for size in (1090, 1110, 1000, 920, 900, 1050)] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_tokens_that_the_prefix_cache_usually_keeps_cost_nothing() -> None:
+    costs = CostModel(TransferRates(1000, 1000, 50))
+    for _ in range(100):
+        costs.came_back(75, 100)
+    predicted = costs.recompute_ns(100)
+    assert predicted is not None
+    assert abs(predicted - 500_000_000) < 1_000_000
+    for _ in range(100):
+        costs.came_back(0, 100)
+    assert abs((costs.recompute_ns(100) or 0) - 2_000_000_000) < 1_000_000
+
+
+def test_the_actual_cost_of_recomputing_leaves_out_what_the_step_costs_anyway() -> None:
+    costs = CostModel(TransferRates())
+    mixed = StepTimings(forward_ns=3 * 10**9, chunk_tokens=200, decode_tokens=100)
+    assert costs.recomputing_ns(150, mixed) == 1_500_000_000  # nothing is known yet: a share
+    for chunk in (0, 100, 0, 200):
+        costs.learn(0, 0, StepTimings(forward_ns=10**9 + chunk * 10**7, chunk_tokens=chunk, decode_tokens=100))
+    assert abs(costs.recomputing_ns(150, mixed) - 1_500_000_000) < 10**7
+    assert abs(costs.recomputing_ns(50, mixed) - 500_000_000) < 10**7
 
 
 def test_unknown_rates_mean_swap() -> None:
