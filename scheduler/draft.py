@@ -64,6 +64,8 @@ class Draft:
     sharers: list[SequenceGroup] = field(default_factory=list)  # started in this plan on cached blocks
     registered: list[tuple[int, bytes]] = field(default_factory=list)  # blocks findable once the plan is made
     recomputed_tokens: int = 0
+    cache_blocks_out: int = 0  # of the swaps out, those for the prefix cache's second tier
+    cache_blocks_in: int = 0
 
     @property
     def rows(self) -> list[Sequence]:

@@ -65,6 +65,7 @@ class Engine:
                 target_itl_ns=round(settings.target_itl_ms * 1e6),
                 preemption_mode=settings.preemption_mode,
                 prefix_cache=settings.prefix_cache,
+                host_prefix_cache=settings.host_prefix_cache,
                 max_waiting=settings.max_waiting,
                 max_worker_losses=settings.max_worker_losses,
                 watermark=settings.watermark,

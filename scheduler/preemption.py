@@ -144,6 +144,11 @@ class CostModel:
         self._swapped_last = swap_ns * swap_factor <= recompute_ns * recompute_factor
         return self._swapped_last
 
+    def prefers_copy_in(self, num_bytes: int, num_tokens: int) -> bool:
+        """Whether copying a kept prefix in is cheaper than computing it; yes while figures are missing."""
+        rate_in, rate = self.swap_in.per_second, self.step_time.prefill_tokens_per_second
+        return not rate_in or not rate or (self.pending_in_bytes + num_bytes) / rate_in <= num_tokens / rate
+
     def came_back(self, found_tokens: int, num_tokens: int) -> None:
         """A recomputed group with `num_tokens` computed before comes back: so many of them need not be computed."""
         found, of = self._found

@@ -88,11 +88,12 @@ class PrefixCache:
     def is_parked(self, block: int) -> bool:
         return block in self._unreferenced
 
-    def evict(self) -> int:
-        """Gives up the block that has been unreferenced for longest; KeyError when there is none."""
+    def evict(self) -> tuple[int, bytes]:
+        """Gives up the block that has been unreferenced for longest, and its key; KeyError when there is none."""
         block, _ = self._unreferenced.popitem(last=False)
-        del self._block_of[self._key_of.pop(block)]
-        return block
+        key = self._key_of.pop(block)
+        del self._block_of[key]
+        return block, key
 
     def forget(self, key: bytes) -> int | None:
         """Makes a key unfindable. Returns its block if that was unreferenced and should become free."""

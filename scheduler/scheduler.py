@@ -70,7 +70,10 @@ class Scheduler:
         self.capacity = capacity
         self.epoch = epoch
         self.blocks = BlockManager(
-            num_blocks=capacity.num_blocks, host_blocks=capacity.host_blocks, block_size=capacity.block_size
+            num_blocks=capacity.num_blocks,
+            host_blocks=capacity.host_blocks,
+            block_size=capacity.block_size,
+            host_cache=config.prefix_cache and config.host_prefix_cache,
         )
         self.costs = CostModel(rates)
         self.tenants = TenantTokens()
@@ -108,7 +111,8 @@ class Scheduler:
         self.swap_out_blocks_total = 0
         self.swap_in_blocks_total = 0
         self.query_tokens_total = 0
-        self.hit_tokens_total = 0
+        self.hit_tokens_total = 0  # in the KV pool
+        self.host_hit_tokens_total = 0  # in the host arena
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
 
@@ -135,8 +139,10 @@ class Scheduler:
         up only if it could matter: when more than `left` is needed without it."""
         needed = least_ns(group.request, 0, self.costs.step_time)
         if needed > left:
-            cached = len(self.blocks.find_prefix(self._lookup_keys(group.live[0]))) * self.capacity.block_size
-            needed = least_ns(group.request, cached, self.costs.step_time)
+            keys = self._lookup_keys(group.live[0])
+            found = len(self.blocks.find_prefix(keys))
+            found += len(self.blocks.tier.find(keys[found:]))
+            needed = least_ns(group.request, found * self.capacity.block_size, self.costs.step_time)
         return needed
 
     def add(self, group: SequenceGroup) -> None:
@@ -315,6 +321,10 @@ class Scheduler:
 
     def _commit(self, draft: Draft) -> StepPlan | None:
         """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next."""
+        kept = self.blocks.tier.flush()
+        if kept:
+            draft.add_swap_out(kept)
+            draft.cache_blocks_out = len(kept)
         if not (self.decoding or draft.chunk_slots or draft.swap_out or draft.swap_in):
             self._give_back_released(draft)
             return None
@@ -441,9 +451,14 @@ class Scheduler:
             return self._fail_if_alone(group, now)
 
         self._leave_queue(group, live)
+        kept_keys = self._kept_prefix(keys[len(found) :])
+        kept = blocks.tier.take(kept_keys)
         blocks.share_prefix(leader.table, found)
         blocks.extend(leader.table, known)
-        leader.computed = len(found) * size
+        if kept:
+            draft.add_swap_in(blocks.fill_from_host(leader.table, len(found), kept, kept_keys))
+            draft.cache_blocks_in += len(kept)
+        leader.computed = (len(found) + len(kept)) * size
         if group.resumable_after:  # it was preempted here, so the cache could have kept its blocks
             self.costs.came_back(leader.computed, leader.computed_before)
         leader.starts_at = 0
@@ -459,10 +474,10 @@ class Scheduler:
                 sequence.computed = shared * size
                 sequence.starts_at = 0 if leader.computed >= sequence.computed else NEVER_STARTS
         group.lookup_keys = None
-        group.shares_prefix = bool(found)
-        if found:
+        group.shares_prefix = bool(found or kept)
+        if group.shares_prefix:
             draft.sharers.append(group)
-        self._count_start(group, leader, len(keys) * size, now)
+        self._count_start(group, leader, len(keys) * size, len(kept) * size, now)
         for sequence in live[:1] if is_fresh else live:
             if draft.left > 0:
                 self._plan_chunk(sequence, draft)
@@ -470,13 +485,20 @@ class Scheduler:
                 self.prefilling.append(sequence)
         return True
 
-    def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, now: int) -> None:
+    def _kept_prefix(self, keys: list[bytes]) -> list[bytes]:
+        """Keys of blocks in the host tier to copy in, if that is cheaper than computing them."""
+        kept = self.blocks.tier.find(keys) if len(self.blocks.tier) else []
+        size = self.capacity
+        return kept if self.costs.prefers_copy_in(len(kept) * size.block_bytes, len(kept) * size.block_size) else []
+
+    def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, from_host: int, now: int) -> None:
         if group.started_at is None:
             group.started_at = now
             group.cached_tokens = leader.computed
             self.prompt_tokens_total += len(group.request.prompt)
             self.query_tokens_total += queried
-            self.hit_tokens_total += leader.computed
+            self.hit_tokens_total += leader.computed - from_host
+            self.host_hit_tokens_total += from_host
         else:
             self._resumed.add(group)
         if group.request.prompt_logprobs is None:
@@ -698,7 +720,7 @@ class Scheduler:
         # Blocks that another group refers to as well will still be there to be found.
         held = sum(1 for block, count in own.items() if references[block] > count and block in self.blocks.cache)
         tokens = max(0, num_blocks - held) * size
-        possible = num_blocks <= self.blocks.host.num_free and all(s.status is RUNNING for s in live)
+        possible = num_blocks <= self.blocks.tier.num_available and all(s.status is RUNNING for s in live)
         wanted = self.config.preemption_mode
         swap = possible and (wanted == "swap" or (wanted == "auto" and self.costs.prefers_swap(num_bytes, tokens)))
         mode = "swap" if swap else "recompute"
@@ -874,7 +896,12 @@ class Scheduler:
         if flight.recomputed_tokens:
             self.actual_ns["recompute"] += self.costs.recomputing_ns(flight.recomputed_tokens, timings)
         self.costs.learn(len(flight.swap_out) * size, len(flight.swap_in) * size, timings)
-        self.actual_ns["swap"] += timings.swap_out_ns + timings.swap_in_ns
+        for moves, of_cache, took_ns in (
+            (flight.swap_out, flight.cache_blocks_out, timings.swap_out_ns),
+            (flight.swap_in, flight.cache_blocks_in, timings.swap_in_ns),
+        ):
+            if moves:  # the cache's copies are nobody's preemption
+                self.actual_ns["swap"] += took_ns * (len(moves) - of_cache) // len(moves)
 
     def _note_first_tokens(self, flight: Draft, result: StepResult, now: int) -> None:
         """What only steps with chunks bring: prompt log-probabilities and first tokens."""

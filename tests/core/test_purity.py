@@ -21,6 +21,7 @@ CORE = {
     "draft",
     "events",
     "fairness",
+    "host_tier",
     "inspection",
     "loads",
     "placement",

@@ -60,6 +60,7 @@ class Simulation:
             preemption_mode=choose(["auto", "swap", "recompute"]),
             max_preemptions=choose([1, 2, 16]),
             prefix_cache=chance() < 0.7,
+            host_prefix_cache=chance() < 0.5,
             max_waiting=choose([4, 100]),
             watermark=choose([0.0, 0.01, 0.1]),
             retention_ns=10**12,
@@ -395,6 +396,7 @@ class Simulation:
         self.statistics["swap preemptions"] += worker.preemptions_total["swap"]
         self.statistics["recompute preemptions"] += worker.preemptions_total["recompute"]
         self.statistics["swapped in bytes"] += worker.swap_in_bytes_total
+        self.statistics["tokens found in the arena"] += worker.prefix_cache_host_hit_tokens_total
 
 
 def run_seeds(seeds: range) -> Counter[str]:

@@ -126,6 +126,7 @@ async def test_metrics_have_the_documented_names_and_count_what_happened() -> No
             'pagewire_preemption_cost_seconds_count{kind="predicted",mode="recompute"} 0.0',
             "pagewire_prefix_cache_queries_total",
             'pagewire_prefix_cache_hits_total{tier="gpu"}',
+            'pagewire_prefix_cache_hits_total{tier="host"} 0.0',
             "pagewire_prompt_tokens_total 6.0",
             "pagewire_generation_tokens_total 12.0",
             "pagewire_time_to_first_token_seconds_count 2.0",
