@@ -42,7 +42,7 @@ class BlockManager:
     @property
     def num_used(self) -> int:
         """KV blocks that some table refers to."""
-        return self.pool.num_blocks - self.num_free
+        return self.pool.num_blocks - self.num_free - self.cache.num_set_aside
 
     def append(self, table: BlockTable) -> int:
         """Appends a block to a table and returns its id. Raises OutOfBlocksError."""

@@ -15,6 +15,7 @@ from scheduler.draft import ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.inspection import check_scheduler, worker_loads
 from scheduler.loads import Loads, WorkerLoads
+from scheduler.pins import Pins
 from scheduler.placement import Placement
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.scheduler import Scheduler
@@ -74,6 +75,7 @@ class Dispatcher:
         self._retained: OrderedDict[str, SequenceGroup] = OrderedDict()  # finished, oldest first
         self._unassigned: list[SequenceGroup] = []  # live without a worker; by rank when distributed
         self._deadlines = Deadlines()
+        self.pins = Pins()
         self._arrivals = 0
         self._last_epoch = 0
         self._stale_results = 0
@@ -96,6 +98,7 @@ class Dispatcher:
             self._placement.note_all_lighter()
         scheduler = self._make_scheduler(worker_id, self._config, capacity, rates, epoch, self._record)
         self._schedulers[worker_id] = scheduler
+        self.pins.add_worker(scheduler)
         self._placement.add(scheduler)
         self._distribute(now)
 
@@ -221,6 +224,14 @@ class Dispatcher:
     def find(self, request_id: str) -> SequenceGroup | None:
         """A live or recently finished request."""
         return self._groups.get(request_id) or self._retained.get(request_id)
+
+    def pin_prefix(self, tenant: str, tokens: list[int]) -> str | None:
+        """Keeps a prefix in the pool of every worker, present and future. Why not, in one line, or None."""
+        return self.pins.add(tenant, tokens, self._schedulers.values())
+
+    def unpin_prefix(self, tenant: str, tokens: list[int]) -> bool:
+        """Takes pin_prefix back. False: that prefix is not pinned."""
+        return self.pins.remove(tenant, tokens, self._schedulers.values())
 
     # ------------------------------------------------------------------ steps
 

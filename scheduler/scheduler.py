@@ -165,6 +165,14 @@ class Scheduler:
         else:
             queue.append(group)
 
+    def pin(self, tenant: str, tokens: list[int]) -> None:
+        """Keeps the full blocks of a prefix in the pool, from when a request has computed them on."""
+        self.blocks.cache.pin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
+
+    def unpin(self, tenant: str, tokens: list[int]) -> None:
+        """Treats the blocks of a prefix like all others again."""
+        self.blocks.cache.unpin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
+
     def give_up_waiting(self) -> list[SequenceGroup]:
         """Gives back the groups that have not started, for another distribution over workers."""
         groups, self.waiting = self.waiting, []
@@ -448,6 +456,8 @@ class Scheduler:
         # Copy-on-write comes with the next step: no room for it now would be a preemption then.
         soon = len(others) if is_fresh else 0
         if not self._has_room(need + blocks.num_parked(found), soon):
+            if self._is_empty and blocks.cache.yield_pinned():  # a request goes before a pinned prefix
+                return self._start(group, draft, now)
             return self._fail_if_alone(group, now)
 
         self._leave_queue(group, live)
@@ -647,6 +657,8 @@ class Scheduler:
                     self._reclaim_ending()
                     continue
                 victim = choose_victim(group, self.running, self._resumed, self.place)
+                if victim is None and self.blocks.cache.yield_pinned():
+                    continue
                 if victim is None:
                     message = (
                         f"the request has outgrown the KV pool of {self.capacity.num_blocks} blocks of "
@@ -738,6 +750,8 @@ class Scheduler:
         need = self.blocks.swap_in_need(tables, num_full)
         need += sum(1 for sequence in live if sequence.computed % size == 0)
         if not self._has_room(need, 0):
+            if self._is_empty and self.blocks.cache.yield_pinned():
+                return self._swap_in(group, draft, now)
             return self._fail_if_alone(group, now)
         self._leave_queue(group, live)
         self._resumed.add(group)

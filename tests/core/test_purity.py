@@ -24,6 +24,7 @@ CORE = {
     "host_tier",
     "inspection",
     "loads",
+    "pins",
     "placement",
     "policy",
     "preemption",

@@ -89,6 +89,8 @@ class Simulation:
     # ---- what happens
 
     def run(self) -> Counter[str]:
+        if self.random.random() < 0.3:
+            self.dispatcher.pin_prefix("", self.stems[0])
         for _ in range(self.random.randint(1, 3)):
             self.join()
         while len(self.groups) < self.num_requests:
