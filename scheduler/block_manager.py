@@ -188,7 +188,8 @@ class BlockManager:
 
     def _evict(self) -> None:
         block, key = self.cache.evict()
-        self.tier.keep(block, key)
+        if self.tier.is_on:
+            self.tier.keep(block, key)
         self.pool.put_back(block)
 
     def _drop(self, block: int) -> None:

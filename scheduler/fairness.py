@@ -30,7 +30,7 @@ MAX_REMEMBERED = 1024
 class TenantTokens:
     """Counters of the tenants with groups on one worker, and of some that had."""
 
-    __slots__ = ("_decoding", "_most_rows", "_num_groups", "_remembered", "_rows", "_served")
+    __slots__ = ("_decoding", "_most_rows", "_num_groups", "_remembered", "_rows", "_served", "is_shared")
 
     def __init__(self) -> None:
         self._served: dict[str, int] = {}  # units; of the tenants with groups
@@ -39,11 +39,7 @@ class TenantTokens:
         self._decoding: list[Sequence] = []  # the decode set that _rows counts
         self._rows: dict[str, int] = {}
         self._most_rows = 0  # of one tenant
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether there is anybody to be fair to. Nothing is charged while there is not."""
-        return len(self._served) > 1
+        self.is_shared = False  # whether there is anybody to be fair to; nothing is charged while there is not
 
     def enter(self, group: SequenceGroup) -> None:
         """A group has come to the worker. Takes from its tenant what it has saved up beyond the credit."""
@@ -57,6 +53,7 @@ class TenantTokens:
             self._num_groups[tenant] = 1
             served = self._remembered.pop(tenant, NEW)
         others = min(self._served.values(), default=0)
+        self.is_shared = bool(self._served)
         self._served[tenant] = others - 1 if served == NEW else max(served, others - CREDIT)
 
     def leave(self, group: SequenceGroup) -> None:
@@ -67,6 +64,7 @@ class TenantTokens:
             return
         del self._num_groups[tenant]
         self._remembered[tenant] = self._served.pop(tenant)
+        self.is_shared = len(self._served) > 1
         if not self._served:  # an idle worker owes nobody anything
             self._remembered.clear()
         elif len(self._remembered) > MAX_REMEMBERED:
@@ -101,6 +99,7 @@ class TenantTokens:
             counts[group.request.tenant] = counts.get(group.request.tenant, 0) + 1
         assert counts == self._num_groups, "groups of tenants are miscounted"
         assert self._served.keys() == counts.keys(), "a tenant without groups has a counter, or the reverse"
+        assert self.is_shared == (len(counts) > 1), "who shares is miscounted"
         assert not self._remembered.keys() & counts.keys(), "a tenant with groups is taken for absent"
         assert len(self._remembered) <= MAX_REMEMBERED, "too many tenants are remembered"
 

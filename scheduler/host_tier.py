@@ -46,7 +46,7 @@ class HostTier:
 
     def keep(self, block: int, key: bytes) -> None:
         """The KV pool gives up a block: it is copied out, if there is room and the plan has not copied enough."""
-        if not self.is_on or key in self._block_of or len(self._sources) >= MOST_PER_PLAN:
+        if key in self._block_of or len(self._sources) >= MOST_PER_PLAN:
             return
         if not self.host.num_free:
             self._give_up_oldest()

@@ -329,10 +329,11 @@ class Scheduler:
 
     def _commit(self, draft: Draft) -> StepPlan | None:
         """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next."""
-        kept = self.blocks.tier.flush()
-        if kept:
-            draft.add_swap_out(kept)
-            draft.cache_blocks_out = len(kept)
+        if self.blocks.tier.is_on:
+            kept = self.blocks.tier.flush()
+            if kept:
+                draft.add_swap_out(kept)
+                draft.cache_blocks_out = len(kept)
         if not (self.decoding or draft.chunk_slots or draft.swap_out or draft.swap_in):
             self._give_back_released(draft)
             return None
@@ -461,8 +462,8 @@ class Scheduler:
             return self._fail_if_alone(group, now)
 
         self._leave_queue(group, live)
-        kept_keys = self._kept_prefix(keys[len(found) :])
-        kept = blocks.tier.take(kept_keys)
+        kept_keys = self._kept_prefix(keys[len(found) :]) if blocks.tier.is_on else []
+        kept = blocks.tier.take(kept_keys) if kept_keys else []
         blocks.share_prefix(leader.table, found)
         blocks.extend(leader.table, known)
         if kept:
@@ -497,7 +498,7 @@ class Scheduler:
 
     def _kept_prefix(self, keys: list[bytes]) -> list[bytes]:
         """Keys of blocks in the host tier to copy in, if that is cheaper than computing them."""
-        kept = self.blocks.tier.find(keys) if len(self.blocks.tier) else []
+        kept = self.blocks.tier.find(keys)
         size = self.capacity
         return kept if self.costs.prefers_copy_in(len(kept) * size.block_bytes, len(kept) * size.block_size) else []
 
