@@ -80,10 +80,14 @@ class UpSettings(RoleSettings):
     """Sequences that run at once on one worker."""
     token_budget: int | None = Field(default=None, ge=1)
     """Tokens that one step computes at most."""
+    target_itl_ms: float | None = Field(default=None, ge=0.0)
+    """Milliseconds between two tokens of a stream that prefill should not exceed. Unset or 0: no limit."""
     preemption_mode: Literal["auto", "swap", "recompute"] | None = None
     """How sequences leave a full KV pool."""
     prefix_cache: bool | None = None
     """Reuse the KV blocks of prompts that begin alike. Unset: on."""
+    host_prefix_cache: bool | None = None
+    """Keep such blocks in host memory when the KV pool gives them up. Unset: off."""
 
     grpc_port: int = Field(default=50051, ge=0, le=65535)
     """Port of the gRPC API. 0 picks a free one. Further gateways take the following ports."""
@@ -140,7 +144,14 @@ _WORKER_FLAGS = (
     "max_num_seqs",
     "token_budget",
 )
-_SCHEDULER_FLAGS = ("max_num_seqs", "token_budget", "preemption_mode", "prefix_cache")
+_SCHEDULER_FLAGS = (
+    "max_num_seqs",
+    "token_budget",
+    "target_itl_ms",
+    "preemption_mode",
+    "prefix_cache",
+    "host_prefix_cache",
+)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from scheduler.block_pool import BlockPool
 from scheduler.block_table import BlockTable, blocks_for
+from scheduler.host_tier import HostTier
 from scheduler.prefix_cache import PrefixCache
 from scheduler.step_plan import BlockMoves
 
@@ -22,15 +23,16 @@ from scheduler.step_plan import BlockMoves
 class BlockManager:
     """Block tables over a KV pool, a host arena and a prefix cache. Callers check `num_free` before they take."""
 
-    __slots__ = ("block_size", "cache", "host", "pool")
+    __slots__ = ("block_size", "cache", "host", "pool", "tier")
 
-    def __init__(self, *, num_blocks: int, host_blocks: int, block_size: int) -> None:
+    def __init__(self, *, num_blocks: int, host_blocks: int, block_size: int, host_cache: bool = False) -> None:
         if block_size < 1:
             raise ValueError(f"block_size is {block_size}, must be at least 1")
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
         self.host = BlockPool(host_blocks)
         self.cache = PrefixCache()
+        self.tier = HostTier(self.host, is_on=host_cache and host_blocks > 0)
 
     @property
     def num_free(self) -> int:
@@ -40,7 +42,7 @@ class BlockManager:
     @property
     def num_used(self) -> int:
         """KV blocks that some table refers to."""
-        return self.pool.num_blocks - self.num_free
+        return self.pool.num_blocks - self.num_free - self.cache.num_set_aside
 
     def append(self, table: BlockTable) -> int:
         """Appends a block to a table and returns its id. Raises OutOfBlocksError."""
@@ -53,7 +55,7 @@ class BlockManager:
         count = blocks_for(num_tokens, self.block_size) - len(table.blocks)
         if count > 0:
             for _ in range(min(count - self.pool.num_free, self.cache.num_unreferenced)):
-                self.pool.put_back(self.cache.evict())
+                self._evict()
             table.blocks.extend(self.pool.take_many(count))
 
     def fork(self, parent: BlockTable, num_blocks: int | None = None) -> BlockTable:
@@ -97,6 +99,7 @@ class BlockManager:
 
     def swap_out(self, tables: list[BlockTable]) -> BlockMoves:
         """Moves tables to the host arena; sharing among them is kept. Raises OutOfBlocksError."""
+        self.tier.make_room(self.swap_out_need(tables))
         moved: dict[int, int] = {}
         for table in tables:
             for position, block in enumerate(table.blocks):
@@ -137,8 +140,7 @@ class BlockManager:
                 emptied.append(host_block)
             table.on_host = False
         for host_block in emptied:
-            if self.host.drop(host_block):
-                self.host.put_back(host_block)
+            self.tier.release(host_block)
         return moves
 
     # ---- prefix cache
@@ -158,6 +160,13 @@ class BlockManager:
             self.cache.revive(block)
         table.blocks.extend(blocks)
 
+    def fill_from_host(self, table: BlockTable, first: int, host_blocks: list[int], keys: list[bytes]) -> BlockMoves:
+        """Copies blocks taken from the host tier into a table's blocks from index `first` on, and makes them findable
+        there. The plan that is being made copies before it computes, so it may already share them."""
+        destinations = table.blocks[first : first + len(keys)]
+        self.cache.register(zip(destinations, keys, strict=True))
+        return BlockMoves(host_blocks, destinations)
+
     def register(self, blocks: Iterable[tuple[int, bytes]]) -> None:
         """Makes used, full blocks findable by their keys."""
         self.cache.register(blocks)
@@ -165,6 +174,7 @@ class BlockManager:
     def forget(self, keys: Iterable[bytes]) -> None:
         """Makes blocks unfindable, because their contents are not what their keys say."""
         for key in keys:
+            self.tier.forget(key)
             block = self.cache.forget(key)
             if block is not None:
                 self.pool.put_back(block)
@@ -173,8 +183,14 @@ class BlockManager:
 
     def _take(self) -> int:
         if not self.pool.num_free and self.cache.num_unreferenced:
-            self.pool.put_back(self.cache.evict())
+            self._evict()
         return self.pool.take()
+
+    def _evict(self) -> None:
+        block, key = self.cache.evict()
+        if self.tier.is_on:
+            self.tier.keep(block, key)
+        self.pool.put_back(block)
 
     def _drop(self, block: int) -> None:
         if self.pool.drop(block) and not self.cache.park(block):
@@ -187,6 +203,7 @@ class BlockManager:
         for table in tables:
             assert len(set(table.blocks)) == len(table.blocks), f"a block is twice in {table}"
             (on_host if table.on_host else here).update(table.blocks)
+        on_host.update(self.tier.blocks)
         self.pool.check_integrity(dict(here), self.cache.parked)
         self.host.check_integrity(dict(on_host), ())
         self.cache.check_integrity()

@@ -30,10 +30,16 @@ class SchedulerSettings(RoleSettings):
     token_budget: int = Field(default=2048, ge=1, le=1 << 20)
     """Tokens that one step computes at most, decodes and prefill chunks together. Larger: faster prefill, longer pauses
     of the streams that decode beside it."""
+    target_itl_ms: float = Field(default=0.0, ge=0.0, le=60_000.0)
+    """Milliseconds between two tokens of a stream that prefill should not exceed: a step beside decoding streams
+    takes as many prompt tokens as fit, by step times learned live, and at least 64. 0: only token_budget limits it."""
     preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
     """How a sequence group leaves GPU memory when that is full: by the cheaper of two measured costs, or always one."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts for later prompts that begin alike, per tenant."""
+    host_prefix_cache: bool = False
+    """Keep full blocks that the block pool gives up in the workers' host arenas, and copy them back when that is
+    cheaper than computing them. Off until its cost has been measured on a GPU."""
     max_worker_losses: int = Field(default=3, ge=1)
     """Workers lost in a row while they ran a request, without progress, after which it fails. 3: two may be chance."""
     max_waiting: int = Field(default=1024, ge=1, le=1 << 20)

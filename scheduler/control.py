@@ -16,7 +16,7 @@ from scheduler.worker_link import PROTOCOL_VERSION
 
 
 class ControlServicer:
-    """Serves GetServerInfo, GetLoads, ListWorkers and Drain."""
+    """Serves GetServerInfo, GetLoads, ListWorkers, Drain and PinPrefix."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -28,6 +28,7 @@ class ControlServicer:
             "GetLoads": self._get_loads,
             "ListWorkers": self._list_workers,
             "Drain": self._drain,
+            "PinPrefix": self._pin_prefix,
         }
         methods = {name: grpc.unary_unary_rpc_method_handler(_answering(call)) for name, call in calls.items()}
         return grpc.method_handlers_generic_handler("pagewire.v1.ControlService", methods)
@@ -65,6 +66,9 @@ class ControlServicer:
         request = parse(control_pb2.DrainRequest, raw)
         live = self._engine.drain(resume=request.resume)
         return control_pb2.DrainResponse(live_requests=live).SerializeToString()
+
+    def _pin_prefix(self, raw: bytes) -> bytes:
+        return self._engine.pin_prefix(parse(control_pb2.PinPrefixRequest, raw)).SerializeToString()
 
 
 def _answering(call: Callable[[bytes], bytes]) -> Callable[[bytes, Any], Awaitable[bytes | None]]:

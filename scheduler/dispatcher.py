@@ -9,12 +9,13 @@ import enum
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 
+from scheduler.deadlines import Deadlines
 from scheduler.draft import ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.inspection import check_scheduler, worker_loads
 from scheduler.loads import Loads, WorkerLoads
+from scheduler.pins import Pins
 from scheduler.placement import Placement
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.scheduler import Scheduler
@@ -47,6 +48,7 @@ class Admission(enum.Enum):
     OK = "ok"
     LATER = "later"  # the waiting queue is full
     NEVER = "never"  # it cannot fit, ever
+    TOO_LATE = "too late"  # its deadline cannot be met
     DUPLICATE = "duplicate"  # a live request has this id
 
 
@@ -55,7 +57,7 @@ class Submitted:
     """Answer of submit()."""
 
     admission: Admission
-    reason: str = ""  # one clear line for LATER and NEVER
+    reason: str = ""  # one clear line for LATER, NEVER and TOO_LATE
     group: SequenceGroup | None = None  # for OK
 
 
@@ -72,7 +74,8 @@ class Dispatcher:
         self._waiting_at_most = 0  # no more groups than that have not started
         self._retained: OrderedDict[str, SequenceGroup] = OrderedDict()  # finished, oldest first
         self._unassigned: list[SequenceGroup] = []  # live without a worker; by rank when distributed
-        self._deadlines: list[tuple[int, int, str]] = []  # heap of deadline, arrival, request id; some are outdated
+        self._deadlines = Deadlines()
+        self.pins = Pins()
         self._arrivals = 0
         self._last_epoch = 0
         self._stale_results = 0
@@ -95,6 +98,7 @@ class Dispatcher:
             self._placement.note_all_lighter()
         scheduler = self._make_scheduler(worker_id, self._config, capacity, rates, epoch, self._record)
         self._schedulers[worker_id] = scheduler
+        self.pins.add_worker(scheduler)
         self._placement.add(scheduler)
         self._distribute(now)
 
@@ -131,11 +135,17 @@ class Dispatcher:
             return Submitted(Admission.NEVER, self._why_never(group))
         if self._is_queue_full():
             return Submitted(Admission.LATER, f"{self._config.max_waiting} requests are waiting already")
+        deadline = request.deadline
+        if deadline is not None and worker is not None:
+            needed = worker.least_ns(group, deadline - now)
+            if now + needed > deadline:
+                return Submitted(Admission.TOO_LATE, too_late(needed, deadline - now))
+            deadline -= needed  # look at it when it could start for the last time
         self._arrivals += 1
         self._retained.pop(request.request_id, None)
         self._groups[request.request_id] = group
-        if request.deadline is not None:
-            self._note_deadline(request.deadline, group)
+        if deadline is not None:
+            self._deadlines.note(deadline, group, self._groups)
         self._waiting_at_most += 1
         if worker is not None:
             worker.add(group)
@@ -193,12 +203,10 @@ class Dispatcher:
         return True
 
     def expire(self, now: int) -> None:
-        """Ends requests whose deadline has passed and forgets finished ones whose retention is over."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, arrival, request_id = heappop(self._deadlines)
-            group = self._groups.get(request_id)
-            if group is not None and group.arrival == arrival:
-                self.abort(request_id, FinishReason.DEADLINE, now)
+        """Ends requests whose deadline has passed, or cannot be met because they still wait; forgets finished ones
+        whose retention is over."""
+        for group in self._deadlines.take(now, self._groups):
+            self._look_at_deadline(group, now)
         horizon = now - self._config.retention_ns
         while self._retained:
             request_id, group = next(iter(self._retained.items()))
@@ -208,7 +216,7 @@ class Dispatcher:
 
     def next_expiry(self) -> int | None:
         """When expire() has something to do at the earliest; None: nothing is pending."""
-        times = [self._deadlines[0][0]] if self._deadlines else []
+        times = [self._deadlines.next] if self._deadlines.next is not None else []
         if self._retained:
             times.append((next(iter(self._retained.values())).finished_at or 0) + self._config.retention_ns)
         return min(times, default=None)
@@ -216,6 +224,14 @@ class Dispatcher:
     def find(self, request_id: str) -> SequenceGroup | None:
         """A live or recently finished request."""
         return self._groups.get(request_id) or self._retained.get(request_id)
+
+    def pin_prefix(self, tenant: str, tokens: list[int]) -> str | None:
+        """Keeps a prefix in the pool of every worker, present and future. Why not, in one line, or None."""
+        return self.pins.add(tenant, tokens, self._schedulers.values())
+
+    def unpin_prefix(self, tenant: str, tokens: list[int]) -> bool:
+        """Takes pin_prefix back. False: that prefix is not pinned."""
+        return self.pins.remove(tenant, tokens, self._schedulers.values())
 
     # ------------------------------------------------------------------ steps
 
@@ -314,14 +330,20 @@ class Dispatcher:
             if len(self._retained) > self._config.max_retained:
                 self._retained.popitem(last=False)
 
-    def _note_deadline(self, deadline: int, group: SequenceGroup) -> None:
-        heappush(self._deadlines, (deadline, group.arrival, group.request.request_id))
-        if len(self._deadlines) > 2 * len(self._groups) + 64:  # mostly outdated: finished before their deadline
-            live = self._groups
-            self._deadlines = [
-                entry for entry in self._deadlines if (g := live.get(entry[2])) is not None and g.arrival == entry[1]
-            ]
-            heapify(self._deadlines)
+    def _look_at_deadline(self, group: SequenceGroup, now: int) -> None:
+        """Ends a group whose deadline has passed, and one that has not started and can no longer meet it."""
+        request_id, deadline = group.request.request_id, group.request.deadline
+        assert deadline is not None
+        if now >= deadline:
+            self.abort(request_id, FinishReason.DEADLINE, now)
+            return
+        scheduler = self._scheduler_of(group)
+        needed = scheduler.least_ns(group, deadline - now) if scheduler is not None and group.started_at is None else 0
+        if now + needed > deadline:
+            message = too_late(needed, deadline - now)
+            self.fail(request_id, StatusCode.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", message, now)
+        else:
+            self._deadlines.note(max(now + 1, deadline - needed), group, self._groups)
 
     def _scheduler_of(self, group: SequenceGroup) -> Scheduler | None:
         return None if group.worker_id is None else self._schedulers[group.worker_id]
@@ -336,3 +358,8 @@ class Dispatcher:
         """Groups that have not started."""
         queued = sum(len(scheduler.waiting) for scheduler in self._schedulers.values())
         return queued + sum(1 for group in self._unassigned if group.started_at is None)
+
+
+def too_late(needed_ns: int, left_ns: int) -> str:
+    """Why a deadline cannot be met, in one line."""
+    return f"the deadline is in {max(0, left_ns) / 1e6:.0f} ms, but the request needs {needed_ns / 1e6:.0f} ms at least"

@@ -39,6 +39,7 @@ class Draft:
     step: int
     left: int = 0  # token budget not used yet
     has_preempted: bool = False
+    serves_light_tenants: bool = False  # a prompt of one is in it, so those of heavy tenants wait for the next step
     release_slots: list[int] = field(default_factory=list)
     swap_out: BlockMoves = NO_MOVES
     swap_in: BlockMoves = NO_MOVES
@@ -63,6 +64,8 @@ class Draft:
     sharers: list[SequenceGroup] = field(default_factory=list)  # started in this plan on cached blocks
     registered: list[tuple[int, bytes]] = field(default_factory=list)  # blocks findable once the plan is made
     recomputed_tokens: int = 0
+    cache_blocks_out: int = 0  # of the swaps out, those for the prefix cache's second tier
+    cache_blocks_in: int = 0
 
     @property
     def rows(self) -> list[Sequence]:

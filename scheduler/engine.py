@@ -33,6 +33,8 @@ from scheduler.sequence import FinishReason, Request, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
 from scheduler.worker_link import WorkerLink
 
+MAX_TENANT = 128
+"""Characters of a tenant's name, as at the gateway."""
 QUEUE_FULL_RETRY_NS = 1 * NS_PER_S
 NO_WORKER_RETRY_NS = 2 * NS_PER_S
 DRAINING_RETRY_NS = 5 * NS_PER_S
@@ -62,8 +64,10 @@ class Engine:
             SchedulerConfig(
                 max_num_seqs=settings.max_num_seqs,
                 token_budget=settings.token_budget,
+                target_itl_ns=round(settings.target_itl_ms * 1e6),
                 preemption_mode=settings.preemption_mode,
                 prefix_cache=settings.prefix_cache,
+                host_prefix_cache=settings.host_prefix_cache,
                 max_waiting=settings.max_waiting,
                 max_worker_losses=settings.max_worker_losses,
                 watermark=settings.watermark,
@@ -307,6 +311,8 @@ class Engine:
         verdict = submitted.admission
         if verdict is Admission.LATER:
             raise SubmitError(codec.RESOURCE_EXHAUSTED, "QUEUE_FULL", submitted.reason, QUEUE_FULL_RETRY_NS)
+        if verdict is Admission.TOO_LATE:
+            raise SubmitError(codec.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", submitted.reason)
         if verdict is Admission.DUPLICATE:
             raise SubmitError(codec.ALREADY_EXISTS, "REQUEST_EXISTS", "a live request has this request_id")
         if verdict is Admission.NEVER:
@@ -414,6 +420,30 @@ class Engine:
         self.draining = not resume
         self.state_changed()
         return len(self.live)
+
+    def pin_prefix(self, request: control_pb2.PinPrefixRequest) -> control_pb2.PinPrefixResponse:
+        """Pins a prefix or unpins one. Raises Refusal for one that makes no sense or is too much."""
+        limits, tokens, tenant = self._limits, request.token_ids[:], request.tenant
+        if limits is None:
+            message = "no worker has joined, so the block size is not known yet"
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, message, reason="NO_WORKER")
+        wrong = ""
+        if len(tokens) < self.block_size:
+            wrong = f"token_ids must hold a full block, which is {self.block_size} tokens"
+        elif len(tokens) > limits.max_model_len:
+            wrong = f"token_ids has {len(tokens)} tokens; the context is {limits.max_model_len}"
+        elif max(tokens) >= limits.vocab_size:
+            wrong = f"token_ids must be below the vocabulary size {limits.vocab_size}"
+        elif len(tenant) > MAX_TENANT:
+            wrong = f"tenant must have at most {MAX_TENANT} characters"
+        if wrong:
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, wrong, reason="INVALID_FIELD")
+        if request.unpin:
+            return control_pb2.PinPrefixResponse(found=self.dispatcher.unpin_prefix(tenant, tokens))
+        refused = self.dispatcher.pin_prefix(tenant, tokens)
+        if refused is not None:
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, refused, reason="PIN_LIMIT")
+        return control_pb2.PinPrefixResponse(pinned_tokens=len(tokens) // self.block_size * self.block_size, found=True)
 
     def loads(self) -> control_pb2.GetLoadsResponse:
         """What every worker carries."""

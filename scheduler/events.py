@@ -11,6 +11,7 @@ from scheduler.sequence import Sequence, SequenceGroup
 class StatusCode(enum.IntEnum):
     """The gRPC status codes that the core answers with."""
 
+    DEADLINE_EXCEEDED = 4
     RESOURCE_EXHAUSTED = 8
     INTERNAL = 13
     UNAVAILABLE = 14

@@ -31,11 +31,12 @@ def worker_loads(scheduler: Scheduler) -> WorkerLoads:
         waiting_groups=len(scheduler.waiting),
         swapped_groups=sum(1 for group in scheduler.preempted if _is_swapped(group)),
         preempted_groups=sum(1 for group in scheduler.preempted if not _is_swapped(group)),
-        kv_blocks_free=blocks.num_free,
+        kv_blocks_free=blocks.num_free + blocks.cache.num_set_aside,
         kv_blocks_used=blocks.num_used,
-        kv_blocks_cached=blocks.cache.num_unreferenced,
-        host_blocks_free=blocks.host.num_free,
-        host_blocks_used=scheduler.capacity.host_blocks - blocks.host.num_free,
+        kv_blocks_cached=blocks.cache.num_unreferenced + blocks.cache.num_set_aside,
+        host_blocks_free=blocks.host.num_free + len(blocks.tier),
+        host_blocks_cached=len(blocks.tier),
+        host_blocks_used=scheduler.capacity.host_blocks - blocks.host.num_free - len(blocks.tier),
         kv_waste_ratio=kv_waste_ratio(scheduler),
         preemptions_total=dict(scheduler.preemptions_total),
         preemption_cost_predicted_ns=dict(scheduler.predicted_ns),
@@ -44,6 +45,7 @@ def worker_loads(scheduler: Scheduler) -> WorkerLoads:
         swap_in_bytes_total=scheduler.swap_in_blocks_total * size,
         prefix_cache_query_tokens_total=scheduler.query_tokens_total,
         prefix_cache_hit_tokens_total=scheduler.hit_tokens_total,
+        prefix_cache_host_hit_tokens_total=scheduler.host_hit_tokens_total,
         prompt_tokens_total=scheduler.prompt_tokens_total,
         generation_tokens_total=scheduler.generation_tokens_total,
     )
@@ -101,6 +103,12 @@ def check_scheduler(scheduler: Scheduler) -> None:
     every_slot = sorted(rows + scheduler.released_slots + scheduler.free_slots)
     assert every_slot == list(range(scheduler.capacity.max_slots)), "a slot is lost or held twice"
     assert scheduler.assigned_sequences == len(sequences), "assigned sequences are miscounted"
+    scheduler.tenants.check_integrity(scheduler.groups)
+    priorities: dict[int, int] = {}
+    for group in scheduler.groups:
+        assert group.preemptions <= scheduler.config.max_preemptions, f"{group} was preempted {group.preemptions} times"
+        priorities[group.request.priority] = priorities.get(group.request.priority, 0) + 1
+    assert priorities == scheduler.priorities, "priorities are miscounted"
     counts: dict[int, int] = {}
     for group in scheduler.groups:
         for token in group.request.stop_ids:

@@ -21,7 +21,8 @@ class WorkerLoads:
     kv_blocks_free: int  # free or only cached
     kv_blocks_used: int
     kv_blocks_cached: int  # of the free ones, those that hold a reusable prefix
-    host_blocks_free: int
+    host_blocks_free: int  # free or only cached
+    host_blocks_cached: int  # of the free ones, those that hold a reusable prefix
     host_blocks_used: int
     kv_waste_ratio: float  # allocated slots that hold no token / allocated slots
     preemptions_total: dict[str, int]  # by mode: swap, recompute
@@ -30,7 +31,8 @@ class WorkerLoads:
     swap_out_bytes_total: int
     swap_in_bytes_total: int
     prefix_cache_query_tokens_total: int
-    prefix_cache_hit_tokens_total: int
+    prefix_cache_hit_tokens_total: int  # found in the KV pool
+    prefix_cache_host_hit_tokens_total: int  # copied in from the host arena
     prompt_tokens_total: int
     generation_tokens_total: int
 

@@ -103,7 +103,8 @@ def _counters(worker: WorkerLoads) -> Iterator[tuple[tuple[str, str], int]]:
     for mode, nanoseconds in worker.preemption_cost_actual_ns.items():
         yield ("actual_ns", mode), nanoseconds
     yield ("queries", ""), worker.prefix_cache_query_tokens_total
-    yield ("hits", ""), worker.prefix_cache_hit_tokens_total
+    yield ("hits", "gpu"), worker.prefix_cache_hit_tokens_total
+    yield ("hits", "host"), worker.prefix_cache_host_hit_tokens_total
 
 
 class SchedulerCollector(Collector):
@@ -151,7 +152,8 @@ class SchedulerCollector(Collector):
         hits = CounterMetricFamily(
             "pagewire_prefix_cache_hits", "Prompt tokens found in the prefix cache.", labels=["tier"]
         )
-        hits.add_metric(["gpu"], totals["hits", ""])
+        for tier in ("gpu", "host"):
+            hits.add_metric([tier], totals["hits", tier])
         yield hits
 
     def _own_counters(self, loads: Loads) -> Iterator[Metric]:
@@ -225,7 +227,8 @@ def _gauges(loads: Loads) -> Iterator[Metric]:
         blocks.add_metric([name, "cached"], worker.kv_blocks_cached)
         blocks.add_metric([name, "free"], worker.kv_blocks_free - worker.kv_blocks_cached)
         blocks.add_metric([name, "host_used"], worker.host_blocks_used)
-        blocks.add_metric([name, "host_free"], worker.host_blocks_free)
+        blocks.add_metric([name, "host_cached"], worker.host_blocks_cached)
+        blocks.add_metric([name, "host_free"], worker.host_blocks_free - worker.host_blocks_cached)
         epoch.add_metric([name], worker.epoch)
         waste.add_metric([name], worker.kv_waste_ratio)
     yield from (usage, blocks, epoch, waste)

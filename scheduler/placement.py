@@ -39,15 +39,12 @@ class Placement:
 
     def choose(self, group: SequenceGroup) -> Scheduler | None:
         """Who should get a group; None: nobody could run it."""
-        best: Entry | None = None
-        chosen: Scheduler | None = None
-        for kind, workers in self._workers.items():
-            if next(iter(workers.values())).why_never(group) is None:
-                worker = self._least_loaded(kind)
-                entry = entry_of(worker)
-                if best is None or entry < best:
-                    best, chosen = entry, worker
-        return chosen
+        able = [
+            least_loaded(workers, heap)  # looked up without hashing a kind, which would cost more than all the rest
+            for workers, heap in zip(self._workers.values(), self._heaps.values(), strict=True)
+            if next(iter(workers.values())).why_never(group) is None
+        ]
+        return able[0] if len(able) == 1 else min(able, key=entry_of, default=None)
 
     def note_lighter(self, worker: Scheduler) -> None:
         """A worker has less to do than before."""
@@ -67,19 +64,6 @@ class Placement:
         heap = self._heaps[kind] = [entry_of(worker) for worker in self._workers[kind].values()]
         heapify(heap)
 
-    def _least_loaded(self, kind: Kind) -> Scheduler:
-        heap, workers = self._heaps[kind], self._workers[kind]
-        while True:
-            top = heap[0]
-            worker = workers.get(top[2])
-            if worker is None or worker.epoch != top[1]:
-                heappop(heap)
-                continue
-            entry = entry_of(worker)
-            if entry == top:
-                return worker
-            heapreplace(heap, entry)
-
     def check_integrity(self, ready: dict[str, Scheduler]) -> None:
         """Raises AssertionError unless it knows exactly the ready workers, each with its load or less."""
         known = {worker_id: worker for workers in self._workers.values() for worker_id, worker in workers.items()}
@@ -89,6 +73,20 @@ class Placement:
                 least = min((e for e in self._heaps[kind] if e[1:] == (worker.epoch, worker.worker_id)), default=None)
                 assert least is not None, f"worker {worker.worker_id} cannot be chosen"
                 assert least <= entry_of(worker), f"worker {worker.worker_id} is lighter than it is taken for"
+
+
+def least_loaded(workers: dict[str, Scheduler], heap: list[Entry]) -> Scheduler:
+    """The top of a kind's heap, after what is old at the top has been put right."""
+    while True:
+        top = heap[0]
+        worker = workers.get(top[2])
+        if worker is None or worker.epoch != top[1]:
+            heappop(heap)
+            continue
+        entry = entry_of(worker)
+        if entry == top:
+            return worker
+        heapreplace(heap, entry)
 
 
 def kind_of(worker: Scheduler) -> Kind:

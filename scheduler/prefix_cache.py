@@ -40,14 +40,17 @@ def extend_chain(parent: bytes, tokens: list[int], block_size: int) -> list[byte
 
 
 class PrefixCache:
-    """Key to block and back, and the unreferenced blocks in the order in which they will be given up."""
+    """Key to block and back, and the unreferenced blocks in the order in which they will be given up. Those with a
+    pinned key are set aside and not given up."""
 
-    __slots__ = ("_block_of", "_key_of", "_unreferenced")
+    __slots__ = ("_block_of", "_key_of", "_pinned", "_set_aside", "_unreferenced")
 
     def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._unreferenced: OrderedDict[int, None] = OrderedDict()
+        self._pinned: set[bytes] = set()  # whether there are blocks of them or not
+        self._set_aside: dict[int, None] = {}  # unreferenced blocks with a pinned key
 
     @property
     def num_unreferenced(self) -> int:
@@ -78,21 +81,58 @@ class PrefixCache:
         """Keeps a block whose last reference is gone. False: the block is not registered, it should become free."""
         if block not in self._key_of:
             return False
-        self._unreferenced[block] = None
+        if self._pinned and self._key_of[block] in self._pinned:
+            self._set_aside[block] = None
+        else:
+            self._unreferenced[block] = None
         return True
 
     def revive(self, block: int) -> bool:
         """Takes a block that is referenced again out of the unreferenced ones. False: it was referenced all along."""
+        if block in self._set_aside:
+            del self._set_aside[block]
+            return True
         return self._unreferenced.pop(block, self) is not self
 
     def is_parked(self, block: int) -> bool:
         return block in self._unreferenced
 
-    def evict(self) -> int:
-        """Gives up the block that has been unreferenced for longest; KeyError when there is none."""
+    def evict(self) -> tuple[int, bytes]:
+        """Gives up the block that has been unreferenced for longest, and its key; KeyError when there is none."""
         block, _ = self._unreferenced.popitem(last=False)
-        del self._block_of[self._key_of.pop(block)]
-        return block
+        key = self._key_of.pop(block)
+        del self._block_of[key]
+        return block, key
+
+    @property
+    def num_set_aside(self) -> int:
+        return len(self._set_aside)
+
+    def pin(self, keys: Iterable[bytes]) -> None:
+        """Blocks of these keys are not given up, now or once they are registered."""
+        self._pinned.update(keys)
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is not None and block in self._unreferenced:
+                del self._unreferenced[block]
+                self._set_aside[block] = None
+
+    def unpin(self, keys: Iterable[bytes]) -> None:
+        """Blocks of these keys are like all others again."""
+        self._pinned.difference_update(keys)
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is not None and block in self._set_aside:
+                del self._set_aside[block]
+                self._unreferenced[block] = None
+
+    def yield_pinned(self) -> bool:
+        """Blocks that are set aside may be given up this once. False: there are none."""
+        if not self._set_aside:
+            return False
+        self._unreferenced.update(self._set_aside)
+        self._set_aside.clear()
+        return True
 
     def forget(self, key: bytes) -> int | None:
         """Makes a key unfindable. Returns its block if that was unreferenced and should become free."""
@@ -104,10 +144,12 @@ class PrefixCache:
 
     @property
     def parked(self) -> list[int]:
-        """The unreferenced blocks, next victim first."""
-        return list(self._unreferenced)
+        """The unreferenced blocks, next victim first, those that are set aside last."""
+        return [*self._unreferenced, *self._set_aside]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless both indexes say the same."""
         assert {block: key for key, block in self._block_of.items()} == self._key_of, "the two indexes differ"
         assert self._unreferenced.keys() <= self._key_of.keys(), "an unreferenced block is not registered"
+        assert not self._unreferenced.keys() & self._set_aside.keys(), "a block is set aside and to be given up"
+        assert all(self._key_of[block] in self._pinned for block in self._set_aside), "a block is set aside unpinned"

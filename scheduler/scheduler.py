@@ -2,12 +2,15 @@
 
 Every step:
 
-    1. keep running     all decoding sequences compute one token; if blocks run out, the group that ranks last yields
-    2. continue         prompts that are being prefilled, oldest first, in chunks, within the token budget
-    3. resume           preempted groups, by rank; nobody passes the first of them
-    4. admit            waiting groups, by rank, while rows, blocks and budget last
+    1. displace         whoever is first in line and finds no room takes it from running groups of a lower priority, or
+                        of a tenant that holds more than its share
+    2. keep running     all decoding sequences compute one token; if blocks run out, the last group in line yields
+    3. continue         prompts that are being prefilled, in chunks, within the token budget
+    4. resume           preempted groups
+    5. admit            waiting groups, while rows, blocks and budget last
 
-Rank is priority first, then arrival. Steps 3 and 4 are left out in a step that had to preempt.
+Everything goes by place in line: protected groups, then by priority, then by what the tenant has been served, then by
+deadline and arrival (docs/scheduling.md). Steps 4 and 5 are left out in a step in which blocks ran out.
 
 The plan is made one step ahead: results of at most `max_plans_in_flight` plans are unknown while it is made. That
 costs nothing, because lengths advance without knowing tokens; a sequence that turns out to have ended runs once more
@@ -23,11 +26,13 @@ from collections.abc import Callable, Iterable
 
 from scheduler.block_manager import BlockManager
 from scheduler.block_table import BlockTable, blocks_for
+from scheduler.deadlines import least_ns
 from scheduler.decode_calendar import DecodeCalendar
 from scheduler.draft import Draft, ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
+from scheduler.fairness import TenantTokens, rows_by_tenant
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
-from scheduler.preemption import CostModel, choose_victim
+from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
 from scheduler.prefix_cache import extend_chain, root_key
 from scheduler.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
 from scheduler.step_plan import Fork, NewSequence, StepPlan, StepResult, TokenLogprobs
@@ -65,9 +70,14 @@ class Scheduler:
         self.capacity = capacity
         self.epoch = epoch
         self.blocks = BlockManager(
-            num_blocks=capacity.num_blocks, host_blocks=capacity.host_blocks, block_size=capacity.block_size
+            num_blocks=capacity.num_blocks,
+            host_blocks=capacity.host_blocks,
+            block_size=capacity.block_size,
+            host_cache=config.prefix_cache and config.host_prefix_cache,
         )
         self.costs = CostModel(rates)
+        self.tenants = TenantTokens()
+        self.priorities: dict[int, int] = {}  # priority -> groups of this worker that have it
         self.token_budget = min(config.token_budget, capacity.max_step_tokens)
         # Every row may decode in every step, so there are no more rows than tokens in a step.
         self.max_rows = min(config.max_num_seqs, capacity.max_slots, self.token_budget)
@@ -101,7 +111,8 @@ class Scheduler:
         self.swap_out_blocks_total = 0
         self.swap_in_blocks_total = 0
         self.query_tokens_total = 0
-        self.hit_tokens_total = 0
+        self.hit_tokens_total = 0  # in the KV pool
+        self.host_hit_tokens_total = 0  # in the host arena
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
 
@@ -123,18 +134,44 @@ class Scheduler:
             )
         return None
 
+    def least_ns(self, group: SequenceGroup, left: int) -> int:
+        """Time that a group that has not started needs at least, from its start. What the prefix cache holds is looked
+        up only if it could matter: when more than `left` is needed without it."""
+        needed = least_ns(group.request, 0, self.costs.step_time)
+        if needed > left:
+            keys = self._lookup_keys(group.live[0])
+            found = len(self.blocks.find_prefix(keys))
+            found += len(self.blocks.tier.find(keys[found:]))
+            needed = least_ns(group.request, found * self.capacity.block_size, self.costs.step_time)
+        return needed
+
     def add(self, group: SequenceGroup) -> None:
         """Takes a group over: a new one waits, one that has run before is resumed by recompute."""
         group.worker_id = self.worker_id
         group.prompt_hashes = group.lookup_keys = None  # the worker before may have had another block size
         self.groups[group] = None
+        self.tenants.enter(group)
+        priority = group.request.priority
+        self.priorities[priority] = self.priorities.get(priority, 0) + 1
         self.assigned_sequences += len(group.live)
         for token in group.request.stop_ids:
             self.stop_counts[token] = self.stop_counts.get(token, 0) + 1
         if group.losses:
             group.acquitted_at = _num_output(group) + PROGRESS_TOKENS * len(group.live)
             self.suspects[group] = None
-        insort(self.waiting if group.started_at is None else self.preempted, group, key=rank)
+        queue = self.waiting if group.started_at is None else self.preempted
+        if queue and group.rank < queue[-1].rank:
+            insort(queue, group, key=rank)
+        else:
+            queue.append(group)
+
+    def pin(self, tenant: str, tokens: list[int]) -> None:
+        """Keeps the full blocks of a prefix in the pool, from when a request has computed them on."""
+        self.blocks.cache.pin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
+
+    def unpin(self, tenant: str, tokens: list[int]) -> None:
+        """Treats the blocks of a prefix like all others again."""
+        self.blocks.cache.unpin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
 
     def give_up_waiting(self) -> list[SequenceGroup]:
         """Gives back the groups that have not started, for another distribution over workers."""
@@ -194,11 +231,15 @@ class Scheduler:
             return None
         while True:
             draft = Draft(self.last_step + 1)
+            if self._has_order:
+                self._displace(draft)
             self._keep_running(draft, now)
             self._take_released(draft)
-            self._continue_prefills(draft)
+            self._continue_prefills(draft, now)
             if not draft.has_preempted:
-                self._resume_preempted(draft, now)
+                if self.preempted:
+                    self._admit_waiting(draft, now)  # who passes them
+                    self._resume_preempted(draft, now)
                 self._admit_waiting(draft, now)
             plan = self._commit(draft)
             # Whoever yielded in a step without other work may start again in the next: once per running group at most.
@@ -232,21 +273,40 @@ class Scheduler:
             self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING] + joining
             self._decoding_changed = False
             draft.decode_add.extend(sequence.slot for sequence in joining)
-        draft.left = self.token_budget - len(self.decoding)
+        draft.left = self._prefill_budget()
 
-    def _continue_prefills(self, draft: Draft) -> None:
-        """Prompts that are being computed get further chunks, oldest first."""
+    def _prefill_budget(self) -> int:
+        """Tokens that a step may compute beside the decode set: what the budget leaves, and what the target for the
+        time between two tokens leaves."""
+        decodes, target = len(self.decoding), self.config.target_itl_ns
+        left = self.token_budget - decodes
+        if target and (self.prefilling or self.preempted or self.waiting):
+            return self.costs.step_time.chunk_budget(left, target, decodes)
+        return left
+
+    def _continue_prefills(self, draft: Draft, now: int) -> None:
+        """Prompts that are being computed get further chunks, oldest first, or by place in line where that differs.
+        Waiting groups with a place before theirs start before they go on."""
         if self.prefilling:
-            for sequence in self.prefilling:
+            order = self.prefilling.copy()
+            if self._has_order:
+                order.sort(key=lambda sequence: self.place(sequence.group))
+            for sequence in order:
+                if self._has_order and not draft.has_preempted:
+                    self._admit_waiting(draft, now, before=sequence.group)
                 if draft.left > 0:
                     self._plan_chunk(sequence, draft)
             self.prefilling = [sequence for sequence in self.prefilling if sequence.status is PREFILLING]
 
     def _resume_preempted(self, draft: Draft, now: int) -> None:
-        """Preempted groups come back, by rank, once the results of their last steps are in."""
+        """Preempted groups come back, by place, once the results of their last steps are in."""
         while self.preempted and draft.left > 0:
-            group = self.preempted[0]
+            group = self._first(self.preempted)
             if group.resumable_after > self.last_applied or not self._has_rows(group) or self._must_be_alone(group):
+                return
+            if self.waiting and self._passes(self._first(self.waiting), group):
+                return
+            if group.is_protected and not self._has_reserve(group):
                 return
             if group.live[0].status is SWAPPED:
                 resumed = self._swap_in(group, draft, now)
@@ -255,17 +315,25 @@ class Scheduler:
             if not resumed:
                 return
 
-    def _admit_waiting(self, draft: Draft, now: int) -> None:
-        """Waiting groups start, by rank; none passes a preempted group of its priority or above."""
+    def _admit_waiting(self, draft: Draft, now: int, before: SequenceGroup | None = None) -> None:
+        """Waiting groups start, by place; none but those that pass the first of the preempted ones, and only those with
+        a place before a group's, if one is given."""
         while self.waiting and draft.left > 0:
-            group = self.waiting[0]
-            if self.preempted and self.preempted[0].request.priority >= group.request.priority:
+            group = self._first(self.waiting)
+            if self.preempted and not self._passes(group, self._first(self.preempted)):
+                return
+            if before is not None and self.place(group) >= self.place(before):
                 return
             if not self._has_rows(group) or not self._start(group, draft, now):
                 return
 
     def _commit(self, draft: Draft) -> StepPlan | None:
         """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next."""
+        if self.blocks.tier.is_on:
+            kept = self.blocks.tier.flush()
+            if kept:
+                draft.add_swap_out(kept)
+                draft.cache_blocks_out = len(kept)
         if not (self.decoding or draft.chunk_slots or draft.swap_out or draft.swap_in):
             self._give_back_released(draft)
             return None
@@ -279,7 +347,93 @@ class Scheduler:
         self.swap_out_blocks_total += len(draft.swap_out)
         self.swap_in_blocks_total += len(draft.swap_in)
         self.in_flight.append(draft)
+        if self.tenants.is_shared:
+            self.tenants.charge_decodes(self.decoding)
         return draft.plan(self.epoch)
+
+    # ------------------------------------------------------------------ who comes first
+
+    @property
+    def _has_order(self) -> bool:
+        """Whether there is any other order than that of arrival."""
+        return len(self.priorities) > 1 or self.tenants.is_shared
+
+    def place(self, group: SequenceGroup) -> Place:
+        """A group's place in line; smaller comes first. What a tenant has been served counts among equal priorities."""
+        rank = group.rank
+        return rank[0], rank[1], self.tenants.served(group), rank
+
+    def _first(self, queue: list[SequenceGroup]) -> SequenceGroup:
+        """Who is first in line in a queue that is sorted by rank and not empty."""
+        if not self.tenants.is_shared:
+            return queue[0]
+        highest = queue[0].rank[:2]
+        firsts: dict[str, SequenceGroup] = {}  # of each tenant
+        for group in queue:
+            if group.rank[:2] != highest:
+                break
+            firsts.setdefault(group.request.tenant, group)
+        return min(firsts.values(), key=self.place)
+
+    def _passes(self, waiting: SequenceGroup, preempted: SequenceGroup) -> bool:
+        """Whether a waiting group may start although a preempted one waits to come back: its priority is higher, or its
+        tenant has been served less."""
+        return self.place(waiting)[:3] < self.place(preempted)[:3]
+
+    def _displace(self, draft: Draft) -> None:
+        """Preempts running groups for the one that is first in line, if that makes room for it."""
+        queues = [queue for queue in (self.preempted, self.waiting) if queue]
+        if not queues or not self.running:
+            return
+        claimant = self._first(queues[0])
+        if len(queues) > 1 and self._passes(self._first(self.waiting), claimant):
+            claimant = self._first(self.waiting)
+        if claimant.resumable_after > self.last_applied or self._must_be_alone(claimant):
+            return
+        live = claimant.live
+        rows = self.rows_held - len(self.released_slots) + len(live) - self.max_rows
+        need = self._blocks_to_start(claimant) + len(self.calendar.due(draft.step)) + len(self.joining)
+        blocks = need + max(len(live) - 1, self.watermark_blocks) - self.blocks.num_free
+        if rows > 0 or blocks > 0:
+            held = rows_by_tenant(s for group in self.running for s in group.live) if self.tenants.is_shared else {}
+            # One more preemption would protect a group, which would then come back before the claimant.
+            last = self.config.max_preemptions - 1
+            everybody = [group for group in self.running if group.preemptions < last]
+            others = [group for group in everybody if group not in self._resumed]
+            for groups in (others, everybody):  # who has just been resumed only if nothing else helps
+                victims = choose_to_displace(claimant, groups, held, rows, blocks, self.place, self._sole_blocks)
+                for victim in victims:
+                    self._preempt(victim, draft)
+                if victims:
+                    return
+
+    def _blocks_to_start(self, group: SequenceGroup) -> int:
+        """Blocks that a waiting or preempted group needs to start, at most."""
+        live = group.live
+        if live[0].status is SWAPPED:
+            return sum(len(sequence.table) + 1 for sequence in live)
+        found = len(self.blocks.find_prefix(self._lookup_keys(live[0])))
+        fresh = not live[0].output
+        return sum(blocks_for(s.num_tokens, self.capacity.block_size) for s in (live[:1] if fresh else live)) - found
+
+    def _sole_blocks(self, group: SequenceGroup) -> int:
+        """Blocks that are free when a group is gone."""
+        own: dict[int, int] = {}
+        for sequence in group.live:
+            for block in sequence.table.blocks:
+                own[block] = own.get(block, 0) + 1
+        references = self.blocks.pool.references
+        return sum(1 for block, count in own.items() if references[block] == count)
+
+    def _has_reserve(self, group: SequenceGroup) -> bool:
+        """Whether a protected group and the protected ones that run fit into the pool at their largest. So none of them
+        has to yield to another."""
+        protected = [group, *(other for other in self.running if other.is_protected)]
+        size = self.capacity.block_size
+        most = sum(
+            len(one.live) * blocks_for(len(one.request.prompt) + one.request.max_tokens, size) for one in protected
+        )
+        return len(protected) == 1 or most <= self.capacity.num_blocks
 
     # ------------------------------------------------------------------ prefill
 
@@ -303,12 +457,21 @@ class Scheduler:
         # Copy-on-write comes with the next step: no room for it now would be a preemption then.
         soon = len(others) if is_fresh else 0
         if not self._has_room(need + blocks.num_parked(found), soon):
+            if self._is_empty and blocks.cache.yield_pinned():  # a request goes before a pinned prefix
+                return self._start(group, draft, now)
             return self._fail_if_alone(group, now)
 
         self._leave_queue(group, live)
+        kept_keys = self._kept_prefix(keys[len(found) :]) if blocks.tier.is_on else []
+        kept = blocks.tier.take(kept_keys) if kept_keys else []
         blocks.share_prefix(leader.table, found)
         blocks.extend(leader.table, known)
-        leader.computed = len(found) * size
+        if kept:
+            draft.add_swap_in(blocks.fill_from_host(leader.table, len(found), kept, kept_keys))
+            draft.cache_blocks_in += len(kept)
+        leader.computed = (len(found) + len(kept)) * size
+        if group.resumable_after:  # it was preempted here, so the cache could have kept its blocks
+            self.costs.came_back(leader.computed, leader.computed_before)
         leader.starts_at = 0
         leader.status = PREFILLING
         for sequence in others:
@@ -322,10 +485,10 @@ class Scheduler:
                 sequence.computed = shared * size
                 sequence.starts_at = 0 if leader.computed >= sequence.computed else NEVER_STARTS
         group.lookup_keys = None
-        group.shares_prefix = bool(found)
-        if found:
+        group.shares_prefix = bool(found or kept)
+        if group.shares_prefix:
             draft.sharers.append(group)
-        self._count_start(group, leader, len(keys) * size, now)
+        self._count_start(group, leader, len(keys) * size, len(kept) * size, now)
         for sequence in live[:1] if is_fresh else live:
             if draft.left > 0:
                 self._plan_chunk(sequence, draft)
@@ -333,13 +496,20 @@ class Scheduler:
                 self.prefilling.append(sequence)
         return True
 
-    def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, now: int) -> None:
+    def _kept_prefix(self, keys: list[bytes]) -> list[bytes]:
+        """Keys of blocks in the host tier to copy in, if that is cheaper than computing them."""
+        kept = self.blocks.tier.find(keys)
+        size = self.capacity
+        return kept if self.costs.prefers_copy_in(len(kept) * size.block_bytes, len(kept) * size.block_size) else []
+
+    def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, from_host: int, now: int) -> None:
         if group.started_at is None:
             group.started_at = now
             group.cached_tokens = leader.computed
             self.prompt_tokens_total += len(group.request.prompt)
             self.query_tokens_total += queried
-            self.hit_tokens_total += leader.computed
+            self.hit_tokens_total += leader.computed - from_host
+            self.host_hit_tokens_total += from_host
         else:
             self._resumed.add(group)
         if group.request.prompt_logprobs is None:
@@ -364,9 +534,10 @@ class Scheduler:
 
     def _plan_chunk(self, sequence: Sequence, draft: Draft) -> None:
         """Computes as many further known tokens of a sequence as the budget allows. The last chunk samples."""
-        if sequence.starts_at > draft.step:
+        group = sequence.group
+        if sequence.starts_at > draft.step or (draft.serves_light_tenants and not self.tenants.is_light(group)):
             return
-        group, size = sequence.group, self.capacity.block_size
+        size = self.capacity.block_size
         start, known = sequence.computed, sequence.num_tokens
         end = min(known, start + draft.left)
         if not sequence.has_row:
@@ -377,6 +548,9 @@ class Scheduler:
             again = min(end, sequence.computed_before) - start
             group.recomputed_tokens += again
             draft.recomputed_tokens += again
+        if self.tenants.is_shared:
+            draft.serves_light_tenants = draft.serves_light_tenants or self.tenants.is_light(group)
+            self.tenants.charge_prompt(group, max(0, end - max(start, sequence.computed_before)))
         if self.config.prefix_cache:
             keys = self._prompt_keys(group)
             covered = slice(start // size, end // size)
@@ -475,15 +649,17 @@ class Scheduler:
 
     def _make_room(self, needs: dict[SequenceGroup, int], draft: Draft, now: int) -> None:
         """Frees blocks until every group that goes on has what it needs, those that rank first before the others.
-        A victim never ranks before the group it yields to, so nothing that has been promised is taken back."""
+        A victim never has a place before the group it yields to, so nothing that has been promised is taken back."""
         promised = 0
-        for group in sorted(needs, key=rank):
+        for group in sorted(needs, key=self.place):
             need = needs[group]
             while group in self.running and promised + need > self.blocks.num_free:
                 if self._ending:
                     self._reclaim_ending()
                     continue
-                victim = choose_victim(group, self.running, self._resumed)
+                victim = choose_victim(group, self.running, self._resumed, self.place)
+                if victim is None and self.blocks.cache.yield_pinned():
+                    continue
                 if victim is None:
                     message = (
                         f"the request has outgrown the KV pool of {self.capacity.num_blocks} blocks of "
@@ -492,6 +668,7 @@ class Scheduler:
                     self.fail(group, StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_EXHAUSTED", message, now)
                 else:
                     self._preempt(victim, draft)
+                    draft.has_preempted = True
             if group in self.running:
                 promised += need
 
@@ -508,7 +685,8 @@ class Scheduler:
         self._resumed.clear()
         self.preemptions_total[mode] += 1
         victim.preemptions += 1
-        draft.has_preempted = True
+        if victim.preemptions >= self.config.max_preemptions:
+            victim.protect()
         if mode == "swap":
             for sequence in live:
                 self._leave_decode(sequence)
@@ -555,7 +733,7 @@ class Scheduler:
         # Blocks that another group refers to as well will still be there to be found.
         held = sum(1 for block, count in own.items() if references[block] > count and block in self.blocks.cache)
         tokens = max(0, num_blocks - held) * size
-        possible = num_blocks <= self.blocks.host.num_free and all(s.status is RUNNING for s in live)
+        possible = num_blocks <= self.blocks.tier.num_available and all(s.status is RUNNING for s in live)
         wanted = self.config.preemption_mode
         swap = possible and (wanted == "swap" or (wanted == "auto" and self.costs.prefers_swap(num_bytes, tokens)))
         mode = "swap" if swap else "recompute"
@@ -573,6 +751,8 @@ class Scheduler:
         need = self.blocks.swap_in_need(tables, num_full)
         need += sum(1 for sequence in live if sequence.computed % size == 0)
         if not self._has_room(need, 0):
+            if self._is_empty and self.blocks.cache.yield_pinned():
+                return self._swap_in(group, draft, now)
             return self._fail_if_alone(group, now)
         self._leave_queue(group, live)
         self._resumed.add(group)
@@ -728,11 +908,15 @@ class Scheduler:
 
     def _learn(self, flight: Draft, result: StepResult) -> None:
         size, timings = self.capacity.block_bytes, result.timings
-        self.costs.learn(len(flight.swap_out) * size, len(flight.swap_in) * size, timings)
-        self.actual_ns["swap"] += timings.swap_out_ns + timings.swap_in_ns
         if flight.recomputed_tokens:
-            total = len(flight.decoding) + sum(flight.chunk_tokens)
-            self.actual_ns["recompute"] += timings.forward_ns * flight.recomputed_tokens // total
+            self.actual_ns["recompute"] += self.costs.recomputing_ns(flight.recomputed_tokens, timings)
+        self.costs.learn(len(flight.swap_out) * size, len(flight.swap_in) * size, timings)
+        for moves, of_cache, took_ns in (
+            (flight.swap_out, flight.cache_blocks_out, timings.swap_out_ns),
+            (flight.swap_in, flight.cache_blocks_in, timings.swap_in_ns),
+        ):
+            if moves:  # the cache's copies are nobody's preemption
+                self.actual_ns["swap"] += took_ns * (len(moves) - of_cache) // len(moves)
 
     def _note_first_tokens(self, flight: Draft, result: StepResult, now: int) -> None:
         """What only steps with chunks bring: prompt log-probabilities and first tokens."""
@@ -889,6 +1073,11 @@ class Scheduler:
 
     def _forget_group(self, group: SequenceGroup) -> None:
         del self.groups[group]
+        self.tenants.leave(group)
+        priority = group.request.priority
+        self.priorities[priority] -= 1
+        if not self.priorities[priority]:
+            del self.priorities[priority]
         self.suspects.pop(group, None)
         group.worker_id = None
         self.assigned_sequences -= len(group.live)
@@ -900,7 +1089,7 @@ class Scheduler:
                 del self.stop_counts[token]
 
 
-def rank(group: SequenceGroup) -> tuple[int, int]:
+def rank(group: SequenceGroup) -> tuple[int, int, int, int]:
     return group.rank
 
 

@@ -14,6 +14,9 @@ from typing import Any
 from scheduler.block_table import BlockTable
 from scheduler.step_plan import TokenLogprobs
 
+PATIENCE_NS = 60_000_000_000
+"""How far a group with an earlier deadline may pass one that came before it."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
@@ -195,7 +198,12 @@ class SequenceGroup:
     def __init__(self, request: Request, arrival: int, now: int) -> None:
         self.request = request
         self.arrival = arrival  # number of this request among all ever accepted
-        self.rank = (-request.priority, arrival)  # smaller runs first; the total order of groups
+        # The total order of groups, smaller runs first: those that have been preempted often enough, by priority, by
+        # deadline, by arrival. PATIENCE_NS stands in for a later deadline or none, so that nobody is passed for ever.
+        due = now + PATIENCE_NS
+        if request.deadline is not None and request.deadline < due:
+            due = request.deadline
+        self.rank = (1, -request.priority, due, arrival)
         self.sequences = [Sequence(self, index) for index in range(request.n)]
         self.listeners: list[Any] = []  # the edge's own
         self.worker_id: str | None = None  # who it is assigned to; None: no worker
@@ -217,6 +225,14 @@ class SequenceGroup:
         self.preemptions = 0
         self.swapped_bytes = 0
         self.recomputed_tokens = 0
+
+    def protect(self) -> None:
+        """From now on it ranks before every group that has been preempted less often."""
+        self.rank = (0, *self.rank[1:])
+
+    @property
+    def is_protected(self) -> bool:
+        return self.rank[0] == 0
 
     @property
     def live(self) -> list[Sequence]:

@@ -151,7 +151,7 @@ class StaticBatcher(ReservingScheduler):
         super().__init__(*arguments)
         self._batch: set[SequenceGroup] = set()
 
-    def _admit_waiting(self, draft: Draft, now: int) -> None:
+    def _admit_waiting(self, draft: Draft, now: int, before: SequenceGroup | None = None) -> None:
         if not self.chunks:
             self._batch = set(self.waiting[: self.max_rows])
         count = 0  # the batch is the head of the queue

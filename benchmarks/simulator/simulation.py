@@ -16,6 +16,7 @@ from benchmarks.simulator.worker import STOP, VirtualWorker
 from scheduler.dispatcher import Admission, Dispatcher, Failed, Finished, SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import Request, SequenceGroup
+from scheduler.sequence import Sequence as TokenSequence
 from scheduler.step_plan import StepResult
 
 
@@ -28,6 +29,7 @@ class Arrival:
     output_tokens: int  # of each sequence
     n: int = 1
     tenant: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,12 @@ class Completion:
     n: int
     cached_tokens: int
     preemptions: int
+    tenant: str = ""
+
+    @property
+    def first_token_ns(self) -> int:
+        """Submission to the first token."""
+        return self.first_token - self.arrived
 
     @property
     def normalized_ns(self) -> float:
@@ -73,6 +81,7 @@ class Outcome:
     last_result_ns: int = 0  # rows that ran past their end come in after it
     workers: list[WorkerTally] = field(default_factory=list)
     preemptions: dict[str, int] = field(default_factory=dict)
+    token_gaps: list[int] = field(default_factory=list)  # nanoseconds between tokens of a sequence, if asked for
 
     @property
     def normalized_latency(self) -> float:
@@ -114,9 +123,11 @@ class Simulation:
         observer: Observer | None = None,
         answers_whole_batches: bool = False,
         give_up_ns: int | None = None,
+        keeps_gaps: bool = False,
     ) -> None:
         """`answers_whole_batches`: nobody gets an answer before everybody who runs is done, as with a static batcher.
-        `give_up_ns`: stop at this virtual time, whoever is still there; for loads beyond what can be sustained."""
+        `give_up_ns`: stop at this virtual time, whoever is still there; for loads beyond what can be sustained.
+        `keeps_gaps`: note every time between two tokens of a sequence."""
         profile = profiles[0]
         self.dispatcher = Dispatcher(
             config
@@ -137,6 +148,7 @@ class Simulation:
         self._observer = observer
         self._answers_whole_batches = answers_whole_batches
         self._give_up_ns = give_up_ns
+        self._last_token_at: dict[TokenSequence, int] | None = {} if keeps_gaps else None
         self._arrivals = arrivals
         self._held: dict[SequenceGroup, None] = {}  # ended and not answered yet; an ordered set
         self._free_at = dict.fromkeys(range(len(profiles)), 0)  # when a worker has executed all its plans
@@ -181,6 +193,7 @@ class Simulation:
             max_tokens=longest - len(arrival.prompt),
             stop_ids=STOP_IDS,
             tenant=arrival.tenant,
+            priority=arrival.priority,
             payload=arrival.output_tokens,
         )
         submitted = self.dispatcher.submit(request, arrival.at_ns)
@@ -217,12 +230,21 @@ class Simulation:
         tally.tokens += load.decode_tokens + load.chunk_tokens
         tally.dropped += len(result.token_ids) - len(output.token_ids)
         tally.swap_ns += result.timings.swap_out_ns + result.timings.swap_in_ns
+        if self._last_token_at is not None:
+            self._note_gaps(self._last_token_at, output.sequences, now)
         if self._observer is not None:
             self._observer(self.schedulers[name], load, duration)
         self._note_events(now)
         if self._answers_whole_batches and self.schedulers[name].blocks.num_used == 0:
             self._answer(now)
         self._plan(name, now)
+
+    def _note_gaps(self, last: dict[TokenSequence, int], sequences: list[TokenSequence], now: int) -> None:
+        for sequence in sequences:
+            before = last.get(sequence)
+            if before is not None:
+                self.outcome.token_gaps.append(now - before)
+            last[sequence] = now
 
     def _note_events(self, now: int) -> None:
         for event in self.dispatcher.take_events():
@@ -246,6 +268,7 @@ class Simulation:
                     n=request.n,
                     cached_tokens=group.cached_tokens,
                     preemptions=group.preemptions,
+                    tenant=request.tenant,
                 )
             )
             self.outcome.end_ns = now

@@ -263,7 +263,7 @@ class Blocks(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = make_manager(num_blocks=10, host_blocks=6, block_size=2)
+        self.manager = BlockManager(num_blocks=10, host_blocks=6, block_size=2, host_cache=True)
         self.kv: dict[int, tuple[int, ...]] = {}
         self.arena: dict[int, tuple[int, ...]] = {}
         self.tables: list[BlockTable] = []
@@ -277,6 +277,13 @@ class Blocks(RuleBasedStateMachine):
         assert self.manager.pool.references[block] == 1, "a write goes to a shared block"
         self.kv[block] = (*self.kv.get(block, ())[: position % 2], value)
 
+    def copy_out(self) -> None:
+        """What the plan copies out for the second tier, before it writes anything. Every rule is a plan."""
+        moves = self.manager.tier.flush()
+        assert len(set(moves.destinations)) == len(moves)
+        for source, destination in zip(moves.sources, moves.destinations, strict=True):
+            self.arena[destination] = self.kv[source]
+
     def on_device(self) -> list[int]:
         return [number for number, table in enumerate(self.tables) if not table.on_host]
 
@@ -285,12 +292,19 @@ class Blocks(RuleBasedStateMachine):
     def add(self, values: list[int]) -> None:
         table = BlockTable()
         keys = extend_chain(root_key(""), values, 2)
-        found = self.manager.find_prefix(keys[: (len(values) - 1) // 2])
+        keys_to_find = keys[: (len(values) - 1) // 2]
+        found = self.manager.find_prefix(keys_to_find)
+        kept_keys = self.manager.tier.find(keys_to_find[len(found) :])
+        kept = self.manager.tier.take(kept_keys)
         self.manager.share_prefix(table, found)
         self.manager.extend(table, len(values))
+        moves = self.manager.fill_from_host(table, len(found), kept, kept_keys)
+        self.copy_out()
+        for source, destination in zip(moves.sources, moves.destinations, strict=True):
+            self.kv[destination] = self.arena[source]
         self.tables.append(table)
         self.model.append(values.copy())
-        for position in range(2 * len(found), len(values)):
+        for position in range(2 * (len(found) + len(kept)), len(values)):
             self.write(len(self.tables) - 1, position, values[position])
         for block, key, start in zip(table.blocks, keys, range(0, len(values), 2), strict=False):
             self.manager.register([(block, key)])
@@ -304,8 +318,10 @@ class Blocks(RuleBasedStateMachine):
         position = len(values)
         if position % 2 == 0:
             self.manager.append(table)
+            self.copy_out()
         else:
             copied = self.manager.make_private(table, position // 2)
+            self.copy_out()
             if copied is not None:
                 source, destination = copied
                 self.kv[destination] = self.kv[source]
@@ -331,7 +347,7 @@ class Blocks(RuleBasedStateMachine):
     def swap_out(self, data: st.DataObject) -> None:
         numbers = data.draw(st.lists(st.sampled_from(self.on_device()), min_size=1, max_size=3, unique=True))
         tables = [self.tables[number] for number in numbers]
-        if self.manager.swap_out_need(tables) > self.manager.host.num_free:
+        if self.manager.swap_out_need(tables) > self.manager.tier.num_available:
             return
         moves = self.manager.swap_out(tables)
         assert len(set(moves.destinations)) == len(moves)
@@ -349,6 +365,7 @@ class Blocks(RuleBasedStateMachine):
         if need > free:
             return
         moves = self.manager.swap_in(tables, num_full)
+        self.copy_out()
         assert self.manager.num_free == free - need
         assert len(set(moves.destinations)) == len(moves)
         for source, destination in zip(moves.sources, moves.destinations, strict=True):
@@ -360,6 +377,7 @@ class Blocks(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(list(self.cached)))
         self.manager.forget([key])
         assert self.manager.find_prefix([key]) == []
+        assert self.manager.tier.find([key]) == []
 
     @invariant()
     def the_books_balance(self) -> None:
@@ -379,6 +397,11 @@ class Blocks(RuleBasedStateMachine):
         for key, values in self.cached.items():
             for block in self.manager.find_prefix([key]):
                 assert self.kv[block] == values
+
+    @invariant()
+    def every_kept_block_holds_what_its_key_says(self) -> None:
+        for key, block in self.manager.tier._block_of.items():
+            assert self.arena[block] == self.cached[key]
 
 
 TestBlocks = Blocks.TestCase

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from scheduler.policy import TransferRates
-from scheduler.preemption import CostModel, LearnedRate, choose_victim
+from scheduler.preemption import CostModel, LearnedRate, Place, choose_victim
 from scheduler.sequence import SequenceGroup
 from scheduler.step_plan import StepTimings
 from tests.core.factories import make_request
+
+
+def place(group: SequenceGroup) -> Place:
+    return group.rank[0], group.rank[1], 0, group.rank
 
 
 def make_groups(*priorities: int) -> list[SequenceGroup]:
@@ -18,28 +22,28 @@ def make_groups(*priorities: int) -> list[SequenceGroup]:
 
 def test_the_youngest_of_the_lowest_priority_yields() -> None:
     groups = make_groups(0, -1, -1, 0)
-    assert choose_victim(groups[0], groups, ()) is groups[2]
+    assert choose_victim(groups[0], groups, (), place) is groups[2]
 
 
 def test_a_group_yields_itself_when_everybody_else_ranks_before_it() -> None:
     groups = make_groups(0, 0, 0)
-    assert choose_victim(groups[2], groups, ()) is groups[2]
+    assert choose_victim(groups[2], groups, (), place) is groups[2]
 
 
 def test_nobody_yields_to_a_group_that_ranks_behind() -> None:
     groups = make_groups(0, 0, 1)
-    assert choose_victim(groups[1], groups, ()) is groups[1]
+    assert choose_victim(groups[1], groups, (), place) is groups[1]
 
 
 def test_a_resumed_group_is_not_the_next_victim_if_there_is_another() -> None:
     groups = make_groups(0, 0, 0)
-    assert choose_victim(groups[0], groups, {groups[2]}) is groups[1]
-    assert choose_victim(groups[0], groups, {groups[1], groups[2]}) is groups[2]
+    assert choose_victim(groups[0], groups, {groups[2]}, place) is groups[1]
+    assert choose_victim(groups[0], groups, {groups[1], groups[2]}, place) is groups[2]
 
 
 def test_the_head_never_yields() -> None:
     groups = make_groups(0)
-    assert choose_victim(groups[0], groups, ()) is None
+    assert choose_victim(groups[0], groups, (), place) is None
 
 
 def test_a_rate_holds_its_start_value_until_the_first_observation() -> None:
@@ -72,7 +76,41 @@ def test_recomputing_costs_tokens_at_the_prefill_rate() -> None:
     costs = CostModel(TransferRates(1000, 1000, 50))
     assert costs.recompute_ns(100) == 2_000_000_000
     assert costs.prefers_swap(999, 100)
-    assert not costs.prefers_swap(1001, 100)
+    assert not costs.prefers_swap(1111, 100)
+
+
+def test_the_mode_changes_only_for_a_tenth_less() -> None:
+    costs = CostModel(TransferRates(1000, 1000, 50))  # 100 tokens cost as much as 1000 bytes
+    assert [costs.prefers_swap(size, 100) for size in (1090, 1110, 1000, 920, 900, 1050)] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_tokens_that_the_prefix_cache_usually_keeps_cost_nothing() -> None:
+    costs = CostModel(TransferRates(1000, 1000, 50))
+    for _ in range(100):
+        costs.came_back(75, 100)
+    predicted = costs.recompute_ns(100)
+    assert predicted is not None
+    assert abs(predicted - 500_000_000) < 1_000_000
+    for _ in range(100):
+        costs.came_back(0, 100)
+    assert abs((costs.recompute_ns(100) or 0) - 2_000_000_000) < 1_000_000
+
+
+def test_the_actual_cost_of_recomputing_leaves_out_what_the_step_costs_anyway() -> None:
+    costs = CostModel(TransferRates())
+    mixed = StepTimings(forward_ns=3 * 10**9, chunk_tokens=200, decode_tokens=100)
+    assert costs.recomputing_ns(150, mixed) == 1_500_000_000  # nothing is known yet: a share
+    for chunk in (0, 100, 0, 200):
+        costs.learn(0, 0, StepTimings(forward_ns=10**9 + chunk * 10**7, chunk_tokens=chunk, decode_tokens=100))
+    assert abs(costs.recomputing_ns(150, mixed) - 1_500_000_000) < 10**7
+    assert abs(costs.recomputing_ns(50, mixed) - 500_000_000) < 10**7
 
 
 def test_unknown_rates_mean_swap() -> None:
@@ -82,12 +120,14 @@ def test_unknown_rates_mean_swap() -> None:
     assert costs.prefers_swap(1, 1)
 
 
-def test_the_prefill_rate_is_learned_from_steps_that_mostly_prefill() -> None:
+def test_recomputing_costs_what_a_chunk_adds_to_a_step_and_not_the_whole_step() -> None:
     costs = CostModel(TransferRates(1000, 1000, 0))
-    costs.learn(0, 0, StepTimings(forward_ns=10**9, chunk_tokens=1, decode_tokens=200))
-    assert costs.recompute_ns(100) is None
-    costs.learn(0, 0, StepTimings(forward_ns=10**9, chunk_tokens=190, decode_tokens=10))
-    assert costs.recompute_ns(100) == 500_000_000
+    for chunk in (0, 100, 0, 200):
+        timings = StepTimings(forward_ns=10**9 + chunk * 10**7, sample_ns=10**8, chunk_tokens=chunk, decode_tokens=200)
+        costs.learn(0, 0, timings)
+    predicted = costs.recompute_ns(100)
+    assert predicted is not None
+    assert abs(predicted - 10**9) < 10**7
 
 
 def test_swap_rates_are_learned_from_timings() -> None:

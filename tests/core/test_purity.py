@@ -15,12 +15,16 @@ CORE = {
     "block_manager",
     "block_pool",
     "block_table",
+    "deadlines",
     "decode_calendar",
     "dispatcher",
     "draft",
     "events",
+    "fairness",
+    "host_tier",
     "inspection",
     "loads",
+    "pins",
     "placement",
     "policy",
     "preemption",
@@ -28,6 +32,7 @@ CORE = {
     "scheduler",
     "sequence",
     "step_plan",
+    "step_time",
 }
 FORBIDDEN = {"asyncio", "datetime", "os", "random", "secrets", "select", "socket", "threading", "time", "uuid"}
 

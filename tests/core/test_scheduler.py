@@ -405,7 +405,7 @@ def test_auto_takes_the_cheaper_by_the_workers_rates(rates: TransferRates, mode:
     service.submit("b", [2] * 7, max_tokens=9)
     scheduler = service.dispatcher._schedulers["w"]
     while not sum(scheduler.preemptions_total.values()):  # without results, so that nothing is learned
-        scheduler.costs.prefill = type(scheduler.costs.prefill)(rates.prefill_tokens_per_second)
+        scheduler.costs.step_time = type(scheduler.costs.step_time)(rates.prefill_tokens_per_second)
         service.step()
     assert scheduler.preemptions_total[mode] == 1
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter, deque
-from contextlib import suppress
 
 import pytest
 
@@ -57,8 +56,11 @@ class Simulation:
         self.config = SchedulerConfig(
             max_num_seqs=choose([2, 4, 8, 16]),
             token_budget=choose([4, 7, 16, 64]),
+            target_itl_ns=choose([0, 0, 0, 70_000]),
             preemption_mode=choose(["auto", "swap", "recompute"]),
+            max_preemptions=choose([1, 2, 16]),
             prefix_cache=chance() < 0.7,
+            host_prefix_cache=chance() < 0.5,
             max_waiting=choose([4, 100]),
             watermark=choose([0.0, 0.01, 0.1]),
             retention_ns=10**12,
@@ -87,6 +89,8 @@ class Simulation:
     # ---- what happens
 
     def run(self) -> Counter[str]:
+        if self.random.random() < 0.3:
+            self.dispatcher.pin_prefix("", self.stems[0])
         for _ in range(self.random.randint(1, 3)):
             self.join()
         while len(self.groups) < self.num_requests:
@@ -243,9 +247,11 @@ class Simulation:
             self.deliver_stale(worker_id, self.random.choice(link.delivered))
         elif dice < 0.4 and self.dead:
             old = self.random.choice(self.dead)
-            with suppress(WorkerDiedError):
+            try:
                 while old.plans:
                     old.results.append(old.worker.execute(old.plans.popleft()))
+            except WorkerDiedError:
+                old.plans.clear()
             for result in old.results:
                 self.deliver_stale(worker_id, result)
         elif dice < 0.6 and len(link.results) > 1:
@@ -352,6 +358,7 @@ class Simulation:
             assert sequence.logprobs == [logprob_of(token) for token in output]
         self.statistics[finish.reason.value] += 1
         self.statistics["preemptions"] += finish.usage.preemptions
+        assert finish.usage.preemptions <= self.config.max_preemptions
         self.statistics["recomputed tokens"] += finish.usage.recomputed_tokens
         self.statistics["cached tokens"] += finish.usage.cached_tokens
 
@@ -372,6 +379,10 @@ class Simulation:
             # Nobody but the culprit, unless there are several, or workers were lost for no reason of any request's.
             others = sum(other.request.payload.deadly_at is not None for other in self.groups)  # type: ignore[attr-defined]
             assert behaviour.deadly_at is not None or others > 1 or self.has_lossy_workers
+        elif failed.reason == "DEADLINE_UNREACHABLE":
+            assert failed.code is StatusCode.DEADLINE_EXCEEDED
+            assert request.deadline is not None
+            assert not any(sequence.output for sequence in group.sequences)
         else:
             assert failed.reason == "KV_POOL_EXHAUSTED"
             assert failed.code is StatusCode.RESOURCE_EXHAUSTED
@@ -387,6 +398,7 @@ class Simulation:
         self.statistics["swap preemptions"] += worker.preemptions_total["swap"]
         self.statistics["recompute preemptions"] += worker.preemptions_total["recompute"]
         self.statistics["swapped in bytes"] += worker.swap_in_bytes_total
+        self.statistics["tokens found in the arena"] += worker.prefix_cache_host_hit_tokens_total
 
 
 def run_seeds(seeds: range) -> Counter[str]:
@@ -418,6 +430,7 @@ def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part:
         "WORKER_LOST_REPEATEDLY",
         "KV_POOL_EXHAUSTED",
         "never",
+        "too late",
     ):
         assert statistics[happened] > 0, f"no scenario of {SEEDS_PER_TEST} had {happened}: {statistics}"
 

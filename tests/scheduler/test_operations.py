@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -79,9 +80,44 @@ async def test_drain_over_the_wire_refuses_new_requests_and_can_be_taken_back() 
         assert await gateway.finish(2) == [expected([11], 2)]
 
 
+async def test_a_prefix_can_be_pinned_and_given_free_over_the_wire() -> None:
+    async with pool() as made:
+        stub = control_pb2_grpc.ControlServiceStub(made.channel)
+        prefix = control_pb2.PinPrefixRequest(token_ids=[11] * 70, tenant="t")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.PinPrefix(prefix)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        await made.worker()
+        pinned = await stub.PinPrefix(prefix)
+        assert (pinned.pinned_tokens, pinned.found) == (68, True)
+        prefix.unpin = True
+        assert (await stub.PinPrefix(prefix)).found
+        assert not (await stub.PinPrefix(prefix)).found
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "words"),
+    [
+        ({"token_ids": []}, grpc.StatusCode.INVALID_ARGUMENT, "a full block"),
+        ({"token_ids": [10**9] * 64}, grpc.StatusCode.INVALID_ARGUMENT, "vocabulary"),
+        ({"token_ids": [11] * 100_000}, grpc.StatusCode.INVALID_ARGUMENT, "the context is"),
+        ({"token_ids": [11] * 64, "tenant": "t" * 129}, grpc.StatusCode.INVALID_ARGUMENT, "at most 128 characters"),
+    ],
+)
+async def test_a_pin_that_makes_no_sense_is_refused_by_its_field(
+    fields: dict[str, Any], code: grpc.StatusCode, words: str
+) -> None:
+    async with pool() as made:
+        await made.worker()
+        stub = control_pb2_grpc.ControlServiceStub(made.channel)
+        with pytest.raises(grpc.aio.AioRpcError, match=words) as caught:
+            await stub.PinPrefix(control_pb2.PinPrefixRequest(**fields))
+        assert caught.value.code() == code
+
+
 async def test_a_truncated_control_call_is_an_invalid_argument() -> None:
     async with pool() as made:
-        for method in ("GetServerInfo", "GetLoads", "ListWorkers", "Drain"):
+        for method in ("GetServerInfo", "GetLoads", "ListWorkers", "Drain", "PinPrefix"):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await made.channel.unary_unary(f"/pagewire.v1.ControlService/{method}")(b"\xff")
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -126,6 +162,7 @@ async def test_metrics_have_the_documented_names_and_count_what_happened() -> No
             'pagewire_preemption_cost_seconds_count{kind="predicted",mode="recompute"} 0.0',
             "pagewire_prefix_cache_queries_total",
             'pagewire_prefix_cache_hits_total{tier="gpu"}',
+            'pagewire_prefix_cache_hits_total{tier="host"} 0.0',
             "pagewire_prompt_tokens_total 6.0",
             "pagewire_generation_tokens_total 12.0",
             "pagewire_time_to_first_token_seconds_count 2.0",

@@ -37,10 +37,12 @@ def random_submit(generator: random.Random, number: int) -> scheduler_pb2.Submit
 
 def serve(
     submits: list[scheduler_pb2.Submit], model: ToyModel, *, block_size: int, budget: int, mode: str, num_blocks: int
-) -> tuple[dict[str, list[list[int]]], int]:
-    """Runs the requests to their ends, two plans in flight. Returns outputs by request, and the preemptions."""
+) -> tuple[dict[str, list[list[int]]], int, int]:
+    """Runs the requests to their ends, two plans in flight. Returns outputs by request, the preemptions, and the prompt
+    tokens that came back from the host arena."""
     executor = make_executor(model, block_size=block_size, num_blocks=num_blocks, host_blocks=num_blocks)
-    dispatcher = Dispatcher(SchedulerConfig(token_budget=budget, preemption_mode=mode))  # type: ignore[arg-type]
+    config = SchedulerConfig(token_budget=budget, preemption_mode=mode, host_prefix_cache=True)  # type: ignore[arg-type]
+    dispatcher = Dispatcher(config)
     capacity = WorkerCapacity(
         block_size=block_size,
         num_blocks=num_blocks,
@@ -73,7 +75,8 @@ def serve(
         assert not [event for event in dispatcher.take_events() if isinstance(event, Failed)]
         assert now < 5000, "the requests do not end"
     outputs = {name: [sequence.output for sequence in group.sequences] for name, group in groups.items()}
-    return outputs, sum(group.preemptions for group in groups.values())
+    host_hits = dispatcher.loads().workers[0].prefix_cache_host_hit_tokens_total
+    return outputs, sum(group.preemptions for group in groups.values()), host_hits
 
 
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
@@ -84,10 +87,11 @@ def test_preempted_forked_and_cached_sequences_equal_the_undisturbed_run(
     model = ToyModel()
     generator = random.Random(block_size * budget)
     submits = [random_submit(generator, number) for number in range(24)]
-    outputs, preemptions = serve(
+    outputs, preemptions, host_hits = serve(
         submits, model, block_size=block_size, budget=budget, mode=mode, num_blocks=NUM_BLOCKS[block_size]
     )
     assert preemptions > 0, "the pool was not small enough"
+    assert host_hits > 0 or mode == "recompute", "nothing came back from the second tier"
     alone: dict[str, list[list[int]]] = {}
     for submit in submits:
         alone |= serve([submit], model, block_size=16, budget=64, mode=mode, num_blocks=40)[0]

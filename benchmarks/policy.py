@@ -1,0 +1,172 @@
+"""What the scheduler's policies do for latency and throughput: the real core under a virtual clock.
+
+    python -m benchmarks.policy chunking     step times kept to a target: benchmarks/results/chunking.json
+    python -m benchmarks.policy fairness     a light tenant beside a heavy one: benchmarks/results/fairness.json
+    python -m benchmarks.policy preemption   modes under memory pressure: benchmarks/results/preemption.json
+    python -m benchmarks.policy all
+
+Simulated: no number here was measured on a GPU. Every load has a fixed seed, so a run can be repeated to the digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.planning import commit
+from benchmarks.simulator.profiles import A100_OPT_13B_LEAN, H200_LLAMA_8B, WorkerProfile
+from benchmarks.simulator.simulation import Arrival, Outcome, Simulation
+from benchmarks.simulator.traces import SHAREGPT_LIKE
+from scheduler.policy import PreemptionMode, SchedulerConfig
+
+RESULTS = Path(__file__).parent / "results"
+Result = dict[str, Any]
+
+# The H200 with what an engine adds to the limit: decode steps of 5.2 ms and more, prefill at 40 thousand tokens/s.
+H200 = replace(H200_LLAMA_8B, step_overhead_ns=1_600_000, compute_rate=620e12, max_num_seqs=256)
+
+
+def config(profile: WorkerProfile, arrivals: Sequence[Arrival], **settings: Any) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=profile.max_num_seqs,
+        token_budget=profile.token_budget,
+        prefix_cache=False,
+        max_waiting=len(arrivals) + 1,
+        retention_ns=0,
+        max_retained=0,
+        **settings,
+    )
+
+
+def simulate(profile: WorkerProfile, arrivals: Sequence[Arrival], **settings: Any) -> Outcome:
+    return Simulation([profile], arrivals, config=config(profile, arrivals, **settings), keeps_gaps=True).run()
+
+
+def percentiles(nanoseconds: Sequence[int]) -> dict[str, float]:
+    """Median, 99th and 99.9th percentile in milliseconds."""
+    return {f"p{q:g}": round(float(np.percentile(nanoseconds, q)) / 1e6, 2) for q in (50, 99, 99.9)}
+
+
+def latencies(outcome: Outcome) -> Result:
+    return {
+        "ttft_ms": percentiles([done.first_token_ns for done in outcome.completions]),
+        "itl_ms": percentiles(outcome.token_gaps),
+        "out_tok_s": round(outcome.output_tokens_per_second),
+    }
+
+
+def chunking() -> Result:
+    """The online workloads (ShareGPT-like, Poisson) with the prefill of a step kept to a target or not."""
+    rows = []
+    for rate in (10, 30):
+        for target_ms in (0, 7, 8, 9, 10, 12, 14):
+            outcome = simulate(H200, SHAREGPT_LIKE.arrivals(rate, 20.0), target_itl_ns=target_ms * 1_000_000)
+            rows.append({"rate": rate, "target_itl_ms": target_ms, **latencies(outcome)})
+    return {"profile": H200.name, "load": "sharegpt-like, 20 s of Poisson arrivals, seed 0", "rows": rows}
+
+
+def fairness() -> Result:
+    """A light tenant alone, beside one that sends 20 times as much, and both in one queue as if they were one."""
+    rows = []
+    for profile, light_rate, seconds in (
+        (A100_OPT_13B_LEAN, 0.1, 900.0),
+        (A100_OPT_13B_LEAN, 0.2, 600.0),
+        (H200, 1.0, 120.0),
+        (H200, 2.0, 60.0),
+        (H200, 4.0, 60.0),
+    ):
+        light = [replace(one, tenant="light") for one in SHAREGPT_LIKE.arrivals(light_rate, seconds, seed=1)]
+        heavy = [replace(one, tenant="heavy") for one in SHAREGPT_LIKE.arrivals(20 * light_rate, seconds, seed=2)]
+        both = sorted(light + heavy, key=lambda one: one.at_ns)
+        one_queue = [replace(one, tenant="") for one in both]
+        times = {one.at_ns for one in light}
+        row: Result = {"profile": profile.name, "light_per_s": light_rate, "heavy_per_s": round(20 * light_rate, 1)}
+        for name, load in (("alone", light), ("beside", both), ("one_queue", one_queue)):
+            outcome = simulate(profile, load)
+            first = [done.first_token_ns for done in outcome.completions if done.arrived in times]
+            row[f"light_ttft_ms_{name}"] = percentiles(first)
+            row[f"out_tok_s_{name}"] = round(outcome.output_tokens_per_second)
+            row[f"preemptions_{name}"] = outcome.preemptions
+        row["p99_over_lone"] = round(row["light_ttft_ms_beside"]["p99"] / row["light_ttft_ms_alone"]["p99"], 2)
+        rows.append(row)
+    return {"load": "sharegpt-like, Poisson, seed 1 (light) and 2 (heavy)", "rows": rows}
+
+
+def overcommitted(profile: WorkerProfile, arrivals: Sequence[Arrival], overcommit: float, host: float) -> WorkerProfile:
+    """The profile with a pool of what its rows need at the mean final length, over `overcommit`, and a host arena of
+    `host` pools."""
+    mean = float(np.mean([len(one.prompt) + one.output_tokens for one in arrivals]))
+    blocks = int(profile.max_num_seqs * mean / overcommit / profile.block_size)
+    size = profile.block_bytes
+    return replace(profile, kv_bytes=blocks * size, host_bytes=int(host * blocks) * size)
+
+
+def preemption() -> Result:
+    """A batch of ShareGPT-like requests under memory pressure, by the mode of preemption."""
+    h200 = H200
+    a100 = replace(A100_OPT_13B_LEAN, max_num_seqs=64)
+    rows = []
+    for shape, profile, count in (("GQA", h200, 800), ("MHA", a100, 300)):
+        generator = np.random.default_rng(1000)
+        prompts, outputs = SHAREGPT_LIKE.prompt.draw(generator, count), SHAREGPT_LIKE.output.draw(generator, count)
+        load = [Arrival(0, [0] * prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+        for overcommit in (1.5, 2.0, 4.0):
+            for link, host in ((1.0, 2.0), (0.5, 2.0), (0.35, 2.0), (0.1, 2.0), (1.0, 0.25)):
+                sized = overcommitted(replace(profile, link_rate=link * profile.link_rate), load, overcommit, host)
+                row: Result = {"profile": profile.name, "shape": shape, "overcommit": overcommit}
+                row |= {"link_gb_s": round(sized.link_rate / 1e9, 1), "arena_over_pool": host}
+                for mode in MODES:
+                    row[mode] = one_mode(sized, load, mode)
+                best = max(row["swap"]["out_tok_s"], row["recompute"]["out_tok_s"])
+                row["auto_over_best"] = round(row["auto"]["out_tok_s"] / best, 4)
+                rows.append(row)
+    worst = min(row["auto_over_best"] for row in rows)
+    note = "swaps do not overlap with steps in the simulation, which is to their disadvantage"
+    return {"load": "sharegpt-like, all at once, seed 1000", "note": note, "worst_auto_over_best": worst, "rows": rows}
+
+
+def one_mode(profile: WorkerProfile, load: Sequence[Arrival], mode: PreemptionMode) -> Result:
+    simulation = Simulation([profile], load, config=config(profile, load, preemption_mode=mode))
+    outcome, scheduler = simulation.run(), simulation.schedulers["0"]
+    per_token = [(done.finished - done.first_token) // max(1, done.output_tokens - 1) for done in outcome.completions]
+    return {
+        "out_tok_s": round(outcome.output_tokens_per_second, 1),
+        "time_per_output_token_ms": percentiles(per_token),
+        "preemptions": outcome.preemptions,
+        "most_preemptions_of_one": max(done.preemptions for done in outcome.completions),
+        "predicted_ms": {mode: round(ns / 1e6, 1) for mode, ns in scheduler.predicted_ns.items()},
+        "actual_ms": {mode: round(ns / 1e6, 1) for mode, ns in scheduler.actual_ns.items()},
+    }
+
+
+MODES: tuple[PreemptionMode, ...] = ("swap", "recompute", "auto")
+
+EXPERIMENTS: dict[str, Callable[[], Result]] = {"chunking": chunking, "fairness": fairness, "preemption": preemption}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.policy", description=__doc__)
+    parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME")
+    names = parser.parse_args().names
+    for name in EXPERIMENTS if "all" in names else names:
+        report = {
+            "kind": "simulated: the real scheduler core, a virtual clock, a cost model of the worker",
+            "command": f"python -m benchmarks.policy {name}",
+            "commit": commit(),
+            "python": platform.python_version(),
+            **EXPERIMENTS[name](),
+        }
+        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        for row in report["rows"]:
+            print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What a step costs, learned from the steps themselves:
+
+    time = fixed + decode tokens * per decode token + chunk tokens * per chunk token
+
+The last coefficient is the marginal cost of prefill: what a chunk adds to a step that runs anyway. A rate that divides
+whole steps by their tokens would put decode time, weights and launches on the prompt's bill.
+
+Fitted by least squares of the relative error, so that one slow step (a first launch, a stall) weighs little. Steps with
+chunks and steps without are forgotten separately: hours of pure decode do not wear away what is known about prefill.
+"""
+
+from __future__ import annotations
+
+MEMORY = 0.98
+"""How much of the past each observation of a kind leaves: about 50 steps."""
+RIDGE = 1e-9
+"""A pull towards what was known before, as a share of what the steps weigh: it decides only what no step tells."""
+# Units in which it pulls. Where steps never vary, time counts as fixed before decode's, and as a chunk's before fixed.
+DECODE_UNIT = 256.0
+CHUNK_UNIT = 16.0
+WEIGHT_UNIT = 32.0
+"""Chunk tokens with which a step weighs as much as one without."""
+NS_PER_MS = 1e6
+
+LEAST_CHUNK = 64
+"""Chunk tokens that a step may compute whatever it takes."""
+
+Coefficients = tuple[float, float, float]
+
+
+class StepTime:
+    """The three coefficients. Times in nanoseconds."""
+
+    __slots__ = ("_fit", "_mixed", "_plain", "_start")
+
+    def __init__(self, prefill_tokens_per_second: float = 0.0) -> None:
+        """`prefill_tokens_per_second`: as the worker measured it at its start; 0: unknown."""
+        rate = prefill_tokens_per_second
+        self._start = CHUNK_UNIT * 1e3 / rate if rate > 0 else 0.0  # milliseconds per unit of chunk tokens
+        # Decaying sums of the products 11, 1d, 1c, dd, dc, cc, and of 1, d, c; each row divided by its time.
+        self._plain = [0.0] * 9
+        self._mixed = [0.0] * 9
+        self._fit: Coefficients | None = None  # None: to be computed
+
+    def observe(self, decode_tokens: int, chunk_tokens: int, nanoseconds: int) -> None:
+        """A step has taken that long. Nothing is learned from one without work or without a time."""
+        if nanoseconds <= 0 or decode_tokens + chunk_tokens <= 0:
+            return
+        one = NS_PER_MS / nanoseconds
+        d, c = decode_tokens / DECODE_UNIT * one, chunk_tokens / CHUNK_UNIT * one
+        row = (one * one, one * d, one * c, d * d, d * c, c * c, one, d, c)
+        if chunk_tokens:
+            # Weights hide the first tokens of a chunk on most machines: what counts is where many are computed.
+            weight = chunk_tokens / WEIGHT_UNIT
+            self._mixed = [MEMORY * old + weight * new for old, new in zip(self._mixed, row, strict=True)]
+        else:
+            self._plain = [MEMORY * old + new for old, new in zip(self._plain, row, strict=True)]
+        self._fit = None
+
+    def ns(self, decode_tokens: int, chunk_tokens: int) -> float:
+        """Predicted time of a step; 0 while nothing is known."""
+        fixed, per_decode, per_chunk = self._coefficients()
+        units = fixed + per_decode * decode_tokens / DECODE_UNIT + per_chunk * chunk_tokens / CHUNK_UNIT
+        return units * NS_PER_MS
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """The marginal rate: how many tokens a second more of a step computes. 0: unknown."""
+        per_chunk = self._coefficients()[2]
+        return CHUNK_UNIT * 1e3 / per_chunk if per_chunk > 0 else 0.0
+
+    def chunk_tokens_within(self, target_ns: int, decode_tokens: int) -> int | None:
+        """How many chunk tokens fit into a step of `target_ns` beside the decodes; may be negative. None: unknown."""
+        per_chunk = self._coefficients()[2]
+        if per_chunk <= 0:
+            return None
+        left = (target_ns - self.ns(decode_tokens, 0)) / NS_PER_MS
+        return int(left / per_chunk * CHUNK_UNIT)
+
+    def chunk_budget(self, most: int, target_ns: int, decode_tokens: int) -> int:
+        """Chunk tokens of a step that should take `target_ns` beside its decodes: at most `most`, and never none, so
+        that prompts go on where decoding alone takes longer. Nobody decodes, or nothing is known: `most`."""
+        if decode_tokens == 0:
+            return most
+        within = self.chunk_tokens_within(target_ns, decode_tokens)
+        return most if within is None else min(most, max(within, LEAST_CHUNK))
+
+    def _coefficients(self) -> Coefficients:
+        """Milliseconds: fixed, per unit of decode tokens, per unit of chunk tokens; none is negative."""
+        if self._fit is None:
+            sums = [plain + mixed for plain, mixed in zip(self._plain, self._mixed, strict=True)]
+            self._fit = fit(sums, self._start)
+        return self._fit
+
+
+def fit(sums: list[float], start: float) -> Coefficients:
+    """Solves the normal equations; a coefficient that comes out negative is left out, the least certain one first."""
+    a11, a1d, a1c, add, adc, acc, y1, yd, yc = sums
+    if not a11:
+        return 0.0, 0.0, start
+    ridge = RIDGE * a11
+    a11, add, acc, yc = a11 + ridge, add + ridge, acc + ridge, yc + ridge * start
+    fixed, per_decode, per_chunk = solve(a11, a1d, a1c, add, adc, acc, y1, yd, yc)
+    if per_decode < 0:
+        per_decode = 0.0
+        determinant = a11 * acc - a1c * a1c
+        fixed, per_chunk = (y1 * acc - a1c * yc) / determinant, (a11 * yc - a1c * y1) / determinant
+    if per_chunk < 0:  # noise of chunks too small to matter
+        determinant = a11 * add - a1d * a1d
+        fixed, per_decode = (y1 * add - a1d * yd) / determinant, max(0.0, (a11 * yd - a1d * y1) / determinant)
+        per_chunk = start
+    return max(0.0, fixed), per_decode, per_chunk
+
+
+def solve(
+    a11: float, a12: float, a13: float, a22: float, a23: float, a33: float, y1: float, y2: float, y3: float
+) -> tuple[float, float, float]:
+    """Cramer's rule for a symmetric, positive definite system of three."""
+    c11, c12, c13 = a22 * a33 - a23 * a23, a13 * a23 - a12 * a33, a12 * a23 - a13 * a22
+    c22, c23, c33 = a11 * a33 - a13 * a13, a12 * a13 - a11 * a23, a11 * a22 - a12 * a12
+    determinant = a11 * c11 + a12 * c12 + a13 * c13
+    return (
+        (c11 * y1 + c12 * y2 + c13 * y3) / determinant,
+        (c12 * y1 + c22 * y2 + c23 * y3) / determinant,
+        (c13 * y1 + c23 * y2 + c33 * y3) / determinant,
+    )

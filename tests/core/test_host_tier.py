@@ -1,0 +1,170 @@
+"""The second tier of the prefix cache: blocks that the pool gives up go to the host arena and come back from there."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+
+from scheduler.block_pool import BlockPool
+from scheduler.dispatcher import Dispatcher, SchedulerConfig, TransferRates, WorkerCapacity
+from scheduler.host_tier import MOST_PER_PLAN, HostTier
+from scheduler.sequence import Request, SequenceGroup
+from scheduler.step_plan import NO_MOVES, BlockMoves, StepPlan
+from tests.core.factories import OneWorker
+from tests.core.simulated_worker import Behaviour, SimulatedWorker, undisturbed_output
+
+ON = SchedulerConfig(watermark=0.0, host_prefix_cache=True, preemption_mode="swap")
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(32, "little")
+
+
+# ---- the tier alone
+
+
+def test_the_block_kept_for_longest_is_given_up_for_a_newer_one() -> None:
+    tier = HostTier(BlockPool(2), is_on=True)
+    for number in range(3):
+        tier.keep(10 + number, key(number))
+        assert tier.flush() == BlockMoves([10 + number], [number % 2])
+    assert tier.find([key(0)]) == []
+    assert tier.find([key(1), key(2), key(3)]) == [key(1), key(2)]
+
+
+def test_a_host_block_is_not_written_twice_by_one_plan() -> None:
+    tier = HostTier(BlockPool(2), is_on=True)
+    for number in range(5):
+        tier.keep(10 + number, key(number))
+    assert tier.flush() == BlockMoves([10, 11], [0, 1])
+    assert tier.find([key(0), key(1), key(2)]) == [key(0), key(1)]
+
+
+def test_a_host_block_that_a_plan_reads_is_not_written_by_it() -> None:
+    tier = HostTier(BlockPool(1), is_on=True)
+    tier.keep(10, key(0))
+    tier.flush()
+    assert tier.take([key(0)]) == [0]
+    tier.keep(11, key(1))  # no room in this plan
+    assert tier.flush() == NO_MOVES
+    tier.keep(11, key(1))
+    assert tier.flush() == BlockMoves([11], [0])
+
+
+def test_copies_for_the_cache_are_bounded_per_plan() -> None:
+    tier = HostTier(BlockPool(1000), is_on=True)
+    for number in range(500):
+        tier.keep(number, key(number))
+    assert len(tier.flush()) == MOST_PER_PLAN
+
+
+def test_a_swap_takes_the_room_of_kept_blocks() -> None:
+    tier = HostTier(BlockPool(4), is_on=True)
+    for number in range(4):
+        tier.keep(number, key(number))
+    assert tier.num_available == 0  # this plan is still writing them
+    tier.flush()
+    assert tier.num_available == 4
+    tier.make_room(3)
+    assert tier.host.num_free == 3
+    assert tier.find([key(3)]) == [key(3)]
+
+
+# ---- the tier under the scheduler
+
+
+def push_out(service: OneWorker) -> None:
+    """A request that needs the whole pool, so that the cache loses everything."""
+    service.submit("large", [9] * 64, max_tokens=1, tenant="other")
+    service.run_until_idle()
+
+
+def test_a_prefix_that_was_pushed_out_is_copied_back_and_not_computed_again() -> None:
+    service = OneWorker(ON)
+    service.submit("first", list(range(10, 23)), max_tokens=1)
+    service.run_until_idle()
+    push_out(service)
+    again = service.submit("again", list(range(10, 23)), max_tokens=3)
+    plan = service.plan()
+    assert len(plan.swap_in) == 3
+    assert plan.chunk_tokens == [1]
+    assert plan.new_sequences[0].computed_tokens == 12
+    service.run_until_idle()
+    assert again.cached_tokens == 12
+    assert again.sequences[0].output == undisturbed_output(again.request, 0)[0]
+    worker = service.dispatcher.loads().workers[0]
+    assert (worker.prefix_cache_hit_tokens_total, worker.prefix_cache_host_hit_tokens_total) == (0, 12)
+
+
+def test_a_first_part_in_the_pool_and_the_rest_in_the_arena_make_one_prefix() -> None:
+    service = OneWorker(ON)
+    service.submit("first", list(range(10, 27)), max_tokens=1)
+    service.run_until_idle()
+    service.submit("large", [9] * 56, max_tokens=1)  # leaves two blocks of the prefix in the pool
+    service.run_until_idle()
+    again = service.submit("again", list(range(10, 27)), max_tokens=1)
+    service.run_until_idle()
+    worker = service.dispatcher.loads().workers[0]
+    assert again.cached_tokens == 16
+    assert worker.prefix_cache_hit_tokens_total > 0
+    assert worker.prefix_cache_host_hit_tokens_total > 0
+
+
+def test_a_tenant_does_not_find_what_another_left_in_the_arena() -> None:
+    service = OneWorker(ON)
+    service.submit("first", list(range(10, 23)), max_tokens=1, tenant="a")
+    service.run_until_idle()
+    push_out(service)
+    other = service.submit("again", list(range(10, 23)), max_tokens=1, tenant="b")
+    service.run_until_idle()
+    assert other.cached_tokens == 0
+
+
+def test_a_prefix_that_is_cheaper_to_compute_is_not_copied() -> None:
+    rates = TransferRates(10**9, 10, 10**9)  # a hundred seconds per block in, a nanosecond per token
+    service = OneWorker(ON, rates)
+    service.submit("first", list(range(10, 23)), max_tokens=1)
+    service.run_until_idle()
+    push_out(service)
+    service.submit("again", list(range(10, 23)), max_tokens=1)
+    assert not service.plan().swap_in
+
+
+def test_without_the_setting_or_an_arena_nothing_is_copied() -> None:
+    for service in (OneWorker(SchedulerConfig(watermark=0.0)), OneWorker(ON, host_blocks=0)):
+        service.submit("first", list(range(10, 23)), max_tokens=1)
+        service.run_until_idle()
+        service.submit("large", [9] * 60, max_tokens=1)
+        assert not any(plan.swap_out for plan in service.run_until_idle())
+
+
+@pytest.mark.parametrize(("seed", "host_blocks"), [(0, 8), (1, 40), (2, 200)])
+def test_conversations_that_come_back_find_their_prefix_and_give_the_right_tokens(seed: int, host_blocks: int) -> None:
+    dice = random.Random(seed)
+    stems = [[dice.randrange(60) for _ in range(dice.randint(8, 30))] for _ in range(20)]
+    capacity = WorkerCapacity(4, 40, host_blocks, 1000, 8, 64)
+    config = SchedulerConfig(token_budget=64, host_prefix_cache=True, max_retained=1000, retention_ns=1 << 60)
+    dispatcher, worker = Dispatcher(config), SimulatedWorker(capacity, 1)
+    dispatcher.add_worker("w", capacity, TransferRates(), 1, 0)
+    plans: deque[StepPlan] = deque()
+    groups: list[SequenceGroup] = []
+    now = 0
+    while len(groups) < 300 or plans:
+        now += 1
+        if len(groups) < 300:
+            prompt = dice.choice(stems) + [dice.randrange(60) for _ in range(dice.randint(1, 4))]
+            request = Request(str(len(groups)), prompt, max_tokens=dice.randint(1, 16), payload=Behaviour())
+            group = dispatcher.submit(request, now).group
+            assert group is not None
+            groups.append(group)
+        while (plan := dispatcher.schedule("w", now)) is not None:
+            plans.append(plan)
+            dispatcher.check_integrity()
+        if plans:
+            dispatcher.apply("w", worker.execute(plans.popleft()), now)
+    for group in groups:
+        assert group.sequences[0].output == undisturbed_output(group.request, 0)[0]
+    found = dispatcher.loads().workers[0].prefix_cache_host_hit_tokens_total
+    assert found > (100 if host_blocks == 8 else 500)
