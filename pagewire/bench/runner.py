@@ -116,16 +116,24 @@ class Runner:
             return session.model.model.vocab_size
 
     async def begin_online(self) -> None:
-        """Lets the scheduler plan with the token budget of online rows from now on; the model stays loaded."""
-        if self._launch is None or not self._launch.online_token_budget:
+        """Lets the scheduler plan with token budget and target of online rows from now on; the model stays loaded."""
+        launch = self._launch
+        if launch is None or not (launch.online_token_budget or launch.online_target_itl_ms):
             return
-        self._launch = replace(self._launch, token_budget=self._launch.online_token_budget, online_token_budget=None)
+        self._launch = launch = replace(
+            launch,
+            token_budget=launch.online_token_budget or launch.token_budget,
+            target_itl_ms=launch.online_target_itl_ms or launch.target_itl_ms,
+            online_token_budget=None,
+            online_target_itl_ms=None,
+        )
         if self._service is None:
             return
         service, self._service = self._service, None
-        self.say(f"token budget {self._launch.token_budget} for the online rows")
+        target = f", {launch.target_itl_ms:g} ms from token to token" if launch.target_itl_ms else ""
+        self.say(f"token budget {launch.token_budget}{target} for the online rows")
         try:
-            await asyncio.to_thread(service.change_token_budget, self._launch.token_budget, min(60.0, self.left_s))
+            await asyncio.to_thread(service.replace_scheduler, launch, min(60.0, self.left_s))
         except BenchError as error:
             self.say(str(error))  # the first online row starts everything anew
             return
