@@ -49,6 +49,7 @@ def _stage_bytes(head_dim: int) -> int:
 
 _FEW_SEQUENCES = 256
 _SHAPES = (  # units of a launch at least, then (warps, CTAs, fewest stages), best first
+    (2048, ((2, 4, 3),)),
     (1024, ((1, 8, 2), (2, 4, 2))),
     (256, ((2, 4, 3),)),
     (0, ()),

@@ -74,7 +74,6 @@ class Service:
             BenchError: a process could not start, or the limit passed. Nothing is left running then.
         """
         deadline = time.monotonic() + limit_s
-        launch = self.launch
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._start_scheduler(deadline)
