@@ -14,13 +14,13 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-import pagewire
 from gateway.errors import Reason, RequestError, Violation, invalid
 from gateway.generation import Generation
 from gateway.kserve import tensors, translate
 from gateway.kserve.translate import Ask
 from gateway.native import answering, parse, timeout_ns
 from gateway.requests import RequestPath
+from pagewire import __version__
 from pagewire.v1 import inference_pb2
 from pagewire.v1 import open_inference_pb2 as oip
 
@@ -85,7 +85,7 @@ class OpenInferenceServicer:
     async def server_metadata(self, data: bytes, context: Any) -> oip.ServerMetadataResponse:
         """ServerMetadata."""
         parse(oip.ServerMetadataRequest, data)
-        return oip.ServerMetadataResponse(name="pagewire", version=pagewire.__version__)
+        return oip.ServerMetadataResponse(name="pagewire", version=__version__)
 
     @answering
     async def model_metadata(self, data: bytes, context: Any) -> oip.ModelMetadataResponse:
