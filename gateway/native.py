@@ -31,7 +31,7 @@ LONGEST_DEADLINE_S = 365 * 24 * 3600.0
 log = get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[bytes, Message]
-Handler = Callable[[Any, bytes, Any], Awaitable[Any]]
+Handler = Callable[[Any, Any, Any], Awaitable[Any]]
 Parsed = TypeVar("Parsed", bound=Message)
 
 
@@ -58,7 +58,7 @@ async def abort(context: Any, error: RequestError) -> None:
 def answering(handler: Handler) -> Handler:
     """Maps what a handler raises to a status. Anything unforeseen is INTERNAL, logged by place and kind only."""
 
-    async def guarded(self: Any, data: bytes, context: Any) -> Any:
+    async def guarded(self: Any, data: Any, context: Any) -> Any:
         try:
             return await handler(self, data, context)
         except RequestError as error:
@@ -94,7 +94,7 @@ class InferenceServicer:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         generation = await self._path.generate(
             request,
-            timeout_ns=_timeout_ns(context),
+            timeout_ns=timeout_ns(context),
             detached=metadata.get(DETACH_KEY, "").lower() == "true",
             traceparent=metadata.get("traceparent", "")[:128],
         )
@@ -171,7 +171,7 @@ class InferenceServicer:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
-def _timeout_ns(context: Any) -> int | None:
+def timeout_ns(context: Any) -> int | None:
     """Nanoseconds to the call's deadline, at least 1; None without one."""
     remaining = context.time_remaining()
     if remaining is None or remaining > LONGEST_DEADLINE_S:

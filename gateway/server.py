@@ -18,6 +18,7 @@ from gateway import control, native
 from gateway.chat import ChatTemplate
 from gateway.config import GatewaySettings
 from gateway.health import Health
+from gateway.kserve import service as kserve
 from gateway.metrics import GatewayCollector
 from gateway.openai.api_keys import load_api_keys
 from gateway.openai.app import Door, make_app
@@ -77,11 +78,16 @@ class Gateway:
         if self._chat is not None:
             await self._chat.start()
         servicer = native.InferenceServicer(self.path, self._settings.write_timeout_s)
-        self._server.add_generic_rpc_handlers((servicer.handlers(), control.handlers(self.link)))
+        open_inference = kserve.OpenInferenceServicer(
+            self.path, lambda: self.link.ready and not self._stopping, self._settings.write_timeout_s
+        )
+        self._server.add_generic_rpc_handlers(
+            (servicer.handlers(), open_inference.handlers(), control.handlers(self.link))
+        )
         await self._health.add_to(self._server)
         if self._settings.reflection:
             health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            names = (native.SERVICE, control.SERVICE, health_name, reflection.SERVICE_NAME)
+            names = (native.SERVICE, kserve.SERVICE, control.SERVICE, health_name, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self.address = await bind(self._server, self._settings.listen, insecure=self._settings.insecure)
         await self._server.start()

@@ -5,7 +5,7 @@ Fields beyond OpenAI's have the names and the meaning that they have in vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,26 +79,38 @@ class Ask:
 
     def renamed(self, error: RequestError, place: int = 0) -> RequestError:
         """The error with its violations under OpenAI's field names."""
-        if not error.violations:
-            return error
-        violations = [
-            Violation(self._name(violation.field, place), violation.description) for violation in error.violations
-        ]
-        mended = invalid(violations)
-        mended.code, mended.reason = error.code, error.reason
-        return mended
+        return renamed(error, lambda path: self._name(path, place))
 
     def _name(self, path: str, place: int) -> str:
         at = f"prompt[{place}]" if self.batch else "prompt"
         if path == "output.logprobs":
             return "top_logprobs" if self.chat else "logprobs"
-        for prefix, name in {"prompt.token_ids.ids": at, "prompt.token_ids": at, "prompt.text": at, **NAMES}.items():
-            if path.startswith(prefix):
-                return name + path.removeprefix(prefix)
-        for prefix in PREFIXES:
-            if path.startswith(prefix):
-                return path.removeprefix(prefix)
-        return path
+        return field_name(path, {"prompt.token_ids.ids": at, "prompt.token_ids": at, "prompt.text": at})
+
+
+def renamed(error: RequestError, name: Callable[[str], str]) -> RequestError:
+    """The error with its violations under the names that `name` gives for their paths."""
+    if not error.violations:
+        return error
+    mended = invalid([Violation(name(violation.field), violation.description) for violation in error.violations])
+    mended.code, mended.reason = error.code, error.reason
+    return mended
+
+
+def field_name(path: str, prompts: Mapping[str, str]) -> str:
+    """The flat name, as OpenAI's and vLLM's requests have it, of a path in GenerateRequest.
+
+    Args:
+        path: the validator's.
+        prompts: names of the prompt's fields by path, longer ones first.
+    """
+    for prefix, name in {**prompts, **NAMES}.items():
+        if path.startswith(prefix):
+            return name + path.removeprefix(prefix)
+    for prefix in PREFIXES:
+        if path.startswith(prefix):
+            return path.removeprefix(prefix)
+    return path
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class Caller:
 def completion(data: dict[str, Any], model: ModelLimits, caller: Caller) -> Ask:
     """A body of /v1/completions. Raises RequestError for wrong types and for what cannot be obeyed."""
     fields = Fields(data)
-    common = _common(fields, caller)
+    common = read_common(fields, caller)
     if fields.raw("suffix") not in (None, ""):
         fields.wrong("suffix", "is not supported: the model completes text, it does not fill in")
     if fields.raw("tools"):
@@ -170,7 +182,7 @@ def completion(data: dict[str, Any], model: ModelLimits, caller: Caller) -> Ask:
 def chat(data: dict[str, Any], model: ModelLimits, caller: Caller) -> Ask:
     """A body of /v1/chat/completions. Raises RequestError for wrong types and for what cannot be obeyed."""
     fields = Fields(data)
-    request = _common(fields, caller)
+    request = read_common(fields, caller)
     if fields.raw("tools") and fields.raw("tool_choice") != "none":
         fields.wrong("tools", "are not supported")
     if fields.raw("add_generation_prompt") not in (None, True):
@@ -206,7 +218,7 @@ def chat(data: dict[str, Any], model: ModelLimits, caller: Caller) -> Ask:
     )
 
 
-def _common(fields: Fields, caller: Caller) -> inference_pb2.GenerateRequest:
+def read_common(fields: Fields, caller: Caller) -> inference_pb2.GenerateRequest:
     """What both kinds of request have. Reads every field, so that all wrong ones are named at once."""
     for name, harmless in NOT_BUILT.items():
         value = fields.raw(name)
