@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--token-budget", type=int, default=8192, help="of the offline rows")
     parser.add_argument("--online-token-budget", type=int, default=2048)
+    parser.add_argument("--online-target-itl-ms", type=float, default=0.0, help="0: no limit")
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--num-blocks", type=int, default=0)
@@ -54,6 +55,7 @@ def main() -> None:
         max_num_seqs=given.max_num_seqs,
         token_budget=given.token_budget,
         online_token_budget=given.online_token_budget,
+        online_target_itl_ms=given.online_target_itl_ms or None,
         gateways=given.gateways if given.rate and "gateway" in given.at else 0,
     )
     requests = {rate: given.requests or (ONLINE[rate].requests if rate in ONLINE else 200) for rate in given.rate}

@@ -116,16 +116,21 @@ class Runner:
             return session.model.model.vocab_size
 
     async def begin_online(self) -> None:
-        """Lets the scheduler plan with the token budget of online rows from now on; the model stays loaded."""
-        if self._launch is None or not self._launch.online_token_budget:
+        """Lets the scheduler plan with the budget and the target of online rows from now on; the model stays loaded."""
+        launch = self._launch
+        if launch is None or (launch.online_token_budget is None and launch.online_target_itl_ms is None):
             return
-        self._launch = replace(self._launch, token_budget=self._launch.online_token_budget, online_token_budget=None)
+        budget = launch.online_token_budget or launch.token_budget
+        target = launch.target_itl_ms if launch.online_target_itl_ms is None else launch.online_target_itl_ms
+        self._launch = replace(
+            launch, token_budget=budget, target_itl_ms=target, online_token_budget=None, online_target_itl_ms=None
+        )
         if self._service is None:
             return
         service, self._service = self._service, None
-        self.say(f"token budget {self._launch.token_budget} for the online rows")
+        self.say(f"token budget {budget} for the online rows" + (f", target {target:g} ms" if target else ""))
         try:
-            await asyncio.to_thread(service.change_token_budget, self._launch.token_budget, min(60.0, self.left_s))
+            await asyncio.to_thread(service.change_budget, budget, target, min(60.0, self.left_s))
         except BenchError as error:
             self.say(str(error))  # the first online row starts everything anew
             return

@@ -41,6 +41,9 @@ class Launch:
     """Of the scheduler, and of the worker unless that of online rows is larger."""
     online_token_budget: int | None = None
     """Of the scheduler while online rows run. None: the same."""
+    target_itl_ms: float | None = None
+    online_target_itl_ms: float | None = None
+    """Of the scheduler while online rows run. None: the same."""
     max_waiting: int = 8192
     """Above the largest workload, because the whole set is submitted at once."""
     gateways: int = 0
@@ -73,7 +76,7 @@ class Service:
         launch = self.launch
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._start_scheduler(launch.token_budget, deadline)
+            self._start_scheduler(launch.token_budget, launch.target_itl_ms, deadline)
             worker = self._spawn("worker", self._worker_command())
             gateways = self._spawn_gateways()
             self._wait("worker", worker, deadline)
@@ -82,13 +85,13 @@ class Service:
             self.stop()
             raise
 
-    def change_token_budget(self, token_budget: int, limit_s: float) -> None:
+    def change_budget(self, token_budget: int, target_itl_ms: float | None, limit_s: float) -> None:
         """Replaces scheduler and gateways; the worker keeps its model and joins again. Raises as `start`."""
         deadline = time.monotonic() + limit_s
         try:
             for name in [*(name for name in self._processes if name.startswith("gateway")), "scheduler"]:
                 self._stop(self._processes.pop(name))
-            self._start_scheduler(token_budget, deadline)
+            self._start_scheduler(token_budget, target_itl_ms, deadline)
             self._wait_gateways(self._spawn_gateways(), deadline)
         except BaseException:
             self.stop()
@@ -122,8 +125,8 @@ class Service:
                 process.kill()
                 process.wait()
 
-    def _start_scheduler(self, token_budget: int, deadline: float) -> None:
-        pipe = self._spawn("scheduler", self._scheduler_command(token_budget))
+    def _start_scheduler(self, token_budget: int, target_itl_ms: float | None, deadline: float) -> None:
+        pipe = self._spawn("scheduler", self._scheduler_command(token_budget, target_itl_ms))
         self.metrics = self._wait("scheduler", pipe, deadline)["metrics"]
 
     def _spawn_gateways(self) -> dict[str, int]:
@@ -133,13 +136,14 @@ class Service:
     def _wait_gateways(self, pipes: dict[str, int], deadline: float) -> None:
         self.gateways = [self._wait(name, pipe, deadline)["grpc"] for name, pipe in pipes.items()]
 
-    def _scheduler_command(self, token_budget: int) -> list[str]:
+    def _scheduler_command(self, token_budget: int, target_itl_ms: float | None) -> list[str]:
         launch = self.launch
         options: dict[str, Any] = {
             "--listen": self.scheduler,
             "--metrics-port": 0,
             "--max-num-seqs": launch.max_num_seqs,
             "--token-budget": token_budget,
+            "--target-itl-ms": target_itl_ms,
             "--max-waiting": launch.max_waiting,
         }
         return ["pagewire.cli", "scheduler", *_flags(options)]
