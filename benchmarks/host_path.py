@@ -245,10 +245,16 @@ def profile_scheduler(pid: int, path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
-def limit_launch(card: str, token_budget: int, gateways: int = 0) -> Launch:
+def limit_launch(card: str, token_budget: int, gateways: int = 0, target_itl_ms: float = 0.0) -> Launch:
     """A service whose device takes the limit's time."""
     worker = ("benchmarks.host_path", "worker")
-    return Launch(model=f"limit-{card}", token_budget=token_budget, gateways=gateways, worker_module=worker)
+    return Launch(
+        model=f"limit-{card}",
+        token_budget=token_budget,
+        target_itl_ms=target_itl_ms,
+        gateways=gateways,
+        worker_module=worker,
+    )
 
 
 async def measure_rows(names: Sequence[str], card: str, token_budget: int, path: Path) -> None:
@@ -290,6 +296,7 @@ async def main() -> None:
     parser.add_argument("--at", nargs="+", choices=suite.PLACES, default=list(suite.PLACES))
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--token-budget", type=int, default=Launch("").token_budget)
+    parser.add_argument("--target-itl-ms", type=float, default=0.0, help="of the online rows; 0: no limit")
     parser.add_argument("--profile", type=Path, help="file for the scheduler's stacks; needs py-spy")
     options = parser.parse_args()
     if options.rows is not None:
@@ -298,7 +305,7 @@ async def main() -> None:
         return
     if options.online:
         path = options.out or RESULTS.with_name("host_online.json")
-        launch = limit_launch(options.card, options.token_budget, options.gateways)
+        launch = limit_launch(options.card, options.token_budget, options.gateways, options.target_itl_ms)
         rates = tuple((rate, anchor.requests) for rate, anchor in ONLINE.items())
         await suite.main(suite.Plan(online=rates, places=tuple(options.at), online_output=path), launch)
         return

@@ -3,6 +3,7 @@
     python -m benchmarks.policy chunking     step times kept to a target: benchmarks/results/chunking.json
     python -m benchmarks.policy fairness     a light tenant beside a heavy one: benchmarks/results/fairness.json
     python -m benchmarks.policy preemption   modes under memory pressure: benchmarks/results/preemption.json
+    python -m benchmarks.policy host_tier    conversations that come back: benchmarks/results/host_tier.json
     python -m benchmarks.policy all
 
 Simulated: no number here was measured on a GPU. Every load has a fixed seed, so a run can be repeated to the digit.
@@ -21,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.planning import commit
-from benchmarks.simulator.profiles import A100_OPT_13B_LEAN, H200_LLAMA_8B, WorkerProfile
+from benchmarks.simulator.profiles import A100_OPT_13B_LEAN, GIB, H200_LLAMA_8B, WorkerProfile
 from benchmarks.simulator.simulation import Arrival, Outcome, Simulation
 from benchmarks.simulator.traces import SHAREGPT_LIKE
+from benchmarks.simulator.worker import STOP, TOKEN
 from scheduler.policy import PreemptionMode, SchedulerConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -132,6 +134,48 @@ def preemption() -> Result:
     return {"load": "sharegpt-like, all at once, seed 1000", "note": note, "worst_auto_over_best": worst, "rows": rows}
 
 
+def conversations(count: int, turns: int, rate: float, seed: int) -> list[Arrival]:
+    """Turns of conversations in random order, Poisson arrivals: each prompt is everything said before, and a question
+    of 100 tokens. The first begins with 800 tokens of its own. The simulated model's answers are known beforehand."""
+    generator = np.random.default_rng(seed)
+    said = [generator.integers(10, 31_000, 800).tolist() for _ in range(count)]
+    order = generator.permutation(np.repeat(np.arange(count), turns))
+    times = np.cumsum(generator.exponential(1 / rate, len(order)))
+    arrivals = []
+    for number, at in zip(order, times, strict=True):
+        prompt = [*said[number], *generator.integers(10, 31_000, 100).tolist()]
+        answer = int(generator.integers(50, 250))
+        arrivals.append(Arrival(int(at * 1e9), prompt, answer))
+        said[number] = [*prompt, *[TOKEN] * (answer - 1), STOP]
+    return arrivals
+
+
+def host_tier() -> Result:
+    """Conversations that come back, in a pool that holds a part of them, with and without the second tier."""
+    rows = []
+    for count, rate in ((40, 8.0), (80, 8.0), (160, 8.0)):
+        load = conversations(count, 8, rate, seed=11)
+        tokens = sum(len(one.prompt) for one in load)
+        for link in (1.0, 0.1):
+            profile = replace(H200, kv_bytes=8 * GIB, host_bytes=64 * GIB, link_rate=link * H200.link_rate)
+            for on in (False, True):
+                settings = replace(config(profile, load), prefix_cache=True, host_prefix_cache=on)
+                simulation = Simulation([profile], load, config=settings, keeps_gaps=True)
+                outcome, scheduler = simulation.run(), simulation.schedulers["0"]
+                rows.append(
+                    {
+                        "conversations": count,
+                        "pool_over_history": round(8 * GIB / profile.model.kv_token_bytes / (count * 2800), 2),
+                        "link_gb_s": round(profile.link_rate / 1e9, 1),
+                        "host_tier": on,
+                        "found_in_pool": round(scheduler.hit_tokens_total / tokens, 3),
+                        "found_in_arena": round(scheduler.host_hit_tokens_total / tokens, 3),
+                        **latencies(outcome),
+                    }
+                )
+    return {"profile": H200.name, "load": "conversations of 8 turns at 8 turns/s, seed 11", "rows": rows}
+
+
 def one_mode(profile: WorkerProfile, load: Sequence[Arrival], mode: PreemptionMode) -> Result:
     simulation = Simulation([profile], load, config=config(profile, load, preemption_mode=mode))
     outcome, scheduler = simulation.run(), simulation.schedulers["0"]
@@ -148,7 +192,12 @@ def one_mode(profile: WorkerProfile, load: Sequence[Arrival], mode: PreemptionMo
 
 MODES: tuple[PreemptionMode, ...] = ("swap", "recompute", "auto")
 
-EXPERIMENTS: dict[str, Callable[[], Result]] = {"chunking": chunking, "fairness": fairness, "preemption": preemption}
+EXPERIMENTS: dict[str, Callable[[], Result]] = {
+    "chunking": chunking,
+    "fairness": fairness,
+    "preemption": preemption,
+    "host_tier": host_tier,
+}
 
 
 def main() -> None:

@@ -149,6 +149,15 @@ class CostModel:
         rate_in, rate = self.swap_in.per_second, self.step_time.prefill_tokens_per_second
         return not rate_in or not rate or (self.pending_in_bytes + num_bytes) / rate_in <= num_tokens / rate
 
+    def is_worth_keeping(self, num_bytes: int, num_tokens: int) -> bool:
+        """Whether copying a block out and in again is cheaper than computing it again; yes while figures are missing.
+        Not every kept block comes back, so on a slow link keeping is never worth it."""
+        rate_out, rate_in = self.swap_out.per_second, self.swap_in.per_second
+        rate = self.step_time.prefill_tokens_per_second
+        if not rate_out or not rate_in or not rate:
+            return True
+        return num_bytes / rate_out + num_bytes / rate_in <= num_tokens / rate
+
     def came_back(self, found_tokens: int, num_tokens: int) -> None:
         """A recomputed group with `num_tokens` computed before comes back: so many of them need not be computed."""
         found, of = self._found

@@ -229,6 +229,10 @@ class Scheduler:
         """The next plan. None: enough plans are in flight, or there is nothing to compute now."""
         if len(self.in_flight) >= self.config.max_plans_in_flight or not self.groups:
             return None
+        if self.blocks.tier.is_on:
+            self.blocks.tier.is_worth_it = self.costs.is_worth_keeping(
+                self.capacity.block_bytes, self.capacity.block_size
+            )
         while True:
             draft = Draft(self.last_step + 1)
             if self._has_order:

@@ -122,6 +122,9 @@ def serve(
     host_blocks: HostBlocks = None,
     max_num_seqs: MaxNumSeqs = 512,
     token_budget: TokenBudget = 2048,
+    target_itl_ms: Annotated[
+        float, typer.Option(min=0.0, help="Time between tokens that prefill should not exceed. 0: no limit.")
+    ] = 0.0,
     gateways: Annotated[int, typer.Option(min=1, max=64, help="Gateways to start.")] = 1,
     scale: Scale = 1.0,
     length_scale: LengthScale = 1.0,
@@ -154,6 +157,7 @@ def serve(
         host_blocks=host_blocks,
         max_num_seqs=max_num_seqs,
         token_budget=token_budget,
+        target_itl_ms=target_itl_ms,
         gateways=gateways if "gateway" in places else 0,
     )
     plan = suite.Plan(

@@ -87,7 +87,13 @@ async def test_a_row_with_time_for_one_run_has_the_values_of_that_run(runner: Ru
 
 async def test_the_token_budget_changes_while_the_worker_stays(tmp_path: Path) -> None:
     launch = Launch(
-        model="0", max_num_seqs=4, token_budget=64, online_token_budget=32, gateways=1, worker_module=STAND_IN
+        model="0",
+        max_num_seqs=4,
+        token_budget=64,
+        online_token_budget=32,
+        online_target_itl_ms=5.0,
+        gateways=1,
+        worker_module=STAND_IN,
     )
     runner = Runner(launch, tmp_path, say=lambda _line: None)
     try:

@@ -103,6 +103,17 @@ def test_tokens_that_the_prefix_cache_usually_keeps_cost_nothing() -> None:
     assert abs((costs.recompute_ns(100) or 0) - 2_000_000_000) < 1_000_000
 
 
+def test_a_block_is_kept_only_if_copying_it_both_ways_costs_less_than_computing_it() -> None:
+    costs = CostModel(TransferRates(1000, 1000, 100))  # 10 tokens take 100 ms, 50 bytes take 50 ms each way
+    assert costs.is_worth_keeping(50, 10)
+    assert not costs.is_worth_keeping(51, 10)
+    assert costs.prefers_copy_in(100, 10)
+    assert not costs.prefers_copy_in(101, 10)
+    costs.planned(0, 60)
+    assert not costs.prefers_copy_in(50, 10)
+    assert CostModel(TransferRates()).is_worth_keeping(1, 1)
+
+
 def test_the_actual_cost_of_recomputing_leaves_out_what_the_step_costs_anyway() -> None:
     costs = CostModel(TransferRates())
     mixed = StepTimings(forward_ns=3 * 10**9, chunk_tokens=200, decode_tokens=100)
