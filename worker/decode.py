@@ -12,6 +12,7 @@ import enum
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -148,12 +149,42 @@ def bucket_sizes(max_slots: int) -> tuple[int, ...]:
     return tuple(sizes[: cut + 1])
 
 
+def capture_graph(
+    run: Callable[[], torch.Tensor], device: torch.device, stream: torch.cuda.Stream, memory: Any
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor] | None:
+    """A graph of `run` and the tensor that replays write. None: it cannot be captured, because it waits for the device;
+    the log says why. Raises OutOfMemoryError and KernelError."""
+    try:
+        # Once for real first: kernels are compiled and loaded, cuBLAS takes its workspace, outside the capture.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph, which collects garbage each time: a tenth of a second a graph.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=memory)
+            try:
+                output = run()
+            finally:
+                graph.capture_end()
+    except (torch.OutOfMemoryError, KernelError):
+        raise
+    except RuntimeError as error:
+        log.warning("a step cannot be captured as a graph", why=str(error).splitlines()[0])
+        torch.cuda.synchronize(device)
+        return None
+    return graph, output
+
+
 class DecodeGraphs:
     """Runs the decode step: as a replayed graph where one was captured, else by calling it."""
 
     def __init__(self, step: DecodeStep) -> None:
         self.step = step
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        self.memory: Any = None
+        """What all graphs take their memory from, once one is captured."""
 
     def run(self, count: int, columns: int, mode: Mode) -> torch.Tensor:
         """As DecodeStep.run, for a padded `count`."""
@@ -175,32 +206,20 @@ class DecodeGraphs:
         vocab_size = batch.vocab_size
         step.logits = torch.empty((buckets[0], vocab_size), dtype=torch.float32, device=device)
         jobs = [(bucket, mode) for bucket in buckets for mode in Mode]
-        memory = torch.cuda.graph_pool_handle()
+        self.memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         gc.collect()
         torch.cuda.empty_cache()
         for done, (bucket, mode) in enumerate(jobs):
-            try:
-                # Once for real first: kernels are compiled and loaded, cuBLAS takes its workspace, outside the capture.
-                stream.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(stream):
-                    step.run(bucket, batch.columns, mode)
-                torch.cuda.current_stream(device).wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                # Not torch.cuda.graph, which collects garbage each time: a tenth of a second a graph.
-                with torch.cuda.stream(stream):
-                    graph.capture_begin(pool=memory)
-                    try:
-                        step.run(bucket, batch.columns, mode)
-                    finally:
-                        graph.capture_end()
-            except (torch.OutOfMemoryError, KernelError):
-                raise
-            except RuntimeError as error:
-                log.warning("decode runs without graphs", why=str(error).splitlines()[0], bucket=bucket)
+            captured = capture_graph(
+                lambda bucket=bucket, mode=mode: step.run(bucket, batch.columns, mode),  # type: ignore[misc]
+                device,
+                stream,
+                self.memory,
+            )
+            if captured is None:
                 self._graphs.clear()
                 step.logits = None
-                torch.cuda.synchronize(device)
                 return
-            self._graphs[bucket, mode] = graph
+            self._graphs[bucket, mode] = captured[0]
             yield done + 1, len(jobs)

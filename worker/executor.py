@@ -21,6 +21,7 @@ from pagewire.runtime.fault_points import fault_point
 from pagewire.runtime.logs import get_logger
 from worker.attention_batch import AttentionBatch
 from worker.batch import KNOWN, NO_PROMPT_LOGPROBS, PROMPT, Batch, StepLayout
+from worker.chunk_graphs import CHUNK_TOKENS, ChunkGraphs, ChunkStep, Size
 from worker.decode import DecodeGraphs, DecodeStep, Mode, decode_rows
 from worker.device import DeviceRuntime, runtime_for
 from worker.kv_pool import KvPool
@@ -170,6 +171,8 @@ class _StepWork:
     """Rows of the logits that forks sample from."""
     sampling: SamplePlan
     prompt_wants: Sequence[_PromptWant]
+    chunk_size: Size | None
+    """What the rows of a step with chunks are padded to, where its forward pass is a graph."""
     held_blocks: tuple[Slots, Slots] | None
     """Blocks that the rows hold, and those that the step writes to; None: nobody has to know."""
 
@@ -216,6 +219,16 @@ class Executor:
         self.progress = Progress()
         self.decode = DecodeGraphs(
             DecodeStep(model, pool.device_blocks, self.kernels, self.batch, self.sampler, self.progress.advance)
+        )
+        self.chunk_graphs = ChunkGraphs(
+            ChunkStep(
+                model,
+                pool.device_blocks,
+                self.kernels,
+                self.batch,
+                self.progress.advance,
+                min(max_step_tokens, CHUNK_TOKENS[-1]),
+            )
         )
         self._last_end: Any = None
 
@@ -285,12 +298,17 @@ class Executor:
         if plan.forks and not layout.num_tokens:
             raise PlanError("forks in a plan without chunks")
         batch.stage(upload)
-        prompt_wants = self._prompt_wants(layout, upload)
+        chunk_size = self.chunk_graphs.size(layout)
+        padding = 0 if chunk_size is None else chunk_size.decode - layout.num_decode
+        prompt_wants = self._prompt_wants(layout, padding, upload)
         # A copy of this very plan counts, too: it is enqueued before the forward pass.
         is_settled = self.swapper.is_settled and not (plan.swap_out.sources or plan.swap_in.sources)
         held_blocks = None if is_settled else batch.touched_blocks(layout)
         slots, output_lens = batch.advance(layout, plan.forks, upload)
-        chunk_inputs, logit_rows = _place_chunks(layout, upload)
+        if chunk_size is not None:
+            self.chunk_graphs.step.stage(layout, chunk_size, upload)
+        chunk_inputs = _place_chunks(layout, upload) if chunk_size is None else {}
+        logit_rows = _place_logit_rows(layout, padding, upload)
         num_decode = layout.num_decode
         return _StepWork(
             layout=layout,
@@ -302,6 +320,7 @@ class Executor:
             fork_rows=_place_forks(layout, plan.forks, upload),
             sampling=self.sampler.plan(slots, output_lens, upload),
             prompt_wants=prompt_wants,
+            chunk_size=chunk_size,
             held_blocks=held_blocks,
         )
 
@@ -337,6 +356,25 @@ class Executor:
 
     def _mixed(self, work: _StepWork, step: _Outcome) -> None:
         """Chunks, with or without a decode set."""
+        layout = work.layout
+        size = work.chunk_size
+        hidden = self._forward(work) if size is None else self.chunk_graphs.run(size)
+        step.after_forward = self.runtime.mark()
+        fault_point("worker.step.after_forward")
+        step.prompt_pieces = self._prompt_logprobs(work.prompt_wants, hidden)
+        if not work.num_rows:
+            return
+        slots = self.batch.decode_rows[: layout.num_decode]
+        if work.other_slots is not None:
+            slots = torch.cat((slots, work.other_slots.tensor))
+        assert work.logit_rows is not None
+        logits = self.model.logits(hidden.index_select(0, work.logit_rows.tensor))
+        if work.fork_rows is not None:
+            logits = torch.cat((logits, logits.index_select(0, work.fork_rows.tensor)))
+        self._sample(logits, slots, work.sampling, step)
+
+    def _forward(self, work: _StepWork) -> torch.Tensor:
+        """Hidden states of the decode rows and of the chunks' tokens, [T, hidden_size]."""
         layout, batch = work.layout, self.batch
         inputs = {name: placed.tensor for name, placed in work.chunk_inputs.items()}
         token_ids, positions, slot_mapping = inputs["token_ids"], inputs["positions"], inputs["slot_mapping"]
@@ -358,20 +396,7 @@ class Executor:
             chunk_query_start=inputs["query_start"],
             on_progress=self.progress.advance,
         )
-        hidden = self.model.forward(token_ids, positions, attention)
-        step.after_forward = self.runtime.mark()
-        fault_point("worker.step.after_forward")
-        step.prompt_pieces = self._prompt_logprobs(work.prompt_wants, hidden)
-        if not work.num_rows:
-            return
-        slots = decode.slots
-        if work.other_slots is not None:
-            slots = torch.cat((slots, work.other_slots.tensor))
-        assert work.logit_rows is not None
-        logits = self.model.logits(hidden.index_select(0, work.logit_rows.tensor))
-        if work.fork_rows is not None:
-            logits = torch.cat((logits, logits.index_select(0, work.fork_rows.tensor)))
-        self._sample(logits, slots, work.sampling, step)
+        return self.model.forward(token_ids, positions, attention)
 
     def _without_chunks(self, work: _StepWork, step: _Outcome) -> None:
         """The same step when there was no memory for its chunks."""
@@ -397,8 +422,8 @@ class Executor:
         self.batch.note_sampled(slots, tokens[KNOWN], sampled.token_ids)
         step.encoded, step.logprobs = sampled.encoded, sampled.logprobs
 
-    def _prompt_wants(self, layout: StepLayout, upload: Upload) -> list[_PromptWant]:
-        """Which prompt tokens' log-probabilities this step's chunks give.
+    def _prompt_wants(self, layout: StepLayout, padding: int, upload: Upload) -> list[_PromptWant]:
+        """Which prompt tokens' log-probabilities this step's chunks give; `padding` rows stand in front of the chunks.
 
         The hidden state at position p predicts the token at p + 1, so a chunk start..end gives prompt tokens
         start + 1..end, as far as the prompt goes. A long stretch comes in pieces.
@@ -413,7 +438,7 @@ class Executor:
             tokens = self.batch.given_tokens(chunk.slot)
             for first in range(chunk.start + 1, last + 1, piece):
                 part = upload.put(tokens[first : min(first + piece, last + 1)])
-                row = chunk.first_row + first - 1 - chunk.start
+                row = padding + chunk.first_row + first - 1 - chunk.start
                 wants.append(_PromptWant(chunk.slot, first, num_top, row, part))
         return wants
 
@@ -456,12 +481,11 @@ class _Outcome:
     out_of_memory_slots: Sequence[int] = ()
 
 
-def _place_chunks(layout: StepLayout, upload: Upload) -> tuple[dict[str, Placed], Placed | None]:
-    """The chunks' inputs in the upload, and the rows of the hidden states that sample: decode rows, then the last
-    tokens of the finishing chunks."""
+def _place_chunks(layout: StepLayout, upload: Upload) -> dict[str, Placed]:
+    """The chunks' inputs in the upload."""
     if not layout.chunks:
-        return {}, None
-    inputs = {
+        return {}
+    return {
         "token_ids": upload.put(layout.token_ids),
         "positions": upload.put(layout.positions),
         "slot_mapping": upload.put(layout.slot_mapping),
@@ -469,8 +493,15 @@ def _place_chunks(layout: StepLayout, upload: Upload) -> tuple[dict[str, Placed]
         "chunk_lens": upload.put(layout.chunk_lens, np.int32),
         "query_start": upload.put(layout.query_start, np.int32),
     }
-    last_rows = np.array([chunk.first_row + chunk.num_tokens - 1 for chunk in layout.finishing], dtype=np.int64)
-    return inputs, upload.put(np.concatenate((np.arange(layout.num_decode), last_rows)))
+
+
+def _place_logit_rows(layout: StepLayout, padding: int, upload: Upload) -> Placed | None:
+    """The rows of the hidden states that sample: decode rows, then, behind `padding` rows more, the last tokens of the
+    finishing chunks."""
+    if not layout.chunks:
+        return None
+    last_rows = [padding + chunk.first_row + chunk.num_tokens - 1 for chunk in layout.finishing]
+    return upload.put(np.concatenate((np.arange(layout.num_decode), np.array(last_rows, dtype=np.int64))))
 
 
 def _place_forks(layout: StepLayout, forks: Sequence[Fork], upload: Upload) -> Placed | None:

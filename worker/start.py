@@ -106,19 +106,26 @@ def make_executor(settings: WorkerSettings, model: PagedModel, device: torch.dev
         for operation, why in executor.kernels.twins.items():
             log.warning("no kernel: torch computes it, slowly", operation=operation, why=why)
         if graphs and not executor.kernels.twins:
-            capture_graphs(executor)
+            capture_graphs(executor, chunks=settings.chunk_graphs)
     return executor
 
 
-def capture_graphs(executor: Executor) -> None:
-    """Captures the decode graphs, with a progress bar where somebody looks on. StartError: no memory for them."""
+def capture_graphs(executor: Executor, *, chunks: bool = False) -> None:
+    """Captures the decode graphs, and those of steps with `chunks`, with a progress bar where somebody looks on.
+    StartError: no memory for them."""
     started = time.perf_counter()
     done = 0
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("decode graphs", total=None)
+        task = progress.add_task("graphs", total=None)
         try:
             for done, total in executor.decode.capture():
                 progress.update(task, completed=done, total=total)
+            if chunks and done:
+                most_decode = executor.batch.buckets[-1]
+                before = done
+                for more, total in executor.chunk_graphs.capture(executor.decode.memory, most_decode):
+                    done = before + more
+                    progress.update(task, completed=done, total=before + total)
         except torch.OutOfMemoryError:
             raise StartError(
                 "too little memory for decode graphs: lower --gpu-memory-utilization or --max-num-seqs, "
@@ -126,7 +133,7 @@ def capture_graphs(executor: Executor) -> None:
             ) from None
         except KernelError as error:
             raise StartError(str(error)) from None
-    log.info("decode graphs", count=done, seconds=round(time.perf_counter() - started, 1))
+    log.info("graphs", count=done, seconds=round(time.perf_counter() - started, 1))
 
 
 def _profile_cuda(settings: WorkerSettings, model: PagedModel, layout: KvLayout, device: torch.device) -> int:

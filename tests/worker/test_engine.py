@@ -45,7 +45,13 @@ def model(tmp_path: Path) -> Path:
 
 def make(model: Path, device: torch.device, *, dtype: str = "float32", graphs: bool = True) -> Executor:
     settings = WorkerSettings(
-        block_size=4, num_blocks=120, host_blocks=40, max_num_seqs=6, token_budget=64, decode_graphs=graphs
+        block_size=4,
+        num_blocks=120,
+        host_blocks=40,
+        max_num_seqs=6,
+        token_budget=64,
+        decode_graphs=graphs,
+        chunk_graphs=graphs,
     )
     executor = make_executor(settings, load_model(str(model), device=device, dtype=dtype), device)
     executor.pool.device_blocks.fill_(float("nan"))

@@ -13,11 +13,12 @@ import torch
 
 from tests.worker.test_executor import GREEDY, PROMPT, new
 from tests.worker.toy import Steps, ToyModel, make_executor
-from worker import decode, swapper
+from worker import chunk_graphs, decode, swapper
+from worker.chunk_graphs import ChunkStep, Size
 from worker.decode import DecodeStep, Mode
 from worker.executor import Executor
 from worker.start import capture_graphs
-from worker.step import BlockMoves, Sampling
+from worker.step import BlockMoves, Fork, Sampling
 
 
 class Stream:
@@ -85,8 +86,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         steps.append(lambda: run(self, count, columns, mode))
         return run(self, count, columns, mode)
 
+    run_chunks = ChunkStep.run
+
+    def noted_chunks(self: ChunkStep, size: Size) -> torch.Tensor:
+        hidden = run_chunks(self, size)
+        steps.append(lambda: hidden.copy_(run_chunks(self, size)))
+        return hidden
+
     monkeypatch.setattr(DecodeStep, "run", noted)
-    for module in (decode, swapper):
+    monkeypatch.setattr(ChunkStep, "run", noted_chunks)
+    for module in (decode, swapper, chunk_graphs):
         monkeypatch.setattr(module, "torch", FakeTorch(fake))
     return fake
 
@@ -136,6 +145,65 @@ def test_decode_steps_are_replayed_and_give_the_tokens_of_called_ones(cuda: Simp
         steps.run(release_slots=[0, 2, 5])
     assert tokens[True] == tokens[False]
     assert [row[0] for row in tokens[True]] == model.greedy(PROMPT, 6)
+
+
+def test_steps_with_chunks_are_replayed_and_give_the_tokens_of_called_ones(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_graphs, "CHUNK_TOKENS", (4, 16, 1024))
+    monkeypatch.setattr(chunk_graphs, "DECODE_ROWS", (2,))
+    monkeypatch.setattr(chunk_graphs, "MOST_CHUNKS", 3)
+    model = ToyModel()
+    executor = make_executor(model, buckets=(1, 2, 4, 8), max_step_tokens=32)
+    executor.batch.block_tables.fill_(999)  # whatever padding would read there is not in the pool
+    capture_graphs(executor, chunks=True)
+    executor.batch.block_tables.zero_()
+    assert executor.pool.device_blocks.isnan().all(), "capturing wrote to the pool"
+    graphs = executor.chunk_graphs
+    assert list(graphs._graphs)[::4] == [Size(8, 32), Size(2, 16), Size(0, 4)]
+    steps = Steps(executor)
+    answers = []
+    for replayed in (True, False):
+        if not replayed:
+            graphs._graphs.clear()
+        before = cuda.CUDAGraph.replays
+        results = [
+            steps.run(new_sequences=[new(0, PROMPT, [0, 1, 2, 3])], chunk_slots=[0], chunk_tokens=[3]),
+            steps.run(chunk_slots=[0], chunk_tokens=[7]),
+        ]
+        with_forks = [
+            new(2, PROMPT[:7], [4, 5, 10], prompt_logprobs=1, logprobs=2),
+            new(4, [9, 8], [8, 9], sampling=Sampling(temperature=0.9, seed=3)),
+        ]
+        forks = [Fork(2, 5, 1)]
+        results += [
+            steps.run(decode_add=[0], new_sequences=with_forks, chunk_slots=[2, 4], chunk_tokens=[7, 2], forks=forks),
+            steps.run(
+                replace_slots=[5, 5], replace_indices=[1, 2], replace_blocks=[7, 11], copies=BlockMoves([5], [7])
+            ),
+            steps.run(decode_add=[2, 4, 5], new_sequences=[new(1, [3] * 20, list(range(20, 26)))]),
+            steps.run(chunk_slots=[1], chunk_tokens=[20]),
+            steps.run(decode_add=[1]),
+        ]
+        answers.append([(list(r.token_ids), r.logprobs, r.prompt_logprobs) for r in results])
+        assert cuda.CUDAGraph.replays - before == (7 if replayed else 3), "decode steps are graphs in either case"
+        steps.run(release_slots=[0, 1, 2, 4, 5])
+    assert answers[0] == answers[1]
+    assert [answers[0][step][0][0] for step in range(1, 7)] == model.greedy(PROMPT, 6)
+
+
+def test_a_step_of_more_chunks_or_tokens_than_any_graph_takes_is_launched_kernel_by_kernel(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_graphs, "MOST_CHUNKS", 2)
+    model = ToyModel()
+    executor = make_executor(model, buckets=(8,), max_step_tokens=64)
+    capture_graphs(executor, chunks=True)
+    before = cuda.CUDAGraph.replays
+    rows = [new(slot, PROMPT, list(range(4 * slot, 4 * slot + 3))) for slot in range(3)]
+    result = Steps(executor).run(new_sequences=rows, chunk_slots=[0, 1, 2], chunk_tokens=[10, 10, 10])
+    assert list(result.token_ids) == [model.greedy(PROMPT, 1)[0]] * 3
+    assert cuda.CUDAGraph.replays == before
 
 
 def test_a_graph_is_captured_for_every_bucket_and_mode_largest_first(cuda: SimpleNamespace) -> None:
