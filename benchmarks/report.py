@@ -53,7 +53,8 @@ same service with a device that takes exactly the time of weights, arithmetic an
 H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here. A step with a
 chunk is launched kernel by kernel, which takes the host about 8 ms whatever the chunk: a target from token to token
 (`--target-itl-ms 12`, [online_target_12ms.json](../benchmarks/results/h100/online_target_12ms.json)) only makes more of
-them, and first tokens wait (p99 298 ms at 30 requests/s). `--chunk-graphs` replays such steps as graphs; it has not been on a GPU yet.
+them, and first tokens wait (p99 298 ms at 30 requests/s). `--chunk-graphs` replays such steps as graphs; it has not
+been on a GPU yet.
 
 """
 H100_KERNELS = "Shares of what the card copies (decode) or multiplies (prefill).\n\n"
