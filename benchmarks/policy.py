@@ -64,26 +64,31 @@ def latencies(outcome: Outcome) -> Result:
     }
 
 
-def chunking() -> Result:
+def chunking(rates: Sequence[float] = (10, 30), targets_ms: Sequence[int] = (0, 7, 8, 9, 10, 12, 14)) -> Result:
     """The online workloads (ShareGPT-like, Poisson) with the prefill of a step kept to a target or not."""
     rows = []
-    for rate in (10, 30):
-        for target_ms in (0, 7, 8, 9, 10, 12, 14):
+    for rate in rates:
+        for target_ms in targets_ms:
             outcome = simulate(H200, SHAREGPT_LIKE.arrivals(rate, 20.0), target_itl_ns=target_ms * 1_000_000)
             rows.append({"rate": rate, "target_itl_ms": target_ms, **latencies(outcome)})
     return {"profile": H200.name, "load": "sharegpt-like, 20 s of Poisson arrivals, seed 0", "rows": rows}
 
 
-def fairness() -> Result:
+AT_THE_KNEE = (A100_OPT_13B_LEAN, 0.1, 900.0)
+"""Profile, requests per second of the light tenant, seconds: the heavy tenant alone begins to queue."""
+TENANTS = (
+    AT_THE_KNEE,
+    (A100_OPT_13B_LEAN, 0.2, 600.0),
+    (H200, 1.0, 120.0),
+    (H200, 2.0, 60.0),
+    (H200, 4.0, 60.0),
+)
+
+
+def fairness(cases: Sequence[tuple[WorkerProfile, float, float]] = TENANTS) -> Result:
     """A light tenant alone, beside one that sends 20 times as much, and both in one queue as if they were one."""
     rows = []
-    for profile, light_rate, seconds in (
-        (A100_OPT_13B_LEAN, 0.1, 900.0),
-        (A100_OPT_13B_LEAN, 0.2, 600.0),
-        (H200, 1.0, 120.0),
-        (H200, 2.0, 60.0),
-        (H200, 4.0, 60.0),
-    ):
+    for profile, light_rate, seconds in cases:
         light = [replace(one, tenant="light") for one in SHAREGPT_LIKE.arrivals(light_rate, seconds, seed=1)]
         heavy = [replace(one, tenant="heavy") for one in SHAREGPT_LIKE.arrivals(20 * light_rate, seconds, seed=2)]
         both = sorted(light + heavy, key=lambda one: one.at_ns)
@@ -110,17 +115,37 @@ def overcommitted(profile: WorkerProfile, arrivals: Sequence[Arrival], overcommi
     return replace(profile, kv_bytes=blocks * size, host_bytes=int(host * blocks) * size)
 
 
-def preemption() -> Result:
+MODES: tuple[PreemptionMode, ...] = ("swap", "recompute", "auto")
+PRESSURES = ((1.0, 2.0), (0.5, 2.0), (0.35, 2.0), (0.1, 2.0), (1.0, 0.25))
+"""Link rate over the profile's, and host arena over KV pool."""
+
+
+def one_mode(profile: WorkerProfile, load: Sequence[Arrival], mode: PreemptionMode) -> Result:
+    simulation = Simulation([profile], load, config=config(profile, load, preemption_mode=mode))
+    outcome, scheduler = simulation.run(), simulation.schedulers["0"]
+    per_token = [(done.finished - done.first_token) // max(1, done.output_tokens - 1) for done in outcome.completions]
+    return {
+        "out_tok_s": round(outcome.output_tokens_per_second, 1),
+        "time_per_output_token_ms": percentiles(per_token),
+        "preemptions": outcome.preemptions,
+        "most_preemptions_of_one": max(done.preemptions for done in outcome.completions),
+        "predicted_ms": {mode: round(ns / 1e6, 1) for mode, ns in scheduler.predicted_ns.items()},
+        "actual_ms": {mode: round(ns / 1e6, 1) for mode, ns in scheduler.actual_ns.items()},
+    }
+
+
+def preemption(
+    overcommits: Sequence[float] = (1.5, 2.0, 4.0), pressures: Sequence[tuple[float, float]] = PRESSURES
+) -> Result:
     """A batch of ShareGPT-like requests under memory pressure, by the mode of preemption."""
-    h200 = H200
-    a100 = replace(A100_OPT_13B_LEAN, max_num_seqs=64)
     rows = []
-    for shape, profile, count in (("GQA", h200, 800), ("MHA", a100, 300)):
+    a100 = replace(A100_OPT_13B_LEAN, max_num_seqs=64)
+    for shape, profile, count in (("GQA", H200, 800), ("MHA", a100, 300)):
         generator = np.random.default_rng(1000)
         prompts, outputs = SHAREGPT_LIKE.prompt.draw(generator, count), SHAREGPT_LIKE.output.draw(generator, count)
         load = [Arrival(0, [0] * prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
-        for overcommit in (1.5, 2.0, 4.0):
-            for link, host in ((1.0, 2.0), (0.5, 2.0), (0.35, 2.0), (0.1, 2.0), (1.0, 0.25)):
+        for overcommit in overcommits:
+            for link, host in pressures:
                 sized = overcommitted(replace(profile, link_rate=link * profile.link_rate), load, overcommit, host)
                 row: Result = {"profile": profile.name, "shape": shape, "overcommit": overcommit}
                 row |= {"link_gb_s": round(sized.link_rate / 1e9, 1), "arena_over_pool": host}
@@ -150,13 +175,13 @@ def conversations(count: int, turns: int, rate: float, seed: int) -> list[Arriva
     return arrivals
 
 
-def host_tier() -> Result:
+def host_tier(counts: Sequence[int] = (40, 80, 160), links: Sequence[float] = (1.0, 0.1)) -> Result:
     """Conversations that come back, in a pool that holds a part of them, with and without the second tier."""
     rows = []
-    for count, rate in ((40, 8.0), (80, 8.0), (160, 8.0)):
-        load = conversations(count, 8, rate, seed=11)
+    for count in counts:
+        load = conversations(count, 8, 8.0, seed=11)
         tokens = sum(len(one.prompt) for one in load)
-        for link in (1.0, 0.1):
+        for link in links:
             profile = replace(H200, kv_bytes=8 * GIB, host_bytes=64 * GIB, link_rate=link * H200.link_rate)
             for on in (False, True):
                 settings = replace(config(profile, load), prefix_cache=True, host_prefix_cache=on)
@@ -175,22 +200,6 @@ def host_tier() -> Result:
                 )
     return {"profile": H200.name, "load": "conversations of 8 turns at 8 turns/s, seed 11", "rows": rows}
 
-
-def one_mode(profile: WorkerProfile, load: Sequence[Arrival], mode: PreemptionMode) -> Result:
-    simulation = Simulation([profile], load, config=config(profile, load, preemption_mode=mode))
-    outcome, scheduler = simulation.run(), simulation.schedulers["0"]
-    per_token = [(done.finished - done.first_token) // max(1, done.output_tokens - 1) for done in outcome.completions]
-    return {
-        "out_tok_s": round(outcome.output_tokens_per_second, 1),
-        "time_per_output_token_ms": percentiles(per_token),
-        "preemptions": outcome.preemptions,
-        "most_preemptions_of_one": max(done.preemptions for done in outcome.completions),
-        "predicted_ms": {mode: round(ns / 1e6, 1) for mode, ns in scheduler.predicted_ns.items()},
-        "actual_ms": {mode: round(ns / 1e6, 1) for mode, ns in scheduler.actual_ns.items()},
-    }
-
-
-MODES: tuple[PreemptionMode, ...] = ("swap", "recompute", "auto")
 
 EXPERIMENTS: dict[str, Callable[[], Result]] = {
     "chunking": chunking,

@@ -1,0 +1,36 @@
+"""What the policies are for, in figures: the cases of benchmarks/policy.py that the documentation names."""
+
+from __future__ import annotations
+
+from benchmarks import policy
+
+
+def test_a_target_keeps_the_gaps_between_tokens_and_still_serves_prompts() -> None:
+    off, on = policy.chunking(rates=(30,), targets_ms=(0, 8))["rows"]
+    assert off["itl_ms"]["p99"] > 14
+    assert on["itl_ms"]["p99.9"] < 9
+    assert on["ttft_ms"]["p99"] < 75
+    assert on["out_tok_s"] > 0.99 * off["out_tok_s"]
+
+
+def test_a_light_tenant_hardly_notices_one_that_sends_twenty_times_as_much() -> None:
+    (row,) = policy.fairness([policy.AT_THE_KNEE])["rows"]
+    assert row["p99_over_lone"] < 1.3
+    assert row["light_ttft_ms_one_queue"]["p99"] > 20 * row["light_ttft_ms_beside"]["p99"]
+    assert row["out_tok_s_beside"] > 0.99 * row["out_tok_s_one_queue"]
+
+
+def test_auto_is_as_good_as_the_better_mode_at_every_overcommit_and_on_every_link() -> None:
+    report = policy.preemption(pressures=((1.0, 2.0), (0.1, 2.0)))
+    assert report["worst_auto_over_best"] > 0.97
+    chosen = [row["auto"]["preemptions"] for row in report["rows"]]
+    assert any(modes["swap"] > 9 * modes["recompute"] for modes in chosen)
+    assert any(modes["recompute"] > 9 * modes["swap"] for modes in chosen)
+    assert all(row["auto"]["most_preemptions_of_one"] <= 16 for row in report["rows"])
+
+
+def test_conversations_find_in_the_arena_what_the_pool_lost_unless_the_link_is_slow() -> None:
+    off, on, slow_off, slow_on = policy.host_tier(counts=(80,))["rows"]
+    assert on["found_in_arena"] > 0.4
+    assert on["ttft_ms"]["p99"] < 0.5 * off["ttft_ms"]["p99"]
+    assert slow_on["ttft_ms"] == slow_off["ttft_ms"]
