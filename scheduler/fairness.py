@@ -74,6 +74,11 @@ class TenantTokens:
         """Units that the group's tenant has been charged."""
         return self._served[group.request.tenant]
 
+    def served_more(self, group: SequenceGroup) -> set[str]:
+        """Tenants that have been charged more than the group's."""
+        own = self.served(group)
+        return {tenant for tenant, served in self._served.items() if served > own}
+
     def is_light(self, group: SequenceGroup) -> bool:
         """Whether another tenant decodes at least LIGHT times as many sequences as the group's, of those there were
         when decodes were charged last. Each step computes something for a light one, or for the heavy ones."""

@@ -86,6 +86,7 @@ class Scheduler:
         self.assigned_sequences = 0  # of those groups, for load balancing
         self.waiting: list[SequenceGroup] = []  # has never run; by rank
         self.preempted: list[SequenceGroup] = []  # swapped out or to be recomputed; by rank
+        self._firsts: dict[int, list[SequenceGroup]] = {}  # of each tenant in a queue, by its id; within one schedule()
         self.running: dict[SequenceGroup, None] = {}  # has sequences that go on; in order of admission
         self.prefilling: list[Sequence] = []  # in order of admission
         self.decoding: list[Sequence] = []  # the decode set in the worker's order; replaced, never changed in place
@@ -229,6 +230,7 @@ class Scheduler:
         """The next plan. None: enough plans are in flight, or there is nothing to compute now."""
         if len(self.in_flight) >= self.config.max_plans_in_flight or not self.groups:
             return None
+        self._firsts.clear()
         if self.blocks.tier.is_on:
             self.blocks.tier.is_worth_it = self.costs.is_worth_keeping(
                 self.capacity.block_bytes, self.capacity.block_size
@@ -371,13 +373,10 @@ class Scheduler:
         """Who is first in line in a queue that is sorted by rank and not empty."""
         if not self.tenants.is_shared:
             return queue[0]
-        highest = queue[0].rank[:2]
-        firsts: dict[str, SequenceGroup] = {}  # of each tenant
-        for group in queue:
-            if group.rank[:2] != highest:
-                break
-            firsts.setdefault(group.request.tenant, group)
-        return min(firsts.values(), key=self.place)
+        firsts = self._firsts.get(id(queue))
+        if firsts is None:
+            firsts = self._firsts[id(queue)] = firsts_of_tenants(queue)
+        return min(firsts, key=self.place)
 
     def _passes(self, waiting: SequenceGroup, preempted: SequenceGroup) -> bool:
         """Whether a waiting group may start although a preempted one waits to come back: its priority is higher, or its
@@ -394,17 +393,24 @@ class Scheduler:
             claimant = self._first(self.waiting)
         if claimant.resumable_after > self.last_applied or self._must_be_alone(claimant):
             return
+        # One more preemption would protect a group, which would then come back before the claimant.
+        last = self.config.max_preemptions - 1
+        priority, heavier = claimant.request.priority, self.tenants.served_more(claimant)
+        takeable = [
+            group
+            for group in self.running
+            if group.preemptions < last and (group.request.priority < priority or group.request.tenant in heavier)
+        ]
+        if not takeable:
+            return
         live = claimant.live
         rows = self.rows_held - len(self.released_slots) + len(live) - self.max_rows
         need = self._blocks_to_start(claimant) + len(self.calendar.due(draft.step)) + len(self.joining)
         blocks = need + max(len(live) - 1, self.watermark_blocks) - self.blocks.num_free
         if rows > 0 or blocks > 0:
             held = rows_by_tenant(s for group in self.running for s in group.live) if self.tenants.is_shared else {}
-            # One more preemption would protect a group, which would then come back before the claimant.
-            last = self.config.max_preemptions - 1
-            everybody = [group for group in self.running if group.preemptions < last]
-            others = [group for group in everybody if group not in self._resumed]
-            for groups in (others, everybody):  # who has just been resumed only if nothing else helps
+            others = [group for group in takeable if group not in self._resumed]
+            for groups in (others, takeable):  # who has just been resumed only if nothing else helps
                 victims = choose_to_displace(claimant, groups, held, rows, blocks, self.place, self._sole_blocks)
                 for victim in victims:
                     self._preempt(victim, draft)
@@ -722,6 +728,7 @@ class Scheduler:
         self.running.pop(group, None)
         if group not in self.preempted:
             insort(self.preempted, group, key=rank)
+            self._firsts.clear()
 
     def _preemption_mode(self, live: list[Sequence]) -> str:
         """Swap or recompute. Whoever is still being prefilled is recomputed: it has no output to lose, and what it
@@ -810,6 +817,7 @@ class Scheduler:
         """A waiting or preempted group starts to run: it has rows from now on."""
         queue = self.waiting if live[0].status is WAITING else self.preempted
         queue.remove(group)
+        self._firsts.clear()
         self.running[group] = None
         self.rows_held += len(live)
 
@@ -1073,6 +1081,7 @@ class Scheduler:
         queue = self.waiting if group.started_at is None else self.preempted
         if group in queue:
             queue.remove(group)
+            self._firsts.clear()
         self._forget_group(group)
 
     def _forget_group(self, group: SequenceGroup) -> None:
@@ -1091,6 +1100,17 @@ class Scheduler:
                 self.stop_counts[token] = count
             else:
                 del self.stop_counts[token]
+
+
+def firsts_of_tenants(queue: list[SequenceGroup]) -> list[SequenceGroup]:
+    """The first group of each tenant among those of the highest rank's priority."""
+    highest = queue[0].rank[:2]
+    firsts: dict[str, SequenceGroup] = {}
+    for group in queue:
+        if group.rank[:2] != highest:
+            break
+        firsts.setdefault(group.request.tenant, group)
+    return list(firsts.values())
 
 
 def rank(group: SequenceGroup) -> tuple[int, int, int, int]:

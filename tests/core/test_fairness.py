@@ -186,6 +186,21 @@ def test_nobody_is_displaced_for_a_claim_that_would_not_fit_even_then() -> None:
     assert low.preemptions == 0
 
 
+def test_a_preempted_group_does_not_take_the_room_that_a_higher_priority_waits_for() -> None:
+    config = SchedulerConfig(watermark=0.0, preemption_mode="recompute", prefix_cache=False)
+    service = OneWorker(config, num_blocks=12)
+    high = service.submit("high", [1] * 31, priority=1, max_tokens=12)
+    low = service.submit("low", [2] * 11, max_tokens=12)
+    while not low.preemptions:
+        service.step()
+    service.submit("waits", [3] * 20, priority=1, max_tokens=2)
+    order = []
+    while not high.is_finished:
+        order += started([service.step()])
+    assert order == []  # low would fit, but then the other would have to wait for it
+    assert started(service.run_until_idle()) == ["waits", "low"]
+
+
 def test_a_light_tenant_takes_a_row_from_a_heavy_one_and_not_back() -> None:
     service = OneWorker(SchedulerConfig(max_num_seqs=4, prefix_cache=False), num_blocks=64)
     heavy = [service.submit(f"h{number}", tenant="heavy", max_tokens=30) for number in range(6)]
