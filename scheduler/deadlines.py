@@ -20,10 +20,9 @@ MARGIN = 0.8
 
 def least_ns(request: Request, cached_tokens: int, step_time: StepTime) -> int:
     """Time from the start of a request to the last token that it asks for at least; 0 while rates are unknown."""
-    rate = step_time.prefill_tokens_per_second
-    if not rate:
+    if not step_time.prefill_tokens_per_second:
         return 0
-    prefill = step_time.ns(0, 0) + (len(request.prompt) - cached_tokens) * 1e9 / rate
+    prefill = step_time.ns(0, max(1, len(request.prompt) - cached_tokens))
     decode = max(0, request.min_tokens - 1) * step_time.ns(1, 0)
     return int(MARGIN * (prefill + decode))
 

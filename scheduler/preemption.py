@@ -129,11 +129,13 @@ class CostModel:
         return round(seconds * 1e9)
 
     def recompute_ns(self, num_tokens: int) -> int | None:
-        """What computing `num_tokens` again, as far as they will not be found, adds to steps that run anyway. None: the
-        rate is unknown."""
+        """What computing `num_tokens` again, as far as they will not be found, adds to steps that run anyway, and what
+        makes one of them a step with a chunk. None: the rate is unknown."""
         rate = self.step_time.prefill_tokens_per_second
         found, of = self._found
-        return round(num_tokens * (1 - found / of) / rate * 1e9) if rate else None
+        if not rate:
+            return None
+        return round(num_tokens * (1 - found / of) / rate * 1e9 + self.step_time.first_chunk_ns(0))
 
     def prefers_swap(self, num_bytes: int, num_tokens: int) -> bool:
         """The cheaper of the two, or the one chosen last if that is about as cheap; swap while figures are missing."""

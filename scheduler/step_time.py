@@ -1,12 +1,14 @@
-"""What a step costs, learned from the steps themselves:
+"""What a step costs, learned from the steps themselves, as two lines:
 
-    time = fixed + decode tokens * per decode token + chunk tokens * per chunk token
+    without chunks   fixed + decode tokens * per decode token
+    with chunks      fixed + decode tokens * per decode token + chunk tokens * per chunk token
 
 The last coefficient is the marginal cost of prefill: what a chunk adds to a step that runs anyway. A rate that divides
-whole steps by their tokens would put decode time, weights and launches on the prompt's bill.
+whole steps by their tokens would put decode time, weights and launches on the prompt's bill. The two fixed parts differ
+where a step with a chunk is launched in another way: kernel by kernel and not as a graph, for instance.
 
-Fitted by least squares of the relative error, so that one slow step (a first launch, a stall) weighs little. Steps with
-chunks and steps without are forgotten separately: hours of pure decode do not wear away what is known about prefill.
+Fitted by least squares of the relative error, so that one slow step (a first launch, a stall) weighs little. The two
+are forgotten separately: hours of pure decode do not wear away what is known about prefill.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ Coefficients = tuple[float, float, float]
 
 
 class StepTime:
-    """The three coefficients. Times in nanoseconds."""
+    """Both lines. Times in nanoseconds."""
 
-    __slots__ = ("_fit", "_mixed", "_plain", "_start")
+    __slots__ = ("_mixed", "_mixed_fit", "_plain", "_plain_fit", "_start")
 
     def __init__(self, prefill_tokens_per_second: float = 0.0) -> None:
         """`prefill_tokens_per_second`: as the worker measured it at its start; 0: unknown."""
@@ -40,7 +42,8 @@ class StepTime:
         # Decaying sums of the products 11, 1d, 1c, dd, dc, cc, and of 1, d, c; each row divided by its time.
         self._plain = [0.0] * 9
         self._mixed = [0.0] * 9
-        self._fit: Coefficients | None = None  # None: to be computed
+        self._plain_fit: Coefficients | None = None  # None: to be computed
+        self._mixed_fit: Coefficients | None = None
 
     def observe(self, decode_tokens: int, chunk_tokens: int, nanoseconds: int) -> None:
         """A step has taken that long. Nothing is learned from one without work or without a time."""
@@ -55,61 +58,79 @@ class StepTime:
             self._mixed = [MEMORY * old + weight * new for old, new in zip(self._mixed, row, strict=True)]
         else:
             self._plain = [MEMORY * old + new for old, new in zip(self._plain, row, strict=True)]
-        self._fit = None
+            self._plain_fit = None
+        self._mixed_fit = None
 
     def ns(self, decode_tokens: int, chunk_tokens: int) -> float:
         """Predicted time of a step; 0 while nothing is known."""
-        fixed, per_decode, per_chunk = self._coefficients()
+        fixed, per_decode, per_chunk = self._with_chunks() if chunk_tokens else self._without_chunks()
         units = fixed + per_decode * decode_tokens / DECODE_UNIT + per_chunk * chunk_tokens / CHUNK_UNIT
-        return units * NS_PER_MS
+        return max(0.0, units) * NS_PER_MS
+
+    def first_chunk_ns(self, decode_tokens: int) -> float:
+        """What the smallest chunk adds to a step, beyond its tokens."""
+        with_chunks, without = self._with_chunks(), self._without_chunks()
+        per_decode = (with_chunks[1] - without[1]) / DECODE_UNIT
+        return max(0.0, with_chunks[0] - without[0] + per_decode * decode_tokens) * NS_PER_MS
 
     @property
     def prefill_tokens_per_second(self) -> float:
         """The marginal rate: how many tokens a second more of a step computes. 0: unknown."""
-        per_chunk = self._coefficients()[2]
+        per_chunk = self._with_chunks()[2]
         return CHUNK_UNIT * 1e3 / per_chunk if per_chunk > 0 else 0.0
-
-    def chunk_tokens_within(self, target_ns: int, decode_tokens: int) -> int | None:
-        """How many chunk tokens fit into a step of `target_ns` beside the decodes; may be negative. None: unknown."""
-        per_chunk = self._coefficients()[2]
-        if per_chunk <= 0:
-            return None
-        left = (target_ns - self.ns(decode_tokens, 0)) / NS_PER_MS
-        return int(left / per_chunk * CHUNK_UNIT)
 
     def chunk_budget(self, most: int, target_ns: int, decode_tokens: int) -> int:
         """Chunk tokens of a step that should take `target_ns` beside its decodes: at most `most`, and never none, so
-        that prompts go on where decoding alone takes longer. Nobody decodes, or nothing is known: `most`."""
-        if decode_tokens == 0:
+        that prompts go on where decoding alone takes longer. Nobody decodes, or nothing is known: `most`.
+
+        Where the smallest chunk is dear, cutting it further gives more dear steps and hardly shorter ones: as many
+        tokens as cost that much again are always taken."""
+        fixed, per_decode, per_chunk = self._with_chunks()
+        if decode_tokens == 0 or per_chunk <= 0:
             return most
-        within = self.chunk_tokens_within(target_ns, decode_tokens)
-        return most if within is None else min(most, max(within, LEAST_CHUNK))
+        left = target_ns / NS_PER_MS - fixed - per_decode * decode_tokens / DECODE_UNIT
+        again = self.first_chunk_ns(decode_tokens) / NS_PER_MS
+        return min(most, max(int(max(left, again) / per_chunk * CHUNK_UNIT), LEAST_CHUNK))
 
-    def _coefficients(self) -> Coefficients:
-        """Milliseconds: fixed, per unit of decode tokens, per unit of chunk tokens; none is negative."""
-        if self._fit is None:
-            sums = [plain + mixed for plain, mixed in zip(self._plain, self._mixed, strict=True)]
-            self._fit = fit(sums, self._start)
-        return self._fit
+    def _without_chunks(self) -> Coefficients:
+        """Milliseconds: fixed, per unit of decode tokens, 0."""
+        if self._plain_fit is None:
+            self._plain_fit = fit(self._plain, (0.0, 0.0, 0.0))
+        return self._plain_fit
+
+    def _with_chunks(self) -> Coefficients:
+        """Milliseconds: fixed (perhaps negative: the line counts where chunks are large), per unit of decode tokens,
+        per unit of chunk tokens. While few were seen, it is close to the other line."""
+        if self._mixed_fit is None:
+            fixed, per_decode, _ = self._without_chunks()
+            self._mixed_fit = fit(self._mixed, (fixed, per_decode, self._start))
+        return self._mixed_fit
 
 
-def fit(sums: list[float], start: float) -> Coefficients:
-    """Solves the normal equations; a coefficient that comes out negative is left out, the least certain one first."""
+def fit(sums: list[float], before: Coefficients) -> Coefficients:
+    """Solves the normal equations, pulled towards what was known before. A rate that comes out negative is left as it
+    was before, and the others are fitted once more."""
     a11, a1d, a1c, add, adc, acc, y1, yd, yc = sums
     if not a11:
-        return 0.0, 0.0, start
+        return before
     ridge = RIDGE * a11
-    a11, add, acc, yc = a11 + ridge, add + ridge, acc + ridge, yc + ridge * start
+    a11, add, acc = a11 + ridge, add + ridge, acc + ridge
+    y1, yd, yc = y1 + ridge * before[0], yd + ridge * before[1], yc + ridge * before[2]
     fixed, per_decode, per_chunk = solve(a11, a1d, a1c, add, adc, acc, y1, yd, yc)
     if per_decode < 0:
-        per_decode = 0.0
-        determinant = a11 * acc - a1c * a1c
-        fixed, per_chunk = (y1 * acc - a1c * yc) / determinant, (a11 * yc - a1c * y1) / determinant
+        per_decode = before[1]
+        fixed, per_chunk = solve_two(a11, a1c, acc, y1 - a1d * per_decode, yc - adc * per_decode)
     if per_chunk < 0:  # noise of chunks too small to matter
-        determinant = a11 * add - a1d * a1d
-        fixed, per_decode = (y1 * add - a1d * yd) / determinant, max(0.0, (a11 * yd - a1d * y1) / determinant)
-        per_chunk = start
-    return max(0.0, fixed), per_decode, per_chunk
+        per_chunk = before[2]
+        fixed, per_decode = solve_two(a11, a1d, add, y1 - a1c * per_chunk, yd - adc * per_chunk)
+        per_decode = max(0.0, per_decode)
+    return fixed, per_decode, per_chunk
+
+
+def solve_two(a11: float, a12: float, a22: float, y1: float, y2: float) -> tuple[float, float]:
+    """Cramer's rule for a symmetric, positive definite system of two."""
+    determinant = a11 * a22 - a12 * a12
+    return (a22 * y1 - a12 * y2) / determinant, (a11 * y2 - a12 * y1) / determinant
 
 
 def solve(

@@ -75,6 +75,7 @@ class WorkerProfile:
     link_rate: float  # bytes per second between the pools, each way
     step_overhead_ns: int  # per step: launches and whatever does not shrink with the work
     copy_overhead_ns: int  # per swap copy
+    chunk_overhead_ns: int = 0  # per step with a chunk, where such steps are launched in another way
     row_overhead_ns: int = 0  # per sequence and step: host work that grows with the batch
     copies_per_block: int = 1  # swap copies per block; 1: a block is contiguous over all layers
     link_delay_ns: int = 100_000  # one way, scheduler to worker or back
@@ -125,7 +126,8 @@ class WorkerProfile:
             return 0
         weights = self.model.weight_bytes / self.memory_rate
         seconds = max(weights, self.flops(load) / self.compute_rate) + self.kv_traffic(load) / self.memory_rate
-        return self.step_overhead_ns + self.rows(load) * self.row_overhead_ns + round(seconds * 1e9)
+        launch = self.step_overhead_ns + (self.chunk_overhead_ns if load.num_chunks else 0)
+        return launch + self.rows(load) * self.row_overhead_ns + round(seconds * 1e9)
 
     def swap_ns(self, num_blocks: int) -> int:
         """Copying blocks one way between KV pool and host arena."""

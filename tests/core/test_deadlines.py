@@ -30,10 +30,10 @@ def test_nobody_is_refused_while_no_rate_is_known() -> None:
 
 def test_what_the_prefix_cache_holds_need_not_be_computed() -> None:
     service = one_at_a_time()
-    service.submit("first", [1] * 40, max_tokens=1)
+    service.submit("first", [1] * 40, max_tokens=1)  # takes 40 us
     service.run_until_idle()
-    known = service.dispatcher.submit(make_request("known", [1] * 40, deadline=20 * MS), 0)
-    new = service.dispatcher.submit(make_request("new", [2] * 40, deadline=1 * MS), 0)
+    known = service.dispatcher.submit(make_request("known", [1] * 40, deadline=20_000), 0)
+    new = service.dispatcher.submit(make_request("new", [2] * 40, deadline=20_000), 0)
     assert (known.admission, new.admission) == (Admission.OK, Admission.TOO_LATE)
 
 

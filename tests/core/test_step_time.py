@@ -85,6 +85,20 @@ def test_the_chunk_that_fits_is_what_the_target_leaves() -> None:
     assert StepTime().chunk_budget(2048, 1, 100) == 2048
 
 
+def test_where_any_chunk_is_dear_prompts_are_not_cut_into_more_dear_steps() -> None:
+    dice, learned = random.Random(3), StepTime()
+    for _ in range(300):  # a step with a chunk is launched kernel by kernel: 8 ms more, whatever the chunk
+        decodes, chunk = dice.randint(10, 60), dice.choice([0, 0, dice.randint(1, 800)])
+        learned.observe(decodes, chunk, 5_000_000 + 10_000 * decodes + (8_000_000 + 25_000 * chunk) * (chunk > 0))
+    assert learned.first_chunk_ns(50) == pytest.approx(8_000_000, rel=0.02)
+    assert learned.prefill_tokens_per_second == pytest.approx(40_000, rel=0.02)
+    assert learned.ns(50, 0) == pytest.approx(5_500_000, rel=0.01)
+    assert learned.ns(50, 100) == pytest.approx(16_000_000, rel=0.01)
+    # 12 ms are out of reach of any chunk: 320 tokens cost 8 ms once more. 30 ms leave more than that.
+    assert learned.chunk_budget(2048, 12_000_000, 50) == pytest.approx(320, abs=10)
+    assert learned.chunk_budget(2048, 30_000_000, 50) == pytest.approx(660, abs=10)
+
+
 def test_a_prompt_beside_decodes_is_cut_to_the_target_and_alone_it_is_not() -> None:
     # The simulated worker takes a microsecond per token; the target leaves room for LEAST_CHUNK at least.
     config = SchedulerConfig(token_budget=1024, target_itl_ns=100_000, prefix_cache=False, watermark=0.0)
