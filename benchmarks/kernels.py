@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ PREFILL = {
     (16, 256, 4096): 568,
 }
 """(sequences, new tokens, context) and FlashAttention-3's microseconds on an H200."""
+
+PREFILL_KERNELS = ("hopper", "wgmma", "mma")
 
 Row = dict[str, Any]
 
@@ -306,21 +309,52 @@ def sweep() -> list[Row]:
     return rows
 
 
-def prefill_sweep() -> list[Row]:
-    """Prefill with other tiles than the default, and with the products of single warps."""
-    rows = []
-    original = attention.prefill_config
-    shapes = [attention.PrefillConfig(4, 2, 32, 2)]
-    shapes += [attention.PrefillConfig(w, 1, kv, c, wgmma=True) for w, kv, c in ((12, 64, 1), (8, 64, 2), (8, 128, 1))]
-    for config in shapes:
-        attention.prefill_config = lambda *_, config=config: config  # type: ignore[assignment]
-        try:
+@contextmanager
+def prefill_kernel(
+    hopper: attention.HopperConfig | None, config: attention.PrefillConfig | None = None
+) -> Iterator[None]:
+    """Has prefill use this kernel of specialised warpgroups or, if None, this one of the others (None: the default)."""
+    originals = attention.hopper_config, attention.prefill_config
+    attention.hopper_config = lambda *_: hopper  # type: ignore[assignment]
+    if config is not None:
+        attention.prefill_config = lambda *_: config  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        attention.hopper_config, attention.prefill_config = originals
+
+
+def prefill_rows(only: str | None) -> Iterator[Row]:
+    """Every prefill kernel that this GPU has side by side, or `only` one of PREFILL_KERNELS."""
+    limits = kernel_compile.limits(torch.device("cuda", 0))
+    hopper = attention.hopper_config(HEAD_DIM, BLOCK, limits)
+    default = attention.prefill_config(HEAD_DIM, limits)
+    kernels = {
+        "hopper": (hopper, None),
+        "wgmma": (None, default if default.wgmma else None),
+        "mma": (None, attention.PrefillConfig(4, 2, 32, 2)),
+    }
+    for shape in PREFILL:
+        for name, choice in kernels.items():
+            if only in (None, name) and any(choice):
+                with prefill_kernel(*choice):
+                    yield {**prefill_row(*shape), "kernel": f"prefill {name}"}
+
+
+def prefill_sweep() -> Iterator[Row]:
+    """Prefill with other tiles and pipelines than the default."""
+    default = attention.hopper_config(HEAD_DIM, BLOCK, kernel_compile.limits(torch.device("cuda", 0)))
+    changes: list[dict[str, Any]] = [{}, {"lag": 0}, {"lag": 1}, {"lag": 3}, {"ping_pong": False}, {"stages": 4}]
+    changes += [{"kv_tile": 64, "stages": 10}]
+    for change in changes if default else []:
+        with prefill_kernel(replace(default, **change)):
             for shape in PREFILL:
-                row = {**prefill_row(*shape), "warps": config.warps, "kv_tile": config.kv_tile, "ctas": config.ctas}
-                rows.append({**row, "kernel": f"prefill {'wgmma' if config.wgmma else 'mma'}"})
-        finally:
-            attention.prefill_config = original
-    return rows
+                yield {**prefill_row(*shape), "kernel": "prefill hopper", "change": change}
+    for warps, kv_tile, ctas in ((12, 64, 1), (8, 64, 2), (8, 128, 1)):
+        with prefill_kernel(None, attention.PrefillConfig(warps, 1, kv_tile, ctas, wgmma=True)):
+            for shape in PREFILL:
+                row = {**prefill_row(*shape), "warps": warps, "kv_tile": kv_tile, "ctas": ctas}
+                yield {**row, "kernel": "prefill wgmma"}
 
 
 def linear_rows() -> list[Row]:
@@ -374,7 +408,7 @@ def table(rows: list[Row]) -> str:
         shape = "".join(f"{row.get(key, ''):>{width}}" for key, width in (("batch", 6), ("new", 6), ("context", 8)))
         limit = f"{row['limit_us']:.1f}" if "limit_us" in row else ""
         spread = f"{row['spread']:.1%}" if "spread" in row else ""
-        config = "".join(f" {key}={row[key]}" for key in ("warps", "stages", "kv_tile", "ctas") if key in row)
+        config = "".join(f" {key}={row[key]}" for key in ("warps", "stages", "kv_tile", "ctas", "change") if key in row)
         peer = row.get("peer_us") or ""
         lines.append(f"{row['kernel']:<16}{shape}{row['us']:>10.1f}{rate:>14}{limit:>10}{peer:>9}{spread:>8}{config}")
     return "\n".join(lines)
@@ -396,6 +430,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=("decode", "prefill", "linear", "other", "swap", "sweep", "prefill-sweep"), action="append"
     )
+    parser.add_argument("--prefill", choices=PREFILL_KERNELS, help="time this prefill kernel only")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -422,8 +457,8 @@ def main() -> None:
         for batch, context in DECODE:
             note([decode_row(batch, context)])
     if "prefill" in wanted:
-        for batch, new, context in PREFILL:
-            note([prefill_row(batch, new, context)])
+        for row in prefill_rows(arguments.prefill):
+            note([row])
     if "other" in wanted:
         note([eager_row()])
         note(other_rows())
@@ -434,7 +469,8 @@ def main() -> None:
     if "sweep" in wanted:
         note(sweep())
     if "prefill-sweep" in wanted:
-        note(prefill_sweep())
+        for row in prefill_sweep():
+            note([row])
     print(table(rows))
 
 

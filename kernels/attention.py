@@ -266,14 +266,16 @@ def paged_attention_prefill(
         _simple(query, out, kv_layer, block_tables, context_lens, query_start, 0, scale, sliding_window, soft_cap)
         return out
     device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
-    config = prefill_config(head_dim, kernel_compile.limits(device))
+    limits = kernel_compile.limits(device)
+    hopper = hopper_config(head_dim, block_size, limits) if scale > 0 else None
+    config: HopperConfig | PrefillConfig = hopper or prefill_config(head_dim, limits)
     defines = {"DTYPE": kernel_compile.CUDA_NAMES[query.dtype], "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
-    kernel = kernel_compile.kernel(config.file, config.kernel, device, **defines, **config.defines)
+    kernel = kernel_compile.kernel(config.file, config.kernel, device, **defines, **config.defines(soft_cap))
     # A sequence's last tile may be part empty: one more per sequence than the rows fill.
     tiles = query.shape[0] * group // config.rows + num_seqs
     kernel(
         (num_kv_heads, tiles, 1),
-        config.warps * 32,
+        config.threads,
         config.shared_bytes(head_dim),
         out.data_ptr(),
         query.data_ptr(),
@@ -326,7 +328,11 @@ class PrefillConfig:
         return self.kernel.removeprefix("paged_") + ".cu"
 
     @property
-    def defines(self) -> dict[str, object]:
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return self.warps * 32
+
+    def defines(self, soft_cap: float | None) -> dict[str, object]:
         """What it is compiled with, besides types and layout."""
         shape: dict[str, object] = {"WARPS": self.warps, "KV_TILE": self.kv_tile, "MIN_CTAS": self.ctas}
         return shape if self.wgmma else {**shape, "ROW_TILES": self.row_tiles}
@@ -354,6 +360,68 @@ def prefill_config(head_dim: int, limits: kernel_compile.DeviceLimits) -> Prefil
         if config.shared_bytes(head_dim) <= limits.shared_bytes:
             return config
     raise ValueError(f"head_dim {head_dim} needs more shared memory than this GPU has; use dtype float32")
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """The compiled shape of one prefill kernel of specialised warpgroups."""
+
+    file = "attention_prefill_hopper.cu"
+    kernel = "paged_attention_prefill_hopper"
+
+    kv_tile: int
+    """Tokens of keys or of values in a slot of the ring."""
+    stages: int
+    """Slots of the ring."""
+    consumers: int = 2
+    """Warpgroups that compute, 64 rows each; one more copies."""
+    lag: int = 2
+    """Slots asked for before one is waited for; 0: copies report themselves."""
+    ping_pong: bool = True
+    """Whether two consumers take turns at issuing products."""
+    producer_registers: int = 56
+    """Of a thread of the warpgroup that copies."""
+    consumer_registers: int = 224
+    """Of a thread of those that compute."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a CTA."""
+        return self.consumers * 64
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return (self.consumers + 1) * 128
+
+    def defines(self, soft_cap: float | None) -> dict[str, object]:
+        """What the kernel is compiled with, beside its types."""
+        return {
+            "CONSUMERS": self.consumers,
+            "KV_TILE": self.kv_tile,
+            "STAGES": self.stages,
+            "LAG": self.lag,
+            "PING_PONG": int(self.ping_pong),
+            "SOFT_CAP": int(bool(soft_cap)),
+            "PRODUCER_REGISTERS": self.producer_registers,
+            "CONSUMER_REGISTERS": self.consumer_registers,
+        }
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Dynamic shared memory: queries and ring, at most 1023 bytes to align them, barriers, a small scan."""
+        tiles = 2 * head_dim * (self.rows + self.stages * self.kv_tile)
+        return 1024 + tiles + self.stages * 16 + (4 * self.consumers + 8) * 4
+
+
+@functools.cache
+def hopper_config(head_dim: int, block_size: int, limits: kernel_compile.DeviceLimits) -> HopperConfig | None:
+    """None where there is no wgmma, or no kernel of it for these sizes."""
+    if not limits.wgmma or block_size < 16 or head_dim not in (64, 128, 256):
+        return None
+    # O of 256 elements leaves registers for scores of 64 tokens.
+    kv_tile = 128 if head_dim <= 128 else 64
+    config = HopperConfig(kv_tile=kv_tile, stages=4 if head_dim == 256 else 6)
+    return config if config.shared_bytes(head_dim) <= limits.shared_bytes else None
 
 
 def _simple(

@@ -10,6 +10,9 @@
 //   n_major_operand  rows are k, elements along n: 64 columns further is `leading`, eight k further is 1024 bytes
 #pragma once
 #include "device.cuh"
+#ifdef PAGEWIRE_EMULATED
+#include "hopper.h"
+#endif
 
 DEVICE u64 descriptor(u32 address, u32 leading, u32 stride) {
   return (u64)((address & 0x3ffffu) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (u64)1 << 62;
@@ -26,13 +29,20 @@ template <int PENDING>
 DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// Ordinary writes to shared memory, cp.async's too, before what wgmma reads; each writing thread calls it before the barrier.
+// Between ordinary writes to shared memory, cp.async's too, and wgmma's reads: by each writing thread before the barrier, or by the reading
+// ones behind it.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+#define TEN(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9, "
+#define NAMES_32 "{" TEN() TEN(1) TEN(2) "%30, %31}"
+#define NAMES_64 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63}"
+#define NAMES_128 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) \
+                  "%120, %121, %122, %123, %124, %125, %126, %127}"
 #define QUAD(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define VALUES_64 QUAD(0), QUAD(1), QUAD(2), QUAD(3), QUAD(4), QUAD(5), QUAD(6), QUAD(7)
-#define VALUES_128 QUAD(0), QUAD(1), QUAD(2), QUAD(3), QUAD(4), QUAD(5), QUAD(6), QUAD(7), \
-                   QUAD(8), QUAD(9), QUAD(10), QUAD(11), QUAD(12), QUAD(13), QUAD(14), QUAD(15)
+#define QUADS(i) QUAD(i), QUAD(i + 1), QUAD(i + 2), QUAD(i + 3), QUAD(i + 4), QUAD(i + 5), QUAD(i + 6), QUAD(i + 7)
+#define VALUES_32 QUADS(0)
+#define VALUES_64 QUADS(0), QUADS(8)
+#define VALUES_128 QUADS(0), QUADS(8), QUADS(16), QUADS(24)
 
 // D = A . B, or D += A . B where `accumulate`; both operands in shared memory, both k-major.
 template <class T, int N>
@@ -41,89 +51,43 @@ DEVICE void wgmma(float (&d)[N / 8][4], u64 a, u64 b, int accumulate);
 template <class T, int N>
 DEVICE void wgmma(float (&d)[N / 8][4], const u32 (&a)[4], u64 b);
 
-#define TYPE "bf16"
-template <>
-DEVICE void wgmma<bfloat16, 64>(float (&d)[8][4], u64 a, u64 b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
-      : VALUES_64 : "l"(a), "l"(b), "r"(accumulate));
-}
-template <>
-DEVICE void wgmma<bfloat16, 64>(float (&d)[8][4], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-      : VALUES_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma<bfloat16, 128>(float (&d)[16][4], u64 a, u64 b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"
-      : VALUES_128 : "l"(a), "l"(b), "r"(accumulate));
-}
-template <>
-DEVICE void wgmma<bfloat16, 128>(float (&d)[16][4], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-      : VALUES_128 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-#undef TYPE
+// COUNT registers of D; N0 to N4 number the operands behind them.
+#define WGMMA(T, TYPE, N, COUNT, N0, N1, N2, N3, N4)                                                                       \
+  template <>                                                                                                              \
+  DEVICE void wgmma<T, N>(float (&d)[N / 8][4], u64 a, u64 b, int accumulate) {                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #N2 ", 0;\n"                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES_##COUNT                         \
+                 ", %" #N0 ", %" #N1 ", p, 1, 1, 0, 0;\n}"                                                                 \
+                 : VALUES_##COUNT : "l"(a), "l"(b), "r"(accumulate));                                                      \
+  }                                                                                                                        \
+  template <>                                                                                                              \
+  DEVICE void wgmma<T, N>(float (&d)[N / 8][4], const u32 (&a)[4], u64 b) {                                                \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES_##COUNT                         \
+                 ", {%" #N0 ", %" #N1 ", %" #N2 ", %" #N3 "}, %" #N4 ", 1, 1, 1, 1;"                                       \
+                 : VALUES_##COUNT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                   \
+  }
+WGMMA(bfloat16, "bf16", 64, 32, 32, 33, 34, 35, 36)
+WGMMA(bfloat16, "bf16", 128, 64, 64, 65, 66, 67, 68)
+WGMMA(bfloat16, "bf16", 256, 128, 128, 129, 130, 131, 132)
+WGMMA(float16, "f16", 64, 32, 32, 33, 34, 35, 36)
+WGMMA(float16, "f16", 128, 64, 64, 65, 66, 67, 68)
+WGMMA(float16, "f16", 256, 128, 128, 129, 130, 131, 132)
 
-#define TYPE "f16"
-template <>
-DEVICE void wgmma<float16, 64>(float (&d)[8][4], u64 a, u64 b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
-      : VALUES_64 : "l"(a), "l"(b), "r"(accumulate));
+// The compiler knows nothing of the asynchrony: it must not move uses of D across this.
+template <int N>
+DEVICE void keep_order(float (&d)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) asm volatile("" : QUAD(n)::"memory");
 }
-template <>
-DEVICE void wgmma<float16, 64>(float (&d)[8][4], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-      : VALUES_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma<float16, 128>(float (&d)[16][4], u64 a, u64 b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"
-      : VALUES_128 : "l"(a), "l"(b), "r"(accumulate));
-}
-template <>
-DEVICE void wgmma<float16, 128>(float (&d)[16][4], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-      : VALUES_128 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-#undef TYPE
 
+#undef WGMMA
+#undef TEN
+#undef NAMES_32
+#undef NAMES_64
+#undef NAMES_128
 #undef QUAD
+#undef QUADS
+#undef VALUES_32
 #undef VALUES_64
 #undef VALUES_128
 #endif

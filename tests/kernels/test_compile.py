@@ -111,9 +111,30 @@ def test_decode_compiles_for_every_block_size(arch: str, block_size: int) -> Non
 def test_prefill_fits_registers_and_shared_memory(arch: str, dtype: str, head_dim: int, block_size: int) -> None:
     config = attention.prefill_config(head_dim, LIMITS[arch])
     assert config.wgmma == (arch == "sm_90a" and head_dim in (64, 128))
-    cubin = build(config.file, arch, DTYPE=dtype, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **config.defines)
+    cubin = build(config.file, arch, DTYPE=dtype, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **config.defines(None))
     assert_no_spills(cubin)
     assert config.shared_bytes(head_dim) <= LIMITS[arch].shared_bytes
+
+
+@pytest.mark.parametrize("soft_cap", [None, 30.0])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "block_size"),
+    [("bfloat16", 64, 16), ("bfloat16", 128, 16), ("float16", 128, 64), ("bfloat16", 256, 16)],
+)
+def test_prefill_of_specialised_warpgroups_fits_registers_and_shared_memory(
+    dtype: str, head_dim: int, block_size: int, soft_cap: float | None
+) -> None:
+    if reason := why_no_compiler():
+        pytest.skip(reason)
+    limits = LIMITS["sm_90a"]
+    config = attention.hopper_config(head_dim, block_size, limits)
+    assert config
+    for lag in (0, config.lag):
+        defines = {**config.defines(soft_cap), "LAG": lag}
+        assert_no_spills(build(config.file, "sm_90a", DTYPE=dtype, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **defines))
+    assert config.shared_bytes(head_dim) <= limits.shared_bytes
+    registers = config.producer_registers + config.consumers * config.consumer_registers
+    assert 128 * registers <= REGISTERS_OF_A_PROCESSOR
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, "float32"])

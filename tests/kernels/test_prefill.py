@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,6 +39,8 @@ def prefill(case: Case, sliding_window: int | None = None, soft_cap: float | Non
         (BF16, 2, 2, 64, 1),
         (BF16, 3, 1, 80, 16),
         (BF16, 4, 2, 96, 256),
+        (BF16, 8, 2, 128, 8),
+        (FP16, 4, 2, 64, 256),
         (BF16, 4, 1, 256, 16),
         (FP32, 4, 2, 64, 16),
     ],
@@ -57,11 +62,11 @@ def test_prefill_equals_causal_attention_in_float64_for_whole_prompts_and_chunks
 
 
 @pytest.mark.parametrize(("sliding_window", "soft_cap"), [(20, None), (1, None), (None, 5.0), (70, 5.0)])
-@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(("dtype", "block_size"), [(BF16, 16), (BF16, 8), (FP32, 16)])
 def test_a_sliding_window_hides_what_lies_before_it_and_a_soft_cap_bounds_scores(
-    device: torch.device, dtype: torch.dtype, sliding_window: int | None, soft_cap: float | None
+    device: torch.device, dtype: torch.dtype, block_size: int, sliding_window: int | None, soft_cap: float | None
 ) -> None:
-    case = make_case([200, 75], new_lens=[120, 75], dtype=dtype, device=device)
+    case = make_case([200, 75], new_lens=[120, 75], block_size=block_size, dtype=dtype, device=device)
     error = relative_error(prefill(case, sliding_window, soft_cap), expected(case, sliding_window, soft_cap))
     assert error < TOLERANCE[dtype]
 
@@ -89,7 +94,9 @@ def test_gpus_before_hopper_take_products_of_single_warps(
     emulator: EmulatorBackend, head_dim: int, sliding_window: int | None, soft_cap: float | None
 ) -> None:
     without_wgmma(emulator)
-    assert not attention.prefill_config(head_dim, kernel_compile.limits(torch.device("cpu"))).wgmma
+    limits = kernel_compile.limits(torch.device("cpu"))
+    assert attention.hopper_config(head_dim, 16, limits) is None
+    assert not attention.prefill_config(head_dim, limits).wgmma
     case = make_case([150, 1, 90], new_lens=[150, 1, 33], heads=4, kv_heads=2, head_dim=head_dim)
     assert relative_error(prefill(case, sliding_window, soft_cap), expected(case, sliding_window, soft_cap)) < 5e-3
 
@@ -99,6 +106,19 @@ def test_reads_of_queries_keys_and_values_have_no_bank_conflicts(emulator: Emula
     for head_dim in (64, 80, 96, 128, 256):
         prefill(make_case([20], new_lens=[20], head_dim=head_dim))
     assert emulator.bank_conflicts() == 0
+
+
+@pytest.mark.parametrize("change", [{"lag": 2}, {"lag": 0}, {"ping_pong": False, "stages": 4}], ids=str)
+def test_a_long_context_goes_several_times_around_the_ring(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    config = attention.hopper_config(64, 16, kernel_compile.limits(device))
+    if config is None:
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(attention, "hopper_config", lambda *_: replace(config, **change))
+    case = make_case([1000, 700], new_lens=[40, 3], heads=4, kv_heads=1, device=device)
+    for sliding_window in (None, 300):
+        assert relative_error(prefill(case, sliding_window), expected(case, sliding_window)) < TOLERANCE[BF16]
 
 
 def test_query_start_must_have_one_entry_more_than_sequences(emulator: EmulatorBackend) -> None:

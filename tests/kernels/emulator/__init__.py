@@ -48,7 +48,8 @@ class EmulatorBackend:
 
     def load(self, text: str, name: str, device: torch.device) -> EmulatedKernel:
         text = f"#define PAGEWIRE_EMULATED\n{text}\n{ENTRY.format(name=name)}"
-        key = hashlib.sha256((text + (HERE / "emulator.h").read_text() + OPTIONS).encode()).hexdigest()[:24]
+        headers = "".join(header.read_text() for header in sorted(HERE.glob("*.h")))
+        key = hashlib.sha256((text + headers + OPTIONS).encode()).hexdigest()[:24]
         library = self._folder / f"{name}-{key}.so"
         if not library.exists():
             source = library.with_suffix(".cpp")

@@ -81,6 +81,7 @@ struct Fiber {
   Warp* warp;
   bool done;
   std::deque<std::vector<Copy>> groups;
+  std::vector<int> unfenced_units;
   std::unique_ptr<char[]> stack;
 };
 
@@ -88,12 +89,16 @@ inline Fiber* current;
 inline Index3 block_index, block_size, grid_size;
 alignas(1024) inline unsigned char shared_memory[SHARED_LIMIT];
 inline size_t shared_bytes;
+inline bool unfenced[SHARED_LIMIT / 16];  // 16-byte units that cp.async wrote and no proxy fence followed
 inline ucontext_t scheduler;
 inline int barrier_arrived, live;
 inline unsigned barrier_generation;
 inline long events, bank_conflicts, warp_instructions;
 inline const char* failure;
 inline std::function<void()> body;
+inline void (*cta_begins)();  // hooks of hopper.h
+inline void (*thread_ends)();
+inline bool (*all_wait)();    // whether something happened that a thread may wait for
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -105,6 +110,7 @@ inline void yield() { swapcontext(&current->context, &scheduler); }
 inline void entry() {
   body();
   if (!current->groups.empty() && !current->groups.back().empty()) failure = "a thread ended with asynchronous copies not committed";
+  if (thread_ends) thread_ends();
   current->done = true;
   --live;
   ++events;
@@ -167,6 +173,8 @@ inline int launch(Index3 grid, int threads, size_t shared, unsigned seed) {
   for (u64 cta : ctas) {
     block_index = {unsigned(cta % grid.x), unsigned(cta / grid.x % grid.y), unsigned(cta / grid.x / grid.y)};
     std::memset(shared_memory, 0xff, sizeof shared_memory);
+    std::memset(unfenced, 0, sizeof unfenced);
+    if (cta_begins) cta_begins();
     barrier_arrived = 0;
     live = threads;
     for (auto& warp : warps) warp = Warp();
@@ -177,6 +185,7 @@ inline int launch(Index3 grid, int threads, size_t shared, unsigned seed) {
       f.warp = &warps[t / 32];
       f.done = false;
       f.groups.clear();
+      f.unfenced_units.clear();
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.get();
       f.context.uc_stack.ss_size = STACK;
@@ -194,7 +203,7 @@ inline int launch(Index3 grid, int threads, size_t shared, unsigned seed) {
         swapcontext(&scheduler, &current->context);
         if (failure) return -1;
       }
-      if (events == before) return failure = "deadlock: a barrier or warp-wide instruction that not every thread reaches", -1;
+      if (events == before && !(all_wait && all_wait())) return failure = "deadlock: a barrier or warp-wide instruction that not every thread reaches", -1;
     }
   }
   return 0;
@@ -269,6 +278,7 @@ inline u32 __umulhi(u32 a, u32 b) { return u32((u64(a) * b) >> 32); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(u32(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <class T>
 T __ldg(const T* p) { return *p; }
@@ -362,59 +372,6 @@ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   }
 }
 
-// wgmma: what a matrix descriptor says of the 128-byte swizzle, read element by element. Asynchrony is not emulated: products are there
-// at once, so a wait that is missing does not show.
-inline u32 shared_address(const void* p) { return u32((const unsigned char*)p - emulator::shared_memory); }
-inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-template <int PENDING>
-void wgmma_wait() {}
-inline void fence_async_proxy() {}
-namespace emulator {
-template <class T>
-double operand(u64 descriptor, int row, int element) {  // element of a row of 128-byte rows, swizzled by address bits
-  u32 address = (descriptor & 0x3fff) << 4;
-  const u32 stride = (descriptor >> 32 & 0x3fff) << 4;
-  if (descriptor >> 62 != 1) fail("wgmma: not a descriptor of the 128-byte swizzle");
-  address += row / 8 * stride + row % 8 * 128 + element * 2;
-  address ^= (address >> 7 & 7) << 4;
-  if (address + 2 > shared_bytes) fail("wgmma outside shared memory");
-  return to_float(*(const T*)(shared_memory + address));
-}
-}  // namespace emulator
-template <class T, int N>
-void wgmma(float (&d)[N / 8][4], u64 a, u64 b, int accumulate) {
-  emulator::exchange(emulator::MMA, 0);  // all lanes are here
-  const int g = emulator::current->lane / 4, t = emulator::current->lane % 4, warp = emulator::current->index.x / 32 % 4;
-  for (int n = 0; n < N / 8; ++n)
-    for (int e = 0; e < 4; ++e) {
-      double sum = accumulate ? d[n][e] : 0.0;
-      for (int k = 0; k < 16; ++k)
-        sum += emulator::operand<T>(a, warp * 16 + g + e / 2 * 8, k) * emulator::operand<T>(b, n * 8 + 2 * t + e % 2, k);
-      d[n][e] = float(sum);
-    }
-}
-template <class T, int N>
-void wgmma(float (&d)[N / 8][4], const u32 (&a)[4], u64 b) {
-  struct Operand {
-    u32 a[4];
-  };
-  const Operand* all = emulator::exchange(emulator::MMA, Operand{{a[0], a[1], a[2], a[3]}});
-  const int g = emulator::current->lane / 4, t = emulator::current->lane % 4;
-  const u32 leading = (b >> 16 & 0x3fff) << 4;
-  for (int n = 0; n < N / 8; ++n)
-    for (int e = 0; e < 4; ++e) {
-      const int row = g + e / 2 * 8, column = n * 8 + 2 * t + e % 2;
-      double sum = d[n][e];
-      for (int k = 0; k < 16; ++k) {
-        const u32 pair = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
-        const u64 panel = b + column / 64 * (leading >> 4);
-        sum += double(to_float(T{(unsigned short)(pair >> (k % 2 * 16))})) * emulator::operand<T>(panel, k, column % 64);
-      }
-      d[n][e] = float(sum);
-    }
-}
-
 namespace emulator {
 inline void copy_async(void* to, const void* from, int size, bool valid) {
   if ((uintptr_t)to % size || (uintptr_t)from % size || !in_shared(to, size)) fail("cp.async outside shared memory or unaligned");
@@ -422,6 +379,11 @@ inline void copy_async(void* to, const void* from, int size, bool valid) {
   if (current->groups.empty()) current->groups.emplace_back();
   current->groups.back().push_back({to, from, valid ? size : 0, size});
 }
+inline void land(const Copy& copy) {
+  std::memset(copy.to, 0, copy.size);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+inline int unit(const Copy& copy) { return int(((unsigned char*)copy.to - shared_memory) / 16); }
 }  // namespace emulator
 inline void copy_async_16(void* to, const void* from, bool valid) { emulator::copy_async(to, from, 16, valid); }
 inline void copy_async_4(void* to, const void* from, bool valid) { emulator::copy_async(to, from, 4, valid); }
@@ -434,8 +396,9 @@ void copy_async_wait() {
   auto& groups = emulator::current->groups;  // the last is open, not committed
   while (int(groups.size()) - 1 > PENDING) {
     for (auto& copy : groups.front()) {
-      std::memset(copy.to, 0, copy.size);
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      emulator::land(copy);
+      emulator::unfenced[emulator::unit(copy)] = true;
+      emulator::current->unfenced_units.push_back(emulator::unit(copy));
     }
     groups.pop_front();
   }
