@@ -314,14 +314,15 @@ def prefill_kernel(
     hopper: attention.HopperConfig | None, config: attention.PrefillConfig | None = None
 ) -> Iterator[None]:
     """Has prefill use this kernel of specialised warpgroups or, if None, this one of the others (None: the default)."""
-    originals = attention.hopper_config, attention.prefill_config
+    originals = attention.SPECIALISED_PREFILL, attention.hopper_config, attention.prefill_config
+    attention.SPECIALISED_PREFILL = hopper is not None
     attention.hopper_config = lambda *_: hopper  # type: ignore[assignment]
     if config is not None:
         attention.prefill_config = lambda *_: config  # type: ignore[assignment]
     try:
         yield
     finally:
-        attention.hopper_config, attention.prefill_config = originals
+        attention.SPECIALISED_PREFILL, attention.hopper_config, attention.prefill_config = originals
 
 
 def prefill_rows(only: str | None) -> Iterator[Row]:

@@ -66,6 +66,7 @@ def attend(
 
 def main() -> None:
     """Prints one line a question and the pattern of what is wrong."""
+    attention.SPECIALISED_PREFILL = True
     device = torch.device("cuda", 0)
     if not kernel_compile.limits(device).wgmma:
         sys.exit("benchmarks.prefill_probe needs a GPU of compute capability 9.0")

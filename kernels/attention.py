@@ -267,7 +267,7 @@ def paged_attention_prefill(
         return out
     device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
     limits = kernel_compile.limits(device)
-    hopper = hopper_config(head_dim, block_size, limits) if scale > 0 else None
+    hopper = hopper_config(head_dim, block_size, limits) if SPECIALISED_PREFILL and scale > 0 else None
     config: HopperConfig | PrefillConfig = hopper or prefill_config(head_dim, limits)
     defines = {"DTYPE": kernel_compile.CUDA_NAMES[query.dtype], "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
     kernel = kernel_compile.kernel(config.file, config.kernel, device, **defines, **config.defines(soft_cap))
@@ -411,6 +411,10 @@ class HopperConfig:
         """Dynamic shared memory: queries and ring, at most 1023 bytes to align them, barriers, a small scan."""
         tiles = 2 * head_dim * (self.rows + self.stages * self.kv_tile)
         return 1024 + tiles + self.stages * 16 + (4 * self.consumers + 8) * 4
+
+
+SPECIALISED_PREFILL = False
+"""Whether prefill takes the kernel of specialised warpgroups where there is one. Off: it has not run on a GPU yet."""
 
 
 @functools.cache

@@ -17,6 +17,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = {BF16: 5e-3, FP16: 1e-3, FP32: 2e-6}
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "specialised"])
+def _specialised(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with and without the kernel of specialised warpgroups."""
+    monkeypatch.setattr(attention, "SPECIALISED_PREFILL", request.param)
+
+
 def prefill(case: Case, sliding_window: int | None = None, soft_cap: float | None = None) -> torch.Tensor:
     return attention.paged_attention_prefill(
         case.query,
