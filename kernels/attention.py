@@ -413,8 +413,8 @@ class HopperConfig:
         return 1024 + tiles + self.stages * 16 + (4 * self.consumers + 8) * 4
 
 
-SPECIALISED_PREFILL = False
-"""Whether prefill takes the kernel of specialised warpgroups where there is one. Off: it has not run on a GPU yet."""
+SPECIALISED_PREFILL = True
+"""Whether prefill takes the kernel of specialised warpgroups where there is one; tests and benchmarks compare both."""
 
 
 @functools.cache
