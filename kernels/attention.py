@@ -12,6 +12,7 @@ import torch
 
 from kernels import compile as kernel_compile
 from kernels.kv_layout import MAX_BLOCK_SIZE
+from kernels.reference import SharedPrefix
 
 TILE = 16
 """Tokens that one warp of the decode kernel takes at a time."""
@@ -163,12 +164,14 @@ def paged_attention_decode(
     soft_cap: float | None = None,
     *,
     out: torch.Tensor | None = None,
+    shared: SharedPrefix | None = None,
     workspace: DecodeWorkspace | None = None,
 ) -> torch.Tensor:
     """As the twin; and query may be [B, Q, Hq, D], the last Q tokens of each sequence, each seeing up to itself.
 
-    context_lens is read on the device, so a captured graph serves any lengths; a row of length 0 gives zeros. `out` is
-    written in place of a new tensor. Raises ValueError, TypeError, KernelError.
+    context_lens is read on the device, so a captured graph serves any lengths, shared ones too; a row of length 0 gives
+    zeros. What is `shared` is read once for all rows where `shares_prefixes` and there is no window. `out` is written
+    in place of a new tensor. Raises ValueError, TypeError, KernelError.
     """
     group, block_size = _check(query, kv_layer, block_tables, context_lens)
     if out is None:
@@ -200,6 +203,12 @@ def paged_attention_decode(
     if units > _MAX_UNITS:
         raise ValueError(f"{units} pairs of sequence and head in one launch; at most {_MAX_UNITS}")
     workspace = workspace or _workspace(device)
+    found = None
+    if shared is not None and query.dim() == 3 and not sliding_window and scale > 0:
+        found = _attend_to_shared(query, kv_layer, shared, scale, soft_cap)
+    shared_addresses = (0, 0, 0)
+    if shared is not None and found is not None:
+        shared_addresses = (shared.row_lens.data_ptr(), found[0].data_ptr(), found[1].data_ptr())
     kernel = kernel_compile.kernel(
         "attention_decode.cu",
         "paged_attention_decode",
@@ -211,6 +220,7 @@ def paged_attention_decode(
         WARPS=config.warps,
         STAGES=config.stages,
         MIN_CTAS=config.ctas,
+        SHARED_PREFIX=int(found is not None),
     )
     kernel(
         (limits.processors * config.ctas, 1, 1),
@@ -237,8 +247,44 @@ def paged_attention_decode(
         sliding_window or 0,
         soft_cap or 0.0,
         config.warps,
+        *shared_addresses,
     )
     return out
+
+
+def shares_prefixes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a kernel that attends to a prefix once for many rows. Raises KernelError."""
+    limits = kernel_compile.limits(device)
+    return dtype in (torch.bfloat16, torch.float16) and hopper_config(head_dim, block_size, limits) is not None
+
+
+def _attend_to_shared(
+    query: torch.Tensor, kv_layer: torch.Tensor, shared: SharedPrefix, scale: float, soft_cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """All rows' attention to the shared prefix alone: float32 [B, Hq, D] and the base-2 logarithms of what its weights
+    sum up to, float32 [B, Hq]. None: there is no kernel for these sizes. Raises ValueError."""
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads, block_size = kv_layer.shape[2:4]
+    config = hopper_config(head_dim, block_size, kernel_compile.limits(query.device))
+    if config is None:
+        return None
+    for name, tensor, shape in (
+        ("block_table", shared.block_table, (1, shared.block_table.shape[-1])),
+        ("length", shared.length, (1,)),
+        ("row_lens", shared.row_lens, (num_rows,)),
+        ("query_start", shared.query_start, (2,)),
+    ):
+        if tensor.dtype != torch.int32 or tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(f"shared {name} must be contiguous int32 {shape}: {tensor.dtype} {tuple(tensor.shape)}")
+    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    sums = torch.empty((num_rows, num_heads), dtype=torch.float32, device=query.device)
+    group = num_heads // num_kv_heads
+    _launch_prefill(
+        config, out, query, kv_layer, shared.block_table, shared.length, shared.query_start, scale, None, soft_cap,
+        tiles=-(-num_rows * group // config.rows),
+        sums=sums,
+    )  # fmt: skip
+    return out, sums
 
 
 def paged_attention_prefill(
@@ -265,14 +311,40 @@ def paged_attention_prefill(
     if query.dtype == torch.float32:
         _simple(query, out, kv_layer, block_tables, context_lens, query_start, 0, scale, sliding_window, soft_cap)
         return out
-    device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
-    limits = kernel_compile.limits(device)
+    head_dim = query.shape[-1]
+    limits = kernel_compile.limits(query.device)
     hopper = hopper_config(head_dim, block_size, limits) if SPECIALISED_PREFILL and scale > 0 else None
     config: HopperConfig | PrefillConfig = hopper or prefill_config(head_dim, limits)
-    defines = {"DTYPE": kernel_compile.CUDA_NAMES[query.dtype], "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
-    kernel = kernel_compile.kernel(config.file, config.kernel, device, **defines, **config.defines(soft_cap))
     # A sequence's last tile may be part empty: one more per sequence than the rows fill.
     tiles = query.shape[0] * group // config.rows + num_seqs
+    _launch_prefill(
+        config, out, query, kv_layer, block_tables, context_lens, query_start, scale, sliding_window, soft_cap,
+        tiles=tiles,
+    )  # fmt: skip
+    return out
+
+
+def _launch_prefill(
+    config: HopperConfig | PrefillConfig,
+    out: torch.Tensor,
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    *,
+    tiles: int,
+    sums: torch.Tensor | None = None,
+) -> None:
+    """Launches one prefill kernel; with `sums`, which only specialised warpgroups write, as for a shared prefix."""
+    head_dim, (num_kv_heads, block_size) = query.shape[-1], kv_layer.shape[2:4]
+    defines = {"DTYPE": kernel_compile.CUDA_NAMES[query.dtype], "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
+    if isinstance(config, HopperConfig):
+        defines["SHARED_PREFIX"] = int(sums is not None)
+    kernel = kernel_compile.kernel(config.file, config.kernel, query.device, **defines, **config.defines(soft_cap))
     kernel(
         (num_kv_heads, tiles, 1),
         config.threads,
@@ -283,8 +355,8 @@ def paged_attention_prefill(
         block_tables.data_ptr(),
         context_lens.data_ptr(),
         query_start.data_ptr(),
-        num_seqs,
-        group,
+        block_tables.shape[0],
+        query.shape[1] // num_kv_heads,
         block_tables.stride(0),
         kv_layer.stride(0),
         kv_layer.stride(1),
@@ -293,8 +365,8 @@ def paged_attention_prefill(
         scale,
         sliding_window or 0,
         soft_cap or 0.0,
+        *((0 if sums is None else sums.data_ptr(),) if isinstance(config, HopperConfig) else ()),
     )
-    return out
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from kernels import attention, cache, reference, sampling, swap
 from kernels import compile as kernel_compile
 from kernels.kv_layout import KvLayout
-from kernels.reference import TokenLogprobRows
+from kernels.reference import SharedPrefix, TokenLogprobRows
 
 
 class PagedKernels(Protocol):
@@ -57,6 +57,7 @@ class PagedKernels(Protocol):
         soft_cap: float | None = None,
         *,
         out: torch.Tensor | None = None,
+        shared: SharedPrefix | None = None,
     ) -> torch.Tensor:
         """Attention of one new token per sequence."""
         ...
@@ -169,6 +170,12 @@ def twins_for(layout: KvLayout) -> dict[str, str]:
     if layout.block_bytes % 16:
         found["block copies"] = f"blocks of {layout.block_bytes} bytes are no multiple of 16"
     return found
+
+
+def shares_prefixes(kernels: PagedKernels, layout: KvLayout, device: torch.device) -> bool:
+    """Whether decode attention reads what rows have in common once for all of them."""
+    ours = kernels.paged_attention_decode is attention.paged_attention_decode
+    return ours and attention.shares_prefixes(layout.head_dim, layout.block_size, layout.dtype, device)
 
 
 def check_device(device: torch.device) -> None:

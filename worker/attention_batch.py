@@ -9,6 +9,7 @@ import torch
 
 from kernels.backend import PagedKernels
 from kernels.kv_layout import KvLayout
+from kernels.reference import SharedPrefix
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class AttentionBatch:
     """int32 [S + 1]: chunk s is tokens chunk_query_start[s] to chunk_query_start[s + 1] after the decode rows."""
     on_progress: Callable[[], None]
     """Called once per layer; feeds the heartbeat."""
+    decode_shared: SharedPrefix | None = None
+    """What decode rows have in common at their beginning."""
 
     def attend(
         self,
@@ -103,6 +106,7 @@ class AttentionBatch:
                 sliding_window,
                 soft_cap,
                 out=attended[:num_decode],
+                shared=self.decode_shared,
             )
         if num_decode < query.shape[0]:
             self.kernels.paged_attention_prefill(

@@ -23,10 +23,15 @@ import torch
 
 from kernels.kv_layout import KvLayout
 from worker.sampling_state import SamplingState, Slots
+from worker.shared_prefix import Prefix
+from worker.shared_prefix import largest as largest_prefix
 from worker.step import Fork, NewSequence, PlanError
 from worker.upload import Upload
 
 NO_PROMPT_LOGPROBS = -1
+
+SHARING_STEP = 32
+"""Decode sets that share a prefix are padded to multiples of it."""
 
 LAST, KNOWN, PROMPT = 0, 1, 2
 """Rows of `Batch.tokens`."""
@@ -104,9 +109,10 @@ class Batch:
         vocab_size: int,
         device: torch.device,
         buckets: Sequence[int] = (),
+        shares_prefixes: bool = False,
     ) -> None:
         """buckets: the sizes, ascending, that decode sets are padded to; the last is at least max_slots. None: no
-        padding."""
+        padding. shares_prefixes: whether to look for blocks that decode rows have in common at their beginning."""
         self.layout = layout
         self.num_blocks = num_blocks
         self.max_slots = self.padding_slot = max_slots
@@ -123,6 +129,10 @@ class Batch:
         self.decode_rows = torch.full((widest,), self.padding_slot, dtype=torch.int64, device=device)
         """The slots of the decode set in its order, then padding."""
         self._padding_known = self.tokens[KNOWN, max_slots:]
+        self.shared_lens = torch.zeros(max_slots + 1, dtype=torch.int32, device=device)
+        """Tokens at a row's beginning that it has in common with others of the decode set."""
+        self.shared_slot = torch.full((1,), self.padding_slot, dtype=torch.int64, device=device)
+        """One of the rows that share; the padding if none do."""
 
         self.tables = np.zeros((max_slots + 1, self.columns), dtype=np.int32)
         """The host's copy of block_tables."""
@@ -142,6 +152,9 @@ class Batch:
         self._edits: list[Slots] = []
         """Places in `tables` that changed, row by row, since they were last sent."""
         self._decode_changed = False
+        self._shares_prefixes = shares_prefixes
+        self.shared: Prefix | None = None
+        """What rows of the decode set have in common, as the device was told."""
 
     def clear(self) -> None:
         """Empties every row: the stream to the scheduler has ended, and with it everything that was known."""
@@ -212,6 +225,7 @@ class Batch:
         if (columns >= self.table_lens[rows]).any() or (columns < 0).any():
             raise PlanError("replace_indices: beyond the row's block table")
         self._edit(rows, columns, self._blocks(blocks, "replace_blocks"))
+        self._decode_changed |= bool(self.in_decode[rows].any())
 
     def change_decode_set(self, remove: Sequence[int], add: Sequence[int]) -> None:
         """Takes rows out of the decode set, then appends rows to it."""
@@ -276,6 +290,7 @@ class Batch:
             upload.then(lambda: self.block_tables.view(-1).index_copy_(0, places.tensor, blocks.tensor))
         if self._decode_changed:
             self._decode_changed = False
+            self._share(upload)
             count = self.padded(self.decode_slots.size)
             if count:
                 slots = np.full(count, self.padding_slot)
@@ -285,7 +300,38 @@ class Batch:
 
     def padded(self, num_decode: int) -> int:
         """The bucket for a decode set of this size."""
-        return next((bucket for bucket in self.buckets if bucket >= num_decode), num_decode) if num_decode else 0
+        buckets = self.buckets if self.shared is None else self.sharing_buckets
+        return next((bucket for bucket in buckets if bucket >= num_decode), num_decode) if num_decode else 0
+
+    @property
+    def sharing_buckets(self) -> Sequence[int]:
+        """Those for decode sets that share a prefix: fewer, because a row more costs little there."""
+        if not self._shares_prefixes or not self.buckets:
+            return ()
+        return *(bucket for bucket in self.buckets[:-1] if bucket % SHARING_STEP == 0), self.buckets[-1]
+
+    def _share(self, upload: Upload) -> None:
+        """Looks for what the decode set has in common, and tells the device if that is something else than before."""
+        if not self._shares_prefixes:
+            return
+        before, size = self.shared, self.layout.block_size
+        found = largest_prefix(self.tables, self.known, self.decode_slots, size)
+        self.shared = found
+        if found is None and before is None:
+            return
+        if found and before and found.blocks == before.blocks and np.array_equal(found.slots, before.slots):
+            return
+        lens = np.zeros(self.max_slots + 1, dtype=np.int64)
+        if found:
+            lens[found.slots] = found.blocks * size
+        placed = upload.put(lens, np.int32)
+        slot = upload.put([self.padding_slot if found is None else int(found.slots[0])])
+
+        def tell() -> None:
+            self.shared_lens.copy_(placed.tensor)
+            self.shared_slot.copy_(slot.tensor)
+
+        upload.then(tell)
 
     def advance(self, layout: StepLayout, forks: Sequence[Fork], upload: Upload) -> tuple[Slots, Slots]:
         """What the step changes that is known without its results: tokens get computed, forks appear, rows sample.

@@ -121,6 +121,8 @@ class ChunkGraphs:
         """The captured size that a step fits; None: it runs kernel by kernel."""
         if not self._graphs or not layout.chunks or len(layout.chunks) > MOST_CHUNKS:
             return None
+        if self.step.batch.shared is not None:  # reading a prefix once gains more than launching costs
+            return None
         fitting = (
             size
             for size in self._graphs

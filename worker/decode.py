@@ -18,6 +18,7 @@ import torch
 
 from kernels.backend import PagedKernels
 from kernels.compile import KernelError
+from kernels.reference import SharedPrefix
 from pagewire.runtime.logs import get_logger
 from worker.attention_batch import AttentionBatch
 from worker.batch import KNOWN, LAST, PROMPT, Batch
@@ -58,10 +59,13 @@ class DecodeRows:
     """int32 [B, columns]."""
     context_lens: torch.Tensor
     """int32 [B]."""
+    shared: SharedPrefix | None
+    """What some of the rows have in common; None: nobody looked."""
 
 
-def decode_rows(batch: Batch, count: int, columns: int) -> DecodeRows:
-    """The first `count` rows of the decode set and its padding; block tables of `columns` blocks."""
+def decode_rows(batch: Batch, count: int, columns: int, *, shared: bool = False) -> DecodeRows:
+    """The first `count` rows of the decode set and its padding; block tables of `columns` blocks; with what is
+    `shared` if that is worth a kernel of its own."""
     slots = batch.decode_rows[:count]
     tokens = batch.tokens.index_select(1, slots)
     known = tokens[KNOWN]
@@ -79,6 +83,17 @@ def decode_rows(batch: Batch, count: int, columns: int) -> DecodeRows:
         slot_mapping=places.masked_fill_(known == 0, -1),
         block_tables=tables,
         context_lens=known.int(),
+        shared=shared_prefix(batch, slots, columns) if shared else None,
+    )
+
+
+def shared_prefix(batch: Batch, slots: torch.Tensor, columns: int) -> SharedPrefix:
+    """What rows `slots`, int64 [B], have in common, as the batch was last told."""
+    return SharedPrefix(
+        block_table=batch.block_tables[:, :columns].index_select(0, batch.shared_slot),
+        length=batch.shared_lens.index_select(0, batch.shared_slot),
+        row_lens=batch.shared_lens.index_select(0, slots),
+        query_start=torch.arange(0, slots.shape[0] + 1, slots.shape[0], dtype=torch.int32, device=slots.device),
     )
 
 
@@ -108,12 +123,12 @@ class DecodeStep:
         self._nothing = torch.zeros(0, dtype=torch.int32, device=device)
         self._query_start = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def run(self, count: int, columns: int, mode: Mode) -> torch.Tensor:
+    def run(self, count: int, columns: int, mode: Mode, *, shared: bool = False) -> torch.Tensor:
         """Computes `count` rows. Returns encoded tokens int64 [count]; in mode LOGITS logits float32 [count, vocab].
 
-        In mode LOGITS nothing moves on: the caller samples.
+        In mode LOGITS nothing moves on: the caller samples. `shared`: rows have something in common.
         """
-        rows = decode_rows(self.batch, count, columns)
+        rows = decode_rows(self.batch, count, columns, shared=shared)
         attention = AttentionBatch(
             layout=self.batch.layout,
             pool=self.pool,
@@ -126,6 +141,7 @@ class DecodeStep:
             chunk_context_lens=self._nothing,
             chunk_query_start=self._query_start,
             on_progress=self.on_progress,
+            decode_shared=rows.shared,
         )
         logits = self.model.logits(self.model.forward(rows.token_ids, rows.positions, attention))
         if mode is Mode.LOGITS:
@@ -182,15 +198,16 @@ class DecodeGraphs:
 
     def __init__(self, step: DecodeStep) -> None:
         self.step = step
-        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, Mode, bool], torch.cuda.CUDAGraph] = {}
         self.memory: Any = None
         """What all graphs take their memory from, once one is captured."""
 
     def run(self, count: int, columns: int, mode: Mode) -> torch.Tensor:
         """As DecodeStep.run, for a padded `count`."""
-        graph = self._graphs.get((count, mode))
+        shared = self.step.batch.shared is not None
+        graph = self._graphs.get((count, mode, shared))
         if graph is None:
-            return self.step.run(count, columns, mode)
+            return self.step.run(count, columns, mode, shared=shared)
         graph.replay()
         return self.step.output(count, mode)
 
@@ -205,14 +222,15 @@ class DecodeGraphs:
         buckets = sorted(batch.buckets, reverse=True)
         vocab_size = batch.vocab_size
         step.logits = torch.empty((buckets[0], vocab_size), dtype=torch.float32, device=device)
-        jobs = [(bucket, mode) for bucket in buckets for mode in Mode]
+        jobs = [(bucket, mode, False) for bucket in buckets for mode in Mode]
+        jobs += [(bucket, mode, True) for bucket in reversed(batch.sharing_buckets) for mode in Mode]
         self.memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         gc.collect()
         torch.cuda.empty_cache()
-        for done, (bucket, mode) in enumerate(jobs):
+        for done, (bucket, mode, shared) in enumerate(jobs):
             captured = capture_graph(
-                lambda bucket=bucket, mode=mode: step.run(bucket, batch.columns, mode),  # type: ignore[misc]
+                lambda job=(bucket, mode, shared): step.run(job[0], batch.columns, job[1], shared=job[2]),  # type: ignore[misc]
                 device,
                 stream,
                 self.memory,
@@ -221,5 +239,5 @@ class DecodeGraphs:
                 self._graphs.clear()
                 step.logits = None
                 return
-            self._graphs[bucket, mode] = captured[0]
+            self._graphs[bucket, mode, shared] = captured[0]
             yield done + 1, len(jobs)

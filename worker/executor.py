@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.backend import Kernels, kernels_for
+from kernels.backend import Kernels, kernels_for, shares_prefixes
 from kernels.reference import TokenLogprobRows
 from pagewire.runtime.fault_points import fault_point
 from pagewire.runtime.logs import get_logger
@@ -201,6 +201,7 @@ class Executor:
         self.pool = pool
         self.max_step_tokens = max_step_tokens
         device = pool.device_blocks.device
+        self.kernels: Kernels = kernels or kernels_for(device, pool.layout)
         self.batch = Batch(
             pool.layout,
             num_blocks=pool.num_blocks,
@@ -209,8 +210,8 @@ class Executor:
             vocab_size=model.spec.vocab_size,
             device=device,
             buckets=buckets,
+            shares_prefixes=shares_prefixes(self.kernels, pool.layout, device),
         )
-        self.kernels: Kernels = kernels or kernels_for(device, pool.layout)
         self.runtime = runtime or runtime_for(device)
         self.swapper = Swapper(pool, self.kernels, self.runtime)
         self.swap_rates = (0, 0)
@@ -378,7 +379,8 @@ class Executor:
         layout, batch = work.layout, self.batch
         inputs = {name: placed.tensor for name, placed in work.chunk_inputs.items()}
         token_ids, positions, slot_mapping = inputs["token_ids"], inputs["positions"], inputs["slot_mapping"]
-        decode = decode_rows(batch, layout.num_decode, layout.decode_columns)
+        shared = batch.shared is not None
+        decode = decode_rows(batch, layout.num_decode, layout.decode_columns, shared=shared)
         if layout.num_decode:
             token_ids = torch.cat((decode.token_ids, token_ids))
             positions = torch.cat((decode.positions, positions))
@@ -395,6 +397,7 @@ class Executor:
             chunk_context_lens=inputs["chunk_lens"],
             chunk_query_start=inputs["query_start"],
             on_progress=self.progress.advance,
+            decode_shared=decode.shared,
         )
         return self.model.forward(token_ids, positions, attention)
 

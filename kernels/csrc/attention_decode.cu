@@ -12,7 +12,11 @@
 //   O^T[D][8 rows]         += V^T[D][16] . P^T[16][8]       A = V by ldmatrix.trans,   B = P by movmatrix from S^T's C fragment
 // so 8 rows (or 16, QUERY_TILES = 2) cost one (two) mma per 16 x 16 elements of the cache, and softmax state is two floats per lane.
 //
-// Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, STAGES, MIN_CTAS.
+// With SHARED_PREFIX, another kernel has attended to what many sequences have in common at their beginning, once for all of them
+// (attention_prefill_hopper.cu): tiles begin behind it, and its result is one more part of the combination at the end.
+//
+// Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, STAGES, MIN_CTAS,
+// SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window).
 #include "device.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -42,8 +46,14 @@ DEVICE void seek(Unit& unit, int flat, const int* prefix, int heads) {
   unit.end = unit.begin + tiles;
 }
 
-// The first token any query of the sequence sees.
-DEVICE int first_visible(int context_len, int query_len, int window) {
+// Tokens at the beginning of a sequence that another kernel has attended to.
+DEVICE int shared_tokens(const int* shared_lens, int seq, int context_len) {
+  return SHARED_PREFIX && shared_lens[seq] < context_len ? shared_lens[seq] : 0;
+}
+
+// The first token this kernel reads of the sequence: that any query sees and that is not shared.
+DEVICE int first_visible(const int* shared_lens, int seq, int context_len, int query_len, int window) {
+  if (SHARED_PREFIX) return shared_tokens(shared_lens, seq, context_len);
   return window > 0 ? max(0, context_len - query_len + 1 - window) : 0;
 }
 
@@ -59,12 +69,16 @@ DEVICE int first_visible(int context_len, int query_len, int window) {
 //   arrivals        [num_seqs * num_kv_heads * row tiles] int32, zero before the first launch; every launch leaves it zero
 //   group           query heads per KV head;  window: tokens a query sees, itself included, 0 = all;  soft_cap: 0 = none
 //   min_share       fewest tiles a CTA takes, so that short contexts are not cut into crumbs
+//   shared_lens     [num_seqs] int32, multiples of 16: tokens at the beginning that shared_out is about; 0 or as many as the context: none
+//   shared_out      [num_seqs, heads, HEAD_DIM] float32, attention to those tokens alone
+//   shared_lse      [num_seqs, heads] float32, the base-2 logarithm of the sum of their exponentials, 2^score
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
 paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
                        const int* block_tables, const int* context_lens, float* partial_out,
                        float2* partial_stats, int* arrivals, int num_seqs, int query_len, int num_kv_heads, int group,
                        int table_stride, i64 block_stride, i64 value_offset, i64 query_stride, i64 out_stride, float scale,
-                       int window, float soft_cap, int min_share) {
+                       int window, float soft_cap, int min_share, const int* shared_lens, const float* shared_out,
+                       const float* shared_lse) {
   SHARED_MEMORY(shared);
   let_next_start();
   wait_for_previous();
@@ -88,7 +102,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     int sum = 0;
     for (int s = first; s < last; ++s) {
       int len = max(context_lens[s], 0);
-      sum += ceil_div(len, TILE) - first_visible(len, query_len, window) / TILE;
+      sum += ceil_div(len, TILE) - first_visible(shared_lens, s, len, query_len, window) / TILE;
     }
     int upto = warp_inclusive_scan(sum, lane);
     if (lane == 31) scan[warp] = upto;
@@ -98,7 +112,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     if (tid == 0) prefix[0] = 0;
     for (int s = first; s < last; ++s) {
       int len = max(context_lens[s], 0);
-      running += ceil_div(len, TILE) - first_visible(len, query_len, window) / TILE;
+      running += ceil_div(len, TILE) - first_visible(shared_lens, s, len, query_len, window) / TILE;
       prefix[s + 1] = running;
     }
     __syncthreads();
@@ -138,7 +152,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   int next_seq_len = 0;
   auto refresh = [&]() {  // what depends on the unit only
     next_seq_len = context_lens[next.seq];
-    next_first = first_visible(next_seq_len, query_len, window);
+    next_first = first_visible(shared_lens, next.seq, next_seq_len, query_len, window);
     next_kv_head = next.head / row_tiles;
   };
   auto fetch = [&]() {
@@ -196,11 +210,23 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   const float scale_log2 = soft_cap > 0.0f ? scale / soft_cap : scale * LOG2_E;
   const float cap_log2 = soft_cap * LOG2_E;
 
+  // Adds what the other kernel found to a row's sums, which are relative to 2^top.
+  auto add_shared = [&](int seq, int head, int column, int shared_len, float top, float& sum, float4& acc) {
+    if (!SHARED_PREFIX || shared_len == 0) return;
+    const i64 row = (i64)seq * (num_kv_heads * group) + head;
+    const float4 x = *(const float4*)(shared_out + row * HEAD_DIM + column);
+    const float lse = shared_lse[row], grown = fmaxf(top, lse);
+    const float factor = exp2_fast(top - grown), weight = exp2_fast(lse - grown);
+    sum = sum * factor + weight;
+    acc.x = acc.x * factor + weight * x.x, acc.y = acc.y * factor + weight * x.y;
+    acc.z = acc.z * factor + weight * x.z, acc.w = acc.w * factor + weight * x.w;
+  };
+
   for (int segment = begin; segment < end;) {
     if (segment >= unit.end) seek(unit, segment, prefix, heads);
     const int segment_end = min(unit.end, end);
     const int context_len = context_lens[unit.seq];
-    const int first_token = first_visible(context_len, query_len, window);
+    const int first_token = first_visible(shared_lens, unit.seq, context_len, query_len, window);
     const int kv_head = unit.head / row_tiles;
     const int row_base = (unit.head % row_tiles) * ROWS;
     const int rows = min(ROWS, num_rows - row_base);
@@ -362,8 +388,9 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
         acc.x += weight * x.x, acc.y += weight * x.y, acc.z += weight * x.z, acc.w += weight * x.w;
       }
       if (whole) {
-        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
         const int r = row_base + row;
+        add_shared(unit.seq, kv_head * group + r % group, column, SHARED_PREFIX ? first_token : 0, top, sum, acc);
+        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
         Vector<DTYPE, 4> y = {{from_float<DTYPE>(acc.x * inverse), from_float<DTYPE>(acc.y * inverse),
                                from_float<DTYPE>(acc.z * inverse), from_float<DTYPE>(acc.w * inverse)}};
         *(Vector<DTYPE, 4>*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
@@ -416,8 +443,9 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
             }
             top = grown;
           }
-          const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
           const int r = row_base + row;
+          add_shared(unit.seq, kv_head * group + r % group, column, SHARED_PREFIX ? first_token : 0, top, sum, acc);
+          const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
           Vector<DTYPE, 4> y = {{from_float<DTYPE>(acc.x * inverse), from_float<DTYPE>(acc.y * inverse),
                                  from_float<DTYPE>(acc.z * inverse), from_float<DTYPE>(acc.w * inverse)}};
           *(Vector<DTYPE, 4>*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +

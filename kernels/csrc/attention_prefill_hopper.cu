@@ -11,8 +11,11 @@
 //
 // Shared memory of queries and of each slot: [HEAD_DIM / 64][rows or tokens][64 elements] in the 128-byte swizzle, see wgmma.cuh.
 //
+// With SHARED_PREFIX, all tokens see the whole context (the queries of many sequences, and what these have in common at their
+// beginning); out is float32 then, and the logarithms of the sums go out beside it, for attention_decode.cu to go on from.
+//
 // Defines: DTYPE (bfloat16 | float16), HEAD_DIM (64, 128, 256), BLOCK_SIZE (16 or more), CONSUMERS, KV_TILE (64, 128, 256), STAGES, LAG,
-// PING_PONG (0 | 1), SOFT_CAP (0 | 1: there is one), PRODUCER_REGISTERS, CONSUMER_REGISTERS.
+// PING_PONG (0 | 1), SOFT_CAP (0 | 1: there is one), SHARED_PREFIX (0 | 1), PRODUCER_REGISTERS, CONSUMER_REGISTERS.
 #include "hopper.cuh"
 #include "prefill_tiles.cuh"
 
@@ -32,12 +35,14 @@ static_assert(STAGES >= LAG + 2, "consumers hold two slots while they wait for a
 static_assert(!PING_PONG || CONSUMERS == 2, "two take turns");
 
 // Grid: [num_kv_heads, row tiles of CTAs: at least sum over sequences of ceil(tokens * group / ROWS)]. Block: [THREADS].
+// lse: with SHARED_PREFIX, [tokens, heads] float32, the base-2 logarithm of the sum of 2^score, as attention_decode.cu has it.
 // Shared: 1024 + HEAD_DIM * 2 * (ROWS + STAGES * KV_TILE) + STAGES * 16 + (WARPS + 4) * 4 bytes. scale must be positive.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict__ query, const DTYPE* __restrict__ kv,
                                const int* __restrict__ block_tables, const int* __restrict__ context_lens,
                                const int* __restrict__ query_start, int num_seqs, int group, int table_stride, i64 block_stride,
-                               i64 value_offset, i64 query_stride, i64 out_stride, float scale, int window, float soft_cap) {
+                               i64 value_offset, i64 query_stride, i64 out_stride, float scale, int window, float soft_cap,
+                               float* __restrict__ lse) {
   SHARED_MEMORY(dynamic);
   unsigned char* queries = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // [HEAD_DIM / 64][ROWS][128]
   unsigned char* ring = queries + HEAD_DIM / 64 * QUERY_PANEL;                         // [STAGES][HEAD_DIM / 64][KV_TILE][128]
@@ -60,11 +65,12 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
   const int row_base = found[1] * ROWS, first_query = found[2], num_tokens = found[3];
   const int num_rows = num_tokens * group;
   const int context_len = context_lens[seq];
+  if (SHARED_PREFIX && context_len <= 0) return;  // nothing is shared
   const int first_position = context_len - num_tokens;  // of the chunk's first token
 
   // Tokens that any row of this CTA sees.
   const int last_row = min(row_base + ROWS, num_rows) - 1;
-  const int visible_end = first_position + last_row / group + 1;
+  const int visible_end = SHARED_PREFIX ? context_len : first_position + last_row / group + 1;
   const int visible_begin = window > 0 ? max(0, first_position + row_base / group + 1 - window) : 0;
   const int first_tile = visible_begin / KV_TILE, end_tile = ceil_div(visible_end, KV_TILE);
 
@@ -149,11 +155,11 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int row = row_base + own_row + e * 8 + g;
-      row_end[e] = first_position + min(row, num_rows - 1) / group + 1;
+      row_end[e] = SHARED_PREFIX ? context_len : first_position + min(row, num_rows - 1) / group + 1;
     }
     // Between these, tiles are seen whole by every row of this warpgroup.
-    const int lowest_end = first_position + min(row_base + own_rows, num_rows - 1) / group + 1;
-    const int highest_end = first_position + min(row_base + own_rows + 63, num_rows - 1) / group + 1;
+    const int lowest_end = SHARED_PREFIX ? context_len : first_position + min(row_base + own_rows, num_rows - 1) / group + 1;
+    const int highest_end = SHARED_PREFIX ? context_len : first_position + min(row_base + own_rows + 63, num_rows - 1) / group + 1;
     const float scale_log2 = scale * LOG2_E;
 
     float s[KV_TILE / 8][4], o[HEAD_DIM / 8][4], row_max[2], row_sum[2], factor[2];
@@ -286,6 +292,25 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
     issue_output(value_slot);
     wgmma_wait<0>();
     keep_order(o);
+
+    if (SHARED_PREFIX) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float sum = row_sum[e];
+        sum += __shfl_xor_sync(FULL_MASK, sum, 1);
+        sum += __shfl_xor_sync(FULL_MASK, sum, 2);
+        const int row = row_base + own_row + e * 8 + g;
+        if (row >= num_rows) continue;
+        const int token = first_query + row / group, head = kv_head * group + row % group;
+        float* to = (float*)out + (i64)token * out_stride + (i64)head * HEAD_DIM + 2 * t;
+        const float inverse = 1.0f / sum;
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; ++n)
+          *(float2*)(to + n * 8) = make_float2(o[n][2 * e] * inverse, o[n][2 * e + 1] * inverse);
+        if (t == 0) lse[(i64)token * (gridDim.x * group) + head] = row_max[e] * scale_log2 + log2f(sum);
+      }
+      return;
+    }
 
     // Out through this warp's own rows of the queries, which nothing reads any more, so that stores are 16 bytes wide.
     named_barrier_sync(3 + consumer, 128);

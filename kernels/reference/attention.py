@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
@@ -9,6 +11,21 @@ _GATHER_ELEMENTS = 1 << 22
 """Most key and value elements gathered at once (16 MiB in float32): memory stays bounded and near the caches."""
 _SCORE_ELEMENTS = 1 << 23
 """Most scores of one prefill piece over all heads (32 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """What rows of a decode step have in common at their beginning, so that it is read once for all of them. A hint:
+    block tables name those blocks as well, and kernels that cannot use it take them from there."""
+
+    block_table: torch.Tensor
+    """int32 [1, M]: the block table of one of the rows."""
+    length: torch.Tensor
+    """int32 [1]: tokens in common, whole blocks of them; 0: none."""
+    row_lens: torch.Tensor
+    """int32 [B]: `length` in rows that begin with these blocks and are longer, 0 in others."""
+    query_start: torch.Tensor
+    """int32 [2]: 0 and B."""
 
 
 def paged_attention_decode(
@@ -21,6 +38,7 @@ def paged_attention_decode(
     soft_cap: float | None = None,
     *,
     out: torch.Tensor | None = None,
+    shared: SharedPrefix | None = None,
 ) -> torch.Tensor:
     """Attention of one new token per sequence over that sequence's whole context.
 
@@ -28,7 +46,7 @@ def paged_attention_decode(
     (query head h reads key head h // (Hq / Hkv)); block_tables int32 [B, M]; context_lens int32 [B], the tokens in the
     cache, the new one included, in 1..M * block_size; 0 is a row of padding, which gives zeros. Scores are
     `scale * q.k`; with soft_cap = c they become `c * tanh(score / c)`. With sliding_window = w only the last w tokens
-    are seen. Returns [B, Hq, D] of query's dtype, in `out` if given.
+    are seen. `shared` changes nothing here. Returns [B, Hq, D] of query's dtype, in `out` if given.
     """
     block_size = kv_layer.shape[3]
     lengths = context_lens.tolist()

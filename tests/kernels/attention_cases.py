@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from kernels.reference import SharedPrefix
 
 UNUSED_BLOCK = 2**30
 """What block tables hold behind a sequence's last block: dereferencing it would be far outside any pool."""
@@ -71,6 +73,25 @@ def make_case(
         keys=keys,
         values=values,
     )
+
+
+def share_prefix(case: Case, rows: Sequence[int], num_tokens: int) -> tuple[Case, SharedPrefix]:
+    """The case with `num_tokens` tokens, whole blocks, of rows[0] at the beginning of all `rows`; one query each."""
+    tables, keys, values = case.block_tables.clone(), list(case.keys), list(case.values)
+    columns = num_tokens // case.kv_layer.shape[3]
+    for row in rows[1:]:
+        tables[row, :columns] = tables[rows[0], :columns]
+        keys[row] = torch.cat((keys[rows[0]][:num_tokens], keys[row][num_tokens:]))
+        values[row] = torch.cat((values[rows[0]][:num_tokens], values[row][num_tokens:]))
+    row_lens = torch.zeros_like(case.context_lens)
+    row_lens[list(rows)] = num_tokens
+    shared = SharedPrefix(
+        block_table=tables[rows[0] : rows[0] + 1],
+        length=row_lens[rows[0] : rows[0] + 1],
+        row_lens=row_lens,
+        query_start=torch.tensor([0, len(tables)], dtype=torch.int32, device=tables.device),
+    )
+    return replace(case, block_tables=tables, keys=keys, values=values), shared
 
 
 def expected(case: Case, sliding_window: int | None = None, soft_cap: float | None = None) -> torch.Tensor:

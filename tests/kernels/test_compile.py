@@ -67,23 +67,25 @@ def test_decode_fits_registers_and_shared_memory(
     arch: str, dtype: str, head_dim: int, rows: int, num_seqs: int
 ) -> None:
     config = attention.decode_config(head_dim, rows, LIMITS[arch], num_seqs, 8)
-    cubin = build(
-        "attention_decode.cu",
-        arch,
-        DTYPE=dtype,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=16,
-        QUERY_TILES=config.query_tiles,
-        WARPS=config.warps,
-        STAGES=config.stages,
-        MIN_CTAS=config.ctas,
-    )
-    assert_no_spills(cubin)
+    for shared_prefix in (0, 1) if arch == "sm_90a" and head_dim in (64, 128, 256) else (0,):
+        cubin = build(
+            "attention_decode.cu",
+            arch,
+            DTYPE=dtype,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=16,
+            QUERY_TILES=config.query_tiles,
+            WARPS=config.warps,
+            STAGES=config.stages,
+            MIN_CTAS=config.ctas,
+            SHARED_PREFIX=shared_prefix,
+        )
+        assert_no_spills(cubin)
+        registers = cubin.resources["paged_attention_decode"].registers
+        assert config.ctas * config.warps * 32 * registers <= REGISTERS_OF_A_PROCESSOR
     shared = config.shared_bytes(head_dim, attention.MAX_SEQUENCES if num_seqs > 256 else 256)
     assert shared <= LIMITS[arch].shared_bytes
     assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
-    registers = cubin.resources["paged_attention_decode"].registers
-    assert config.ctas * config.warps * 32 * registers <= REGISTERS_OF_A_PROCESSOR
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 32, 64, 128, 256])
@@ -100,6 +102,7 @@ def test_decode_compiles_for_every_block_size(arch: str, block_size: int) -> Non
             WARPS=config.warps,
             STAGES=config.stages,
             MIN_CTAS=config.ctas,
+            SHARED_PREFIX=0,
         )
     )
 
@@ -129,8 +132,8 @@ def test_prefill_of_specialised_warpgroups_fits_registers_and_shared_memory(
     limits = LIMITS["sm_90a"]
     config = attention.hopper_config(head_dim, block_size, limits)
     assert config
-    for lag in (0, config.lag):
-        defines = {**config.defines(soft_cap), "LAG": lag}
+    for lag, shared_prefix in ((0, 0), (config.lag, 0), (config.lag, 1)):
+        defines = {**config.defines(soft_cap), "LAG": lag, "SHARED_PREFIX": shared_prefix}
         assert_no_spills(build(config.file, "sm_90a", DTYPE=dtype, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **defines))
     assert config.shared_bytes(head_dim) <= limits.shared_bytes
     registers = config.producer_registers + config.consumers * config.consumer_registers

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import attention
+from kernels import attention, reference
 from kernels import compile as kernel_compile
-from tests.kernels.attention_cases import Case, expected, make_case, relative_error
+from tests.kernels.attention_cases import Case, expected, make_case, relative_error, share_prefix
 from tests.kernels.emulator import EmulatorBackend
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -15,7 +15,11 @@ TOLERANCE = {BF16: 5e-3, FP16: 1e-3, FP32: 2e-6}
 
 
 def decode(
-    case: Case, query_len: int = 1, sliding_window: int | None = None, soft_cap: float | None = None
+    case: Case,
+    query_len: int = 1,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    shared: reference.SharedPrefix | None = None,
 ) -> torch.Tensor:
     query = case.query.unflatten(0, (-1, query_len))
     out = attention.paged_attention_decode(
@@ -26,6 +30,7 @@ def decode(
         case.scale,
         sliding_window,
         soft_cap,
+        shared=shared,
     )
     return out.reshape(case.query.shape)
 
@@ -127,6 +132,62 @@ def test_queries_may_be_a_slice_of_a_fused_projection(device: torch.device) -> N
         fused[:, :4], case.kv_layer, case.block_tables, case.context_lens, case.scale
     )
     assert relative_error(out, expected(case)) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "kv_heads", "head_dim", "block_size", "num_tokens", "soft_cap"),
+    [
+        (BF16, 8, 2, 128, 16, 144, None),
+        (FP16, 4, 1, 128, 64, 128, 20.0),
+        (BF16, 4, 2, 64, 32, 32, None),
+        (BF16, 3, 1, 256, 16, 80, None),
+        (BF16, 4, 2, 80, 16, 32, None),  # no kernel for it: the block tables say it all
+        (FP32, 4, 2, 64, 16, 32, None),
+    ],
+)
+def test_a_prefix_that_rows_share_is_read_once_and_counts_like_any_other_context(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    num_tokens: int,
+    soft_cap: float | None,
+) -> None:
+    # Rows 0 and 4 share nothing, row 5 pads.
+    case = make_case(
+        [31, num_tokens + 70, num_tokens + 1, num_tokens + 300, 200, 0, num_tokens + 16],
+        new_lens=[1] * 7,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+    )
+    case, shared = share_prefix(case, [3, 1, 2, 6], num_tokens)
+    assert (
+        relative_error(decode(case, soft_cap=soft_cap, shared=shared), expected(case, None, soft_cap))
+        < TOLERANCE[dtype]
+    )
+
+
+def test_a_prefix_of_no_tokens_changes_nothing(device: torch.device) -> None:
+    case, shared = share_prefix(make_case([40, 50], device=device), [0, 1], 0)
+    assert torch.equal(decode(case, shared=shared), decode(case))
+
+
+def test_what_is_shared_is_not_read_again_for_each_row(emulator: EmulatorBackend) -> None:
+    case, shared = share_prefix(make_case([65, 70], device="cpu"), [0, 1], 64)
+    whole = decode(case, shared=shared)
+    case.block_tables[1, :4] = 2**30  # nobody looks there
+    assert torch.equal(decode(case, shared=shared), whole)
+
+
+def test_with_a_window_the_block_tables_say_it_all(device: torch.device) -> None:
+    case, shared = share_prefix(make_case([90, 130], device=device), [0, 1], 64)
+    assert torch.equal(decode(case, sliding_window=40, shared=shared), decode(case, sliding_window=40))
 
 
 def test_what_the_kernel_cannot_take_is_refused_before_the_launch(emulator: EmulatorBackend) -> None:
