@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pagewire.v1 import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.events import Failed
 from scheduler.loads import Loads
-from scheduler.policy import TransferRates, WorkerCapacity
+from scheduler.policy import ChunkStep, TransferRates, WorkerCapacity
 from scheduler.sequence import Finish, FinishReason, Request, Sequence, SequenceGroup
 from scheduler.step_plan import (
     NO_TIMINGS,
@@ -95,6 +95,9 @@ def rates_of(hello: worker_pb2.WorkerHello) -> TransferRates:
         swap_out_bytes_per_second=hello.swap_out_bytes_per_second,
         swap_in_bytes_per_second=hello.swap_in_bytes_per_second,
         prefill_tokens_per_second=hello.prefill_tokens_per_second,
+        chunk_steps=tuple(
+            ChunkStep(step.decode_rows, step.chunk_tokens, step.nanoseconds) for step in hello.chunk_steps
+        ),
     )
 
 

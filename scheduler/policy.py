@@ -46,3 +46,13 @@ class TransferRates:
     swap_out_bytes_per_second: int = 0
     swap_in_bytes_per_second: int = 0
     prefill_tokens_per_second: int = 0
+    chunk_steps: tuple[ChunkStep, ...] = ()  # sizes that steps with chunks are padded to
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStep:
+    """A size of steps with chunks, and its time without what contexts and sampling add."""
+
+    decode_rows: int
+    chunk_tokens: int
+    ns: int

@@ -114,7 +114,7 @@ class CostModel:
     def __init__(self, rates: TransferRates) -> None:
         self.swap_out = LearnedRate(rates.swap_out_bytes_per_second)
         self.swap_in = LearnedRate(rates.swap_in_bytes_per_second)
-        self.step_time = StepTime(rates.prefill_tokens_per_second)
+        self.step_time = StepTime(rates.prefill_tokens_per_second, rates.chunk_steps)
         self.pending_out_bytes = 0  # in plans whose results are not in yet
         self.pending_in_bytes = 0
         self._found = (0.0, 1.0)  # tokens that the prefix cache still had, of tokens; decaying

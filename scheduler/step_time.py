@@ -13,6 +13,11 @@ are forgotten separately: hours of pure decode do not wear away what is known ab
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from scheduler.chunk_sizes import ChunkSizes
+from scheduler.policy import ChunkStep
+
 MEMORY = 0.98
 """How much of the past each observation of a kind leaves: about 50 steps."""
 RIDGE = 1e-9
@@ -33,10 +38,12 @@ Coefficients = tuple[float, float, float]
 class StepTime:
     """Both lines. Times in nanoseconds."""
 
-    __slots__ = ("_mixed", "_mixed_fit", "_plain", "_plain_fit", "_start")
+    __slots__ = ("_chunk_sizes", "_mixed", "_mixed_fit", "_plain", "_plain_fit", "_start")
 
-    def __init__(self, prefill_tokens_per_second: float = 0.0) -> None:
-        """`prefill_tokens_per_second`: as the worker measured it at its start; 0: unknown."""
+    def __init__(self, prefill_tokens_per_second: float = 0.0, chunk_steps: Sequence[ChunkStep] = ()) -> None:
+        """As the worker measured them at its start. `prefill_tokens_per_second`: 0: unknown. `chunk_steps`: sizes that
+        it pads steps with chunks to."""
+        self._chunk_sizes = ChunkSizes(chunk_steps)
         rate = prefill_tokens_per_second
         self._start = CHUNK_UNIT * 1e3 / rate if rate > 0 else 0.0  # milliseconds per unit of chunk tokens
         # Decaying sums of the products 11, 1d, 1c, dd, dc, cc, and of 1, d, c; each row divided by its time.
@@ -53,6 +60,7 @@ class StepTime:
         d, c = decode_tokens / DECODE_UNIT * one, chunk_tokens / CHUNK_UNIT * one
         row = (one * one, one * d, one * c, d * d, d * c, c * c, one, d, c)
         if chunk_tokens:
+            self._chunk_sizes.observe(decode_tokens, chunk_tokens, nanoseconds)
             # Weights hide the first tokens of a chunk on most machines: what counts is where many are computed.
             weight = chunk_tokens / WEIGHT_UNIT
             self._mixed = [MEMORY * old + weight * new for old, new in zip(self._mixed, row, strict=True)]
@@ -84,9 +92,13 @@ class StepTime:
         that prompts go on where decoding alone takes longer. Nobody decodes, or nothing is known: `most`.
 
         Where the smallest chunk is dear, cutting it further gives more dear steps and hardly shorter ones: as many
-        tokens as cost that much again are always taken."""
+        tokens as cost that much again are always taken. Where steps are padded, their sizes decide."""
+        if decode_tokens == 0:
+            return most
+        if (fitting := self._chunk_sizes.budget(target_ns, decode_tokens)) is not None:
+            return min(most, fitting)
         fixed, per_decode, per_chunk = self._with_chunks()
-        if decode_tokens == 0 or per_chunk <= 0:
+        if per_chunk <= 0:
             return most
         left = target_ns / NS_PER_MS - fixed - per_decode * decode_tokens / DECODE_UNIT
         again = self.first_chunk_ns(decode_tokens) / NS_PER_MS

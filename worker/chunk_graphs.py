@@ -17,10 +17,11 @@ from kernels.backend import PagedKernels
 from worker.attention_batch import AttentionBatch
 from worker.batch import Batch, StepLayout
 from worker.decode import capture_graph, decode_rows
+from worker.device import DeviceRuntime
 from worker.models.base import PagedModel
 from worker.upload import Upload
 
-CHUNK_TOKENS = (32, 64, 128, 256, 512, 1024)
+CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 """Sizes that the tokens of all chunks together are padded to. Longer steps last longer than launching them does."""
 MOST_CHUNKS = 16
 """Chunks of a step that a graph takes."""
@@ -155,6 +156,20 @@ class ChunkGraphs:
                 return
             self._graphs[size] = captured
             yield done + 1, len(sizes)
+
+    @torch.inference_mode()
+    def measure(self, runtime: DeviceRuntime) -> Iterator[tuple[Size, int]]:
+        """Each size and what its forward pass takes, in nanoseconds: the best of a few. All rows are padding."""
+        self.step.rows[2].fill_(-1)
+        for size, (graph, _) in self._graphs.items():
+            times = []
+            for _ in range(5):
+                start = runtime.mark()
+                graph.replay()
+                end = runtime.mark()
+                runtime.wait(end)
+                times.append(runtime.elapsed_ns(start, end))
+            yield size, min(times)
 
     def _sizes(self, most_decode: int) -> Sequence[Size]:
         most_tokens = self.step.rows.shape[1]

@@ -66,8 +66,12 @@ def run(settings: WorkerSettings) -> None:
 
 
 def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) -> worker_pb2.WorkerHello:
-    """Introduces the worker; measures its swap rates first, which overwrites KV blocks."""
+    """Introduces the worker; measures its rates first, which overwrites KV blocks."""
     swap_out, swap_in = executor.measure_swaps()
+    chunk_steps = [
+        worker_pb2.ChunkStep(decode_rows=size.decode, chunk_tokens=size.tokens, nanoseconds=ns)
+        for size, ns in executor.chunk_graphs.measure(executor.runtime)
+    ]
     pool = executor.pool
     log.info("swap rates", swap_out_bytes_per_second=swap_out, swap_in_bytes_per_second=swap_in)
     return worker_pb2.WorkerHello(
@@ -94,6 +98,7 @@ def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) ->
         ),
         swap_out_bytes_per_second=swap_out,
         swap_in_bytes_per_second=swap_in,
+        chunk_steps=chunk_steps,
     )
 
 

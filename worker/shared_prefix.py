@@ -47,10 +47,13 @@ def largest(tables: npt.NDArray[np.int32], known: Slots, slots: Slots, block_siz
         long = slots[full >= depth]
         if long.size < FEWEST_ROWS:
             break
-        found, counts = np.unique(tables[long, depth - 1], return_counts=True)
-        most = int(counts.argmax())
-        if counts[most] < FEWEST_ROWS:
+        column = np.sort(tables[long, depth - 1])
+        if not (
+            column[FEWEST_ROWS - 1 :] == column[: 1 - FEWEST_ROWS]
+        ).any():  # no block that often, and deeper neither
             break
+        found, counts = np.unique(column, return_counts=True)
+        most = int(counts.argmax())
         score = depth * int(counts[most])
         if best is None or score > best[0]:
             best = score, long[tables[long, depth - 1] == found[most]]

@@ -15,6 +15,7 @@ CORE = {
     "block_manager",
     "block_pool",
     "block_table",
+    "chunk_sizes",
     "deadlines",
     "decode_calendar",
     "dispatcher",

@@ -82,9 +82,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     run = DecodeStep.run
 
-    def noted(self: DecodeStep, count: int, columns: int, mode: Mode) -> torch.Tensor:
-        steps.append(lambda: run(self, count, columns, mode))
-        return run(self, count, columns, mode)
+    def noted(self: DecodeStep, count: int, columns: int, mode: Mode, *, shared: bool = False) -> torch.Tensor:
+        steps.append(lambda: run(self, count, columns, mode, shared=shared))
+        return run(self, count, columns, mode, shared=shared)
 
     run_chunks = ChunkStep.run
 
@@ -157,9 +157,12 @@ def test_steps_with_chunks_are_replayed_and_give_the_tokens_of_called_ones(
     executor = make_executor(model, buckets=(1, 2, 4, 8), max_step_tokens=32)
     executor.batch.block_tables.fill_(999)  # whatever padding would read there is not in the pool
     capture_graphs(executor, chunks=True)
+    measured = dict(executor.chunk_graphs.measure(executor.runtime))
     executor.batch.block_tables.zero_()
-    assert executor.pool.device_blocks.isnan().all(), "capturing wrote to the pool"
+    assert executor.pool.device_blocks.isnan().all(), "capturing or measuring wrote to the pool"
     graphs = executor.chunk_graphs
+    assert list(measured) == list(graphs._graphs)
+    assert all(ns > 0 for ns in measured.values())
     assert list(graphs._graphs)[::4] == [Size(8, 32), Size(2, 16), Size(0, 4)]
     steps = Steps(executor)
     answers = []
@@ -209,7 +212,7 @@ def test_a_step_of_more_chunks_or_tokens_than_any_graph_takes_is_launched_kernel
 def test_a_graph_is_captured_for_every_bucket_and_mode_largest_first(cuda: SimpleNamespace) -> None:
     executor = make_executor(ToyModel(), buckets=(1, 3, 8))
     assert list(executor.decode.capture()) == [(done, 9) for done in range(1, 10)]
-    assert list(executor.decode._graphs)[::3] == [(8, Mode.GREEDY), (3, Mode.GREEDY), (1, Mode.GREEDY)]
+    assert list(executor.decode._graphs)[::3] == [(size, Mode.GREEDY, False) for size in (8, 3, 1)]
 
 
 def test_a_model_that_cannot_be_captured_decodes_eagerly(
