@@ -14,7 +14,7 @@ from pagewire.v1 import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.events import Failed
 from scheduler.loads import Loads
 from scheduler.policy import ChunkStep, TransferRates, WorkerCapacity
-from scheduler.sequence import Finish, FinishReason, Request, Sequence, SequenceGroup
+from scheduler.sequence import Finish, FinishReason, Request, Sequence, SequenceGroup, SequenceStatus
 from scheduler.step_plan import (
     NO_TIMINGS,
     BlockMoves,
@@ -388,13 +388,51 @@ def encode_refusal(stream: int, error: SubmitError) -> scheduler_pb2.StreamFaile
 # Control
 
 
-def encode_loads(loads: Loads, results: dict[str, int]) -> control_pb2.GetLoadsResponse:
-    """What every worker carries.
+_REQUEST_STATES = {
+    SequenceStatus.RUNNING: control_pb2.REQUEST_STATE_RUNNING,
+    SequenceStatus.ENDING: control_pb2.REQUEST_STATE_RUNNING,
+    SequenceStatus.PREFILLING: control_pb2.REQUEST_STATE_PREFILLING,
+    SequenceStatus.SWAPPED: control_pb2.REQUEST_STATE_SWAPPED,
+    SequenceStatus.PREEMPTED: control_pb2.REQUEST_STATE_PREEMPTED,
+    SequenceStatus.WAITING: control_pb2.REQUEST_STATE_WAITING,
+}
+"""The farthest first."""
 
-    Args:
-        loads: the core's figures.
-        results: number of the last finished step, by worker.
-    """
+
+def encode_request(group: SequenceGroup, now: int) -> control_pb2.RequestLoad:
+    """One live request, without anything of its prompt or output."""
+    request, live = group.request, group.live
+    statuses = {sequence.status for sequence in live}
+    message = control_pb2.RequestLoad(
+        request_id=request.request_id,
+        worker_id=group.worker_id or "",
+        state=next(state for status, state in _REQUEST_STATES.items() if status in statuses),
+        priority=request.priority,
+        tenant=request.tenant,
+        sequences=len(live),
+        prompt_tokens=len(request.prompt),
+        cached_tokens=group.cached_tokens,
+        output_tokens=sum(len(sequence.output) for sequence in group.sequences),
+        max_tokens=request.max_tokens,
+        blocks=_num_blocks(live),
+        preemptions=group.preemptions,
+        age_ns=now - group.accepted_at,
+    )
+    if group.started_at is not None:
+        message.queue_ns = group.started_at - group.accepted_at
+    if group.first_token_at is not None:
+        message.first_token_ns = group.first_token_at - group.accepted_at
+    return message
+
+
+def _num_blocks(sequences: list[Sequence]) -> int:
+    if len(sequences) == 1:  # a table names no block twice
+        return len(sequences[0].table.blocks)
+    return len({block for sequence in sequences for block in sequence.table.blocks})
+
+
+def encode_loads(loads: Loads) -> control_pb2.GetLoadsResponse:
+    """What every worker carries, as the core knows it."""
     response = control_pb2.GetLoadsResponse(unassigned_requests=loads.unassigned)
     for worker in loads.workers:
         response.loads.add(
@@ -410,9 +448,14 @@ def encode_loads(loads: Loads, results: dict[str, int]) -> control_pb2.GetLoadsR
             preemptions_swap=worker.preemptions_total.get("swap", 0),
             preemptions_recompute=worker.preemptions_total.get("recompute", 0),
             kv_waste_ratio=worker.kv_waste_ratio,
-            steps=results.get(worker.worker_id, 0),
             epoch=worker.epoch,
             prefix_cache_queries=worker.prefix_cache_query_tokens_total,
             prefix_cache_hits=worker.prefix_cache_hit_tokens_total,
+            prompt_tokens=worker.prompt_tokens_total,
+            generation_tokens=worker.generation_tokens_total,
+            cached_host_blocks=worker.host_blocks_cached,
+            swap_out_bytes=worker.swap_out_bytes_total,
+            swap_in_bytes=worker.swap_in_bytes_total,
+            prefix_cache_host_hits=worker.prefix_cache_host_hit_tokens_total,
         )
     return response

@@ -46,8 +46,8 @@ class ControlServicer:
         ).SerializeToString()
 
     def _get_loads(self, raw: bytes) -> bytes:
-        parse(control_pb2.GetLoadsRequest, raw)
-        return self._engine.loads().SerializeToString()
+        request = parse(control_pb2.GetLoadsRequest, raw)
+        return self._engine.loads(request.max_requests).SerializeToString()
 
     def _list_workers(self, raw: bytes) -> bytes:
         parse(control_pb2.ListWorkersRequest, raw)
@@ -59,6 +59,7 @@ class ControlServicer:
                 epoch=link.epoch,
                 last_step=link.last_step,
                 since_heartbeat_ns=max(0, now - link.heard_at),
+                stalled=link.stalled,
             )
         return response.SerializeToString()
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from scheduler.deadlines import Deadlines
 from scheduler.draft import ResultError, StepOutput
@@ -271,6 +272,14 @@ class Dispatcher:
             retained=len(self._retained),
             stale_results_total=self._stale_results,
         )
+
+    def live_groups(self) -> Iterator[SequenceGroup]:
+        """Live groups: those on a worker, preempted ones, waiting ones in the order of the queue, those without a
+        worker. One whose last token is planned is in none of these places any more."""
+        schedulers = self._schedulers.values()
+        queues = ([*(one.running for one in schedulers)], [*(one.preempted for one in schedulers)])
+        waiting = [*(one.waiting for one in schedulers), self._unassigned]
+        return chain.from_iterable(chain.from_iterable((*queues, waiting)))
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books of any worker or the registry do not balance."""

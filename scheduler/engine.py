@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import islice
 
 import grpc
 
@@ -33,6 +34,8 @@ from scheduler.sequence import FinishReason, Request, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
 from scheduler.worker_link import WorkerLink
 
+MAX_LISTED = 1000
+"""Live requests that one answer of GetLoads lists."""
 MAX_TENANT = 128
 """Characters of a tenant's name, as at the gateway."""
 QUEUE_FULL_RETRY_NS = 1 * NS_PER_S
@@ -445,10 +448,18 @@ class Engine:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, refused, reason="PIN_LIMIT")
         return control_pb2.PinPrefixResponse(pinned_tokens=len(tokens) // self.block_size * self.block_size, found=True)
 
-    def loads(self) -> control_pb2.GetLoadsResponse:
-        """What every worker carries."""
-        steps = {link.worker_id: link.last_step for link in self.workers.values()}
-        return codec.encode_loads(self.dispatcher.loads(), steps)
+    def loads(self, max_requests: int = 0) -> control_pb2.GetLoadsResponse:
+        """What every worker carries, and so many of the live requests."""
+        response = codec.encode_loads(self.dispatcher.loads())
+        for load in response.loads:
+            link = self.workers[load.worker_id]
+            load.steps, load.busy_ns, load.idle_ns = link.last_step, link.busy_ns, link.idle_ns
+        response.now_ns = now = self.clock()
+        response.live_requests = len(self.live)
+        response.draining = self.draining
+        for group in islice(self.dispatcher.live_groups(), min(max_requests, MAX_LISTED)):
+            response.requests.append(codec.encode_request(group, now))
+        return response
 
     def fail(self, error: Exception) -> None:
         """The core is broken: ends the process."""
@@ -552,8 +563,10 @@ class Engine:
         metrics.swap_ns["in"] += timings.swap_in_ns
         metrics.step_time["forward"].observe(timings.forward_ns / NS_PER_S)
         metrics.step_time["sample"].observe(timings.sample_ns / NS_PER_S)
+        worked = timings.swap_out_ns + timings.swap_in_ns + timings.copy_ns + timings.forward_ns + timings.sample_ns
+        link.busy_ns += worked
+        link.idle_ns += timings.idle_ns
         if sent_at is not None:
-            worked = timings.swap_out_ns + timings.swap_in_ns + timings.copy_ns + timings.forward_ns + timings.sample_ns
             metrics.step_time["wire"].observe(max(0, arrived - max(sent_at, before) - worked) / NS_PER_S)
 
     def _first_tokens(self, num_tokens: int) -> int:

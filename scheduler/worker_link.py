@@ -53,6 +53,10 @@ class WorkerLink:
         """When the last result arrived; 0: none yet."""
         self.sent: dict[int, int] = {}
         """When each unanswered plan was handed to gRPC, by step; at most MAX_PLANS_IN_FLIGHT."""
+        self.busy_ns = 0
+        """What its steps have taken, as it says."""
+        self.idle_ns = 0
+        """How long its device has waited for plans, as it says."""
         self.stalled = False
         """Owes a result and has made no progress for a while: not ready, but still waited for."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()

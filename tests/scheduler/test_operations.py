@@ -64,6 +64,54 @@ async def test_loads_and_workers_follow_what_runs() -> None:
         assert response.unassigned_requests == 0
 
 
+async def test_live_requests_are_listed_in_their_states_when_asked_for() -> None:
+    async with pool(max_num_seqs=2) as made:
+        worker, gateway = await made.worker(), await made.gateway()
+        stub = control_pb2_grpc.ControlServiceStub(made.channel)
+        await gateway.submit(0, [11, 12, 13, 14, 15], max_tokens=100, n=2, tenant="t")
+        await worker.step()
+        await worker.step()
+        await gateway.submit(2, [16, 17], max_tokens=9, priority=-1)
+        await gateway.until(lambda: len(gateway.on(1).tokens) == 2)
+        none = await stub.GetLoads(control_pb2.GetLoadsRequest())
+        assert (len(none.requests), none.live_requests) == (0, 2)
+        one = await stub.GetLoads(control_pb2.GetLoadsRequest(max_requests=1))
+        assert ([request.request_id for request in one.requests], one.live_requests) == (["r0"], 2)
+        answer = await stub.GetLoads(control_pb2.GetLoadsRequest(max_requests=10**9))
+        running, waiting = answer.requests
+        assert (running.request_id, running.worker_id, running.tenant, running.sequences) == ("r0", "w1", "t", 2)
+        assert running.state == control_pb2.REQUEST_STATE_RUNNING
+        assert (running.prompt_tokens, running.max_tokens, running.output_tokens) == (5, 100, 4)
+        # Five prompt tokens and two of each sample in blocks of four: one full block is shared.
+        assert running.blocks == 3
+        assert 0 < running.queue_ns <= running.first_token_ns <= running.age_ns
+        assert (waiting.request_id, waiting.priority, waiting.blocks) == ("r2", -1, 0)
+        assert waiting.state == control_pb2.REQUEST_STATE_WAITING
+        assert not waiting.HasField("queue_ns")
+        assert not waiting.HasField("first_token_ns")
+        (load,) = answer.loads
+        assert (load.steps, load.busy_ns, load.prompt_tokens, load.generation_tokens) == (2, 2000, 5, 4)
+        assert answer.now_ns >= none.now_ns > 0
+        worker.run()
+        await gateway.finish(0, 1, 2)
+
+
+async def test_a_request_without_a_worker_is_listed_as_one_that_waits() -> None:
+    async with pool() as made:
+        worker, gateway = await made.worker(), await made.gateway()
+        await gateway.submit(0, [11, 12], max_tokens=5)
+        await worker.step()
+        await gateway.until(lambda: gateway.on(0).tokens)
+        await worker.stop()
+        stub = control_pb2_grpc.ControlServiceStub(made.channel)
+        while not (answer := await stub.GetLoads(control_pb2.GetLoadsRequest(max_requests=5))).unassigned_requests:
+            await asyncio.sleep(0)
+        (request,) = answer.requests
+        assert (request.worker_id, request.state) == ("", control_pb2.REQUEST_STATE_PREEMPTED)
+        (await made.worker()).run()
+        await gateway.finish(0)
+
+
 async def test_drain_over_the_wire_refuses_new_requests_and_can_be_taken_back() -> None:
     async with pool() as made:
         worker, gateway = await made.worker(), await made.gateway()
