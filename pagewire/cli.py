@@ -26,6 +26,7 @@ COMMANDS = {
     "gateway": "Run one gateway.",
     "generate": "Continue a prompt and stream the answer.",
     "chat": "Chat with the model.",
+    "top": "Watch requests, block pools and workers, live.",
     "bench": "Measure throughput, latency under load, and kernels.",
     "health": "Ask a server whether it serves.",
     "doctor": "Check this machine and say what to mend.",
