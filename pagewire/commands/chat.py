@@ -11,8 +11,6 @@ from rich.console import Console
 from pagewire.commands import options as o
 from pagewire.commands.extras import imports
 
-HELP = "Ctrl-C ends an answer, Ctrl-D or /exit ends the chat, /new starts over."
-
 
 def command() -> Callable[..., None]:
     """The command."""
@@ -29,59 +27,22 @@ def chat(
     top_k: o.TopK = None,
     seed: o.Seed = None,
     stop: o.Stop = None,
+    history: Annotated[bool, typer.Option(help="Keep what is typed for the next chat.")] = True,
 ) -> None:
     """Chat with the model.
 
-    Ctrl-C ends an answer, Ctrl-D or /exit ends the chat, /new forgets what was said.
+    Ctrl-C stops an answer, Ctrl-D or /exit ends the chat, /help lists the commands.
     """
     with imports("gateway"):
         from pagewire.client import Client
-        from pagewire.commands.output import cost_line, errors_as_one_line, one_line, show, tell_break
-        from pagewire.errors import PagewireError
+        from pagewire.commands.output import errors_as_one_line, tell_break
+        from pagewire.terminal.chat import Chat
+        from pagewire.terminal.conversation import Conversation
+        from pagewire.terminal.line_editor import history_file
 
     given = o.sampling(
         model=model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
     )
-    console = Console(highlight=False)
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
     with errors_as_one_line("chat"), Client(address, on_break=tell_break) as client:
-        served = ", ".join(entry.name for entry in client.models())
-        console.print(f"Chatting with {served}. {HELP}", style="dim", markup=False, soft_wrap=True)
-        while True:
-            try:
-                line = console.input("[bold]> [/bold]").strip()
-            except EOFError:
-                console.print()
-                return
-            except KeyboardInterrupt:  # as in a shell: what was being typed is thrown away
-                console.print()
-                continue
-            if line == "/help":
-                console.print(HELP, style="dim", markup=False)
-                continue
-            if line == "/exit":
-                return
-            if line == "/new":
-                messages = list(opening)
-                continue
-            if not line:
-                continue
-            messages.append({"role": "user", "content": line})
-            try:
-                text, finish = show(client.chat(messages, **given), console)
-            except KeyboardInterrupt:
-                # The stream's `with` has cancelled the request; what was said last is taken back.
-                messages.pop()
-                console.print("\n(stopped)", style="dim")
-                continue
-            except PagewireError as error:
-                # The chat goes on: the next try may succeed, or a shorter history.
-                messages.pop()
-                console.print(one_line(error), style="red", markup=False, soft_wrap=True)
-                if getattr(error, "reason", "") == "PROMPT_TOO_LONG":
-                    console.print("The chat has outgrown the model's context: /new starts over.", style="dim")
-                continue
-            messages.append({"role": "assistant", "content": text})
-            if finish is not None:
-                console.print(cost_line(finish.usage, finish.reason), style="dim", markup=False, soft_wrap=True)
+        conversation = Conversation(given, system)
+        Chat(client, conversation, Console(highlight=False), history_file() if history else None).run()

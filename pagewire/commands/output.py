@@ -43,9 +43,12 @@ def one_line(error: PagewireError) -> str:
     return str(error)
 
 
-def show(stream: Stream, console: Console) -> tuple[str, Finish | None]:
-    """Prints sequence 0 as it arrives. Ctrl-C cancels the request. Returns its text and how it ended."""
-    parts: list[str] = []
+def show(stream: Stream, console: Console, parts: list[str] | None = None) -> tuple[str, Finish | None]:
+    """Prints sequence 0 as it arrives. Ctrl-C cancels the request. Returns its text and how it ended.
+
+    `parts` gets the text piece by piece, for who wants to know what was said before Ctrl-C.
+    """
+    parts = [] if parts is None else parts
     finish: Finish | None = None
     with stream:
         for piece in stream:

@@ -36,6 +36,7 @@ class Terminal:
         """Everything that has been written so far."""
         self._descriptor = descriptor
         self._read_to = 0
+        """In the text without escapes."""
         self._changed = asyncio.Event()
         asyncio.get_running_loop().add_reader(descriptor, self._receive)
 
@@ -50,16 +51,19 @@ class Terminal:
         self._changed.set()
 
     async def until(self, words: str) -> str:
-        """Waits for words that have not been read yet; returns the new text up to and with them, without escapes."""
-        async with asyncio.timeout(LIMIT_S):
-            while True:
-                text = ESCAPES.sub("", self.raw[self._read_to :].decode(errors="replace"))
-                if words in text:
-                    self._read_to = len(self.raw)
-                    return text
-                self._changed.clear()
-                assert self.process.returncode is None, f"it ended without {words!r}: {text[-2000:]}"
-                await self._changed.wait()
+        """Waits for words behind those that were waited for last; returns the text up to and with them."""
+        while True:
+            text = ESCAPES.sub("", self.raw.decode(errors="replace"))
+            found = text.find(words, self._read_to)
+            if found >= 0:
+                begin, self._read_to = self._read_to, found + len(words)
+                return text[begin : self._read_to]
+            assert self.process.returncode is None, f"it ended without {words!r}: {text[-2000:]}"
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), LIMIT_S)
+            except TimeoutError:
+                raise AssertionError(f"no {words!r} in {LIMIT_S:g} s; the last bytes: {self.raw[-2000:]!r}") from None
 
     def type(self, text: str) -> None:
         """Types keys; Enter is \\r, Ctrl-C is \\x03, Ctrl-D is \\x04."""
