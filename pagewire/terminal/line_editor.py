@@ -54,7 +54,7 @@ class LineEditor:
             if self._readline is not None:
                 line = input(f"{BOLD}{prompt}{PLAIN}")
             else:
-                # By print: a Ctrl-C that comes while input() still writes its prompt is not noticed before the next line.
+                # By print: a Ctrl-C that comes while input() writes its prompt is noticed with the next line only.
                 print(prompt, end="", flush=True)
                 line = input()
             self._keep()
