@@ -272,4 +272,5 @@ class Stream:
             self._closed = True
             raise
         time.sleep(delay_ns / NS_PER_S)
-        self._call = self._start()
+        if not self._closed:  # by another thread, meanwhile
+            self._call = self._start()

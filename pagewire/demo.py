@@ -24,6 +24,7 @@ from rich.table import Table
 from pagewire.client import Client
 from pagewire.commands.output import show, tokens_per_s
 from pagewire.errors import PagewireError
+from pagewire.requests import Options
 from pagewire.types import Finish, Model
 
 START_LIMIT_S = 300.0
@@ -61,8 +62,8 @@ def _demo(console: Console, folder: Path, prompt: str, max_tokens: int) -> None:
             (model,) = client.models()
             console.print(f"\nStreaming from {model.name} at {ready['grpc']} over gRPC:\n", style="bold", markup=False)
             console.file.write(prompt)
-            stream = client.generate(prompt, max_tokens=max_tokens, temperature=0.7, top_p=0.9, seed=2)
-            text, finish = show(stream, console)
+            options: Options = {"max_tokens": max_tokens, "temperature": 0.7, "top_p": 0.9, "seed": 2}
+            text, finish = show(lambda: client.generate(prompt, **options), console)
             if finish is None or not text.strip():
                 raise DemoError("the model answered nothing")
         console.print()

@@ -42,7 +42,7 @@ def generate(
         model=model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
     )
     with errors_as_one_line("generate"), Client(address, on_break=tell_break) as client:
-        _text, finish = show(client.generate(prompt, timeout=timeout, **given), Console())
+        _text, finish = show(lambda: client.generate(prompt, timeout=timeout, **given), Console())
     if finish is not None and not quiet:
         console = Console(stderr=True, highlight=False)
         console.print(cost_line(finish.usage, finish.reason), style="dim", soft_wrap=True)

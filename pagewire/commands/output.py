@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 
 from rich.console import Console
 
 from pagewire.client import Stream
 from pagewire.errors import PagewireError, UnavailableError
-from pagewire.types import Finish, Usage
+from pagewire.types import Finish, Piece, Usage
 
 NS_PER_S = 1e9
+CLOSE_LIMIT_S = 3.0
+LOOK_S = 0.1
 
 
 @contextmanager
@@ -43,15 +47,62 @@ def one_line(error: PagewireError) -> str:
     return str(error)
 
 
-def show(stream: Stream, console: Console, parts: list[str] | None = None) -> tuple[str, Finish | None]:
+class _Reader(threading.Thread):
+    """Opens a stream and reads it, so that the main thread never runs gRPC's code while Ctrl-C may come.
+
+    A KeyboardInterrupt that falls between taking one of gRPC's locks and holding it in a `with` leaves it locked for
+    ever; closing the stream then waits for ever too.
+    """
+
+    def __init__(self, open_stream: Callable[[], Stream]) -> None:
+        super().__init__(name="reader", daemon=True)
+        self.pieces: SimpleQueue[Piece | Exception | None] = SimpleQueue()
+        """What has arrived; None: the end; an exception: an end of another kind."""
+        self._open_stream = open_stream
+        self._stream: Stream | None = None
+        self._stopped = False
+
+    def run(self) -> None:
+        try:
+            with self._open_stream() as stream:
+                self._stream = stream
+                if not self._stopped:
+                    for piece in stream:
+                        self.pieces.put(piece)
+            self.pieces.put(None)
+        except Exception as error:
+            self.pieces.put(error)
+
+    def next(self) -> Piece | Exception | None:
+        """What comes next in `pieces`. Looks up often: a signal that another thread was given wakes nobody here."""
+        while True:
+            with suppress(Empty):
+                return self.pieces.get(timeout=LOOK_S)
+
+    def stop(self) -> None:
+        """Cancels the request; waits a little for the server's answer."""
+        self._stopped = True
+        if self._stream is not None:
+            closing = threading.Thread(target=self._stream.close, name="closing", daemon=True)
+            closing.start()
+            closing.join(CLOSE_LIMIT_S)
+
+
+def show(
+    open_stream: Callable[[], Stream], console: Console, parts: list[str] | None = None
+) -> tuple[str, Finish | None]:
     """Prints sequence 0 as it arrives. Ctrl-C cancels the request. Returns its text and how it ended.
 
     `parts` gets the text piece by piece, for who wants to know what was said before Ctrl-C.
     """
     parts = [] if parts is None else parts
     finish: Finish | None = None
-    with stream:
-        for piece in stream:
+    reader = _Reader(open_stream)
+    reader.start()
+    try:
+        while (piece := reader.next()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
             if piece.index != 0:
                 continue
             parts.append(piece.text)
@@ -59,6 +110,9 @@ def show(stream: Stream, console: Console, parts: list[str] | None = None) -> tu
             console.file.write(_printable(piece.text))
             console.file.flush()
             finish = piece.finish or finish
+    except KeyboardInterrupt:
+        reader.stop()
+        raise
     console.file.write("\n")
     return "".join(parts), finish
 

@@ -100,10 +100,9 @@ class Chat:
         conversation, parts = self._conversation, list[str]()
         conversation.ask(question)
         try:
-            stream = self._client.chat(conversation.messages, **conversation.options)
-            _text, finish = show(stream, self._console, parts)
+            messages, options = conversation.messages, conversation.options
+            _text, finish = show(lambda: self._client.chat(messages, **options), self._console, parts)
         except KeyboardInterrupt:
-            # The stream's `with` has cancelled the request.
             conversation.answer("".join(parts))
             self._say("\n(stopped)")
             return

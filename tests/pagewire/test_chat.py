@@ -6,10 +6,14 @@ import asyncio
 import json
 import signal
 import sys
+import threading
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from pagewire.commands.output import show
 from pagewire.terminal.conversation import Conversation, ConversationError
 from pagewire.terminal.line_editor import LineEditor
 from pagewire.types import Usage
@@ -119,6 +123,39 @@ async def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path: Path) -> None:
         screen.type("\x04")
         assert await screen.exit_code() == 0
     assert said(gateway) == [("user", "hello"), ("assistant", "<0>"), ("user", "and?")]
+
+
+def test_ctrl_c_never_falls_into_the_code_of_the_connection() -> None:
+    class Stream:
+        """Is interrupted while it waits for what comes next."""
+
+        def __init__(self) -> None:
+            self.closed = threading.Event()
+
+        def __enter__(self) -> Stream:
+            return self
+
+        def __exit__(self, *_error: object) -> None:
+            self.close()
+
+        def __iter__(self) -> Stream:
+            return self
+
+        def __next__(self) -> object:
+            signal.raise_signal(signal.SIGINT)
+            assert self.closed.wait(LIMIT_S)
+            raise StopIteration
+
+        def close(self) -> None:
+            self.closed.set()
+
+    stream, before = Stream(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            show(lambda: stream, Console(file=StringIO()))  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stream.closed.is_set()
 
 
 async def test_an_answer_goes_on_after_a_lost_connection() -> None:
