@@ -98,8 +98,8 @@ def show(
     parts = [] if parts is None else parts
     finish: Finish | None = None
     reader = _Reader(open_stream)
-    reader.start()
     try:
+        reader.start()
         while (piece := reader.next()) is not None:
             if isinstance(piece, Exception):
                 raise piece
