@@ -90,6 +90,10 @@ function startCalculator(form) {
       return;
     }
     if (blocks === null) {
+      if (memory.free === 0) {
+        message.textContent = `The weights alone take ${size(weights)}.`;
+        return;
+      }
       const needed = blocksFor(limits.maxModelLen, model.blockSize) * blockBytes(model);
       const allowed = allowedBytes(memory);
       message.textContent =
