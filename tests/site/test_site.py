@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pagewire.runtime.settings import flag_name
-from tools.site import metrics, protocol, settings
+from tools.site import metrics, protocol, repository, settings
 
 
 class Tags(html.parser.HTMLParser):
@@ -124,3 +124,21 @@ def test_links_to_the_repository_are_pages_of_the_site(site: Path) -> None:
     links = [attributes.get("href") for tag, attributes in Tags(site / "scheduling.html").found if tag == "a"]
     assert "source/scheduler/scheduler.py.html" in links
     assert "class Scheduler" in re.sub(r"<[^>]+>", "", (site / "source/scheduler/scheduler.py.html").read_text())
+
+
+def test_a_link_to_what_is_not_in_the_repository_is_told() -> None:
+    text = (
+        "[a](../scheduler/scheduler.py), ![b](../docs/architecture/roles.svg), [c](../scheduler/gone.py#L3), [d](x.md)"
+    )
+    turned, missing = repository.turn_links(text, "page.md")
+    assert missing == ["scheduler/gone.py"]
+    assert "[a](source/scheduler/scheduler.py.md)" in turned
+    assert "![b](../docs/architecture/roles.svg)" in turned, "docs/ is the site's own"
+    assert "[d](x.md)" in turned
+
+
+def test_a_page_deeper_in_docs_reaches_the_same_source() -> None:
+    turned, missing = repository.turn_links(
+        "[k](../../kernels/linear.py), [l](../../CHANGELOG.md)", "kernels/linear.md"
+    )
+    assert (turned, missing) == ("[k](../source/kernels/linear.py.md), [l](../changelog.md)", [])

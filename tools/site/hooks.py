@@ -2,7 +2,7 @@
 
 Three things are added to the pages of `docs/`:
 
-- The protocol reference, a page per `.proto` file, and the changelog.
+- The protocol reference, a page per `.proto` file, and the pages at the root of the repository.
 - Where a page says `<!-- generated: NAME -->`, that part is made from the code, so it cannot go stale.
 - Links that leave `docs/` (to a source file, a folder, a recorded result) are shown as pages of the site. A link whose
   target is not in the repository is a warning, which a strict build refuses.
@@ -34,10 +34,11 @@ GENERATED = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages of the protocol, the changelog, and one for every file of the repository that a page links to."""
+    """Adds the pages of the protocol and of the root, and one for every file of the repository that a page links to."""
     for name in protocol.names():
         files.append(File.generated(config, f"protocol/{name}.md", content=protocol.page(name)))
-    files.append(File.generated(config, "changelog.md", content=(repository.ROOT / "CHANGELOG.md").read_text()))
+    for page in repository.root_pages(config):
+        files.append(page)
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()}
     for file in repository.linked_files(texts, config):
         files.append(file)
