@@ -39,7 +39,7 @@ CURL = sorted({
     for page in PAGES
     for code in blocks(page, "")
     for line in code.splitlines()
-    if line.startswith("curl ") and "127.0.0.1:8000" in line
+    if line.startswith("curl http://127.0.0.1:8000/v1/completions")
 })  # fmt: skip
 
 
