@@ -6,8 +6,10 @@ Every call, message, field and value has an anchor: its name without the package
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -85,12 +87,12 @@ class _File:
         }
 
     def purpose(self) -> str:
-        """What the file's head says. A file that others wrote has their licence there: then nothing."""
+        """What the file's head says, without the licence of a file that others wrote."""
         location = next((one for one in self.descriptor.source_code_info.location if list(one.path) == [SYNTAX]), None)
         if location is None:
             return ""
-        text = _clean(location.leading_comments)
-        return text.partition("Changed for Pagewire: ")[2] if "Licensed under" in _head(self.descriptor) else text
+        parts = [*location.leading_detached_comments, location.leading_comments]
+        return "\n\n".join(_clean(part) for part in parts if "Licensed under" not in part).strip()
 
     def lines(self) -> Iterator[str]:
         file = self.descriptor
@@ -171,14 +173,10 @@ class _File:
         yield ""
 
 
-def _head(file: FileDescriptorProto) -> str:
-    return (PROTO_ROOT / file.name).read_text()[:600]
-
-
 def _clean(comment: str) -> str:
-    """A comment without its blanks and without the lines that are for a linter."""
-    lines = [line.strip() for line in comment.splitlines()]
-    return "\n".join(line for line in lines if not line.startswith(("buf:lint:", "@@"))).strip()
+    """A comment without the blank that follows `//` and without the lines that are for a linter."""
+    lines = [line.removeprefix(" ").rstrip() for line in comment.splitlines()]
+    return "\n".join(line for line in lines if not line.startswith("buf:lint:")).strip()
 
 
 def _field_type(field: FieldDescriptorProto, maps: dict[str, DescriptorProto]) -> str:
@@ -233,7 +231,16 @@ CODE = re.compile(r"(`[^`]*`)")
 
 
 def _prose(text: str) -> str:
-    """A comment as paragraphs: `<` would begin a tag."""
+    """A comment as paragraphs. Lines that are set in, such as tables and steps, keep their form."""
+    parts = []
+    for is_set_in, lines in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("  ")):
+        together = "\n".join(lines)
+        parts.append(f"\n```text\n{textwrap.dedent(together)}\n```\n" if is_set_in else _escaped(together))
+    return "\n".join(parts)
+
+
+def _escaped(text: str) -> str:
+    """Outside of code `<` would begin a tag."""
     return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in CODE.split(text))
 
 
@@ -242,4 +249,4 @@ def _cell(text: str, *, first_sentence: bool = False) -> str:
     line = " ".join(text.split())
     if first_sentence:
         line = re.split(r"(?<=\.)\s", line)[0]
-    return _prose(line).replace("|", "\\|")
+    return _escaped(line).replace("|", "\\|")
