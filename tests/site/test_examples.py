@@ -60,8 +60,7 @@ def at(text: str, up: service.Service) -> str:
 @pytest.mark.parametrize("code", PYTHON)
 def test_an_example_in_python_runs(code: str, up: service.Service) -> None:
     done = subprocess.run([sys.executable, "-c", at(code, up)], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() or "assert" in code
+    assert done.returncode == 0, done.stderr
     for comment in re.findall(r"print\(.*\)  # (.+)$", code, re.MULTILINE):
         assert comment in done.stdout
 
@@ -73,4 +72,5 @@ def test_an_example_with_curl_answers(line: str, up: service.Service) -> None:
         [*shlex.split(at(line, up)), "--silent", "--fail-with-body"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout
-    assert json.loads(done.stdout)["choices"][0]["text"]
+    # What the model says is drawn anew each time, and may be nothing.
+    assert json.loads(done.stdout)["choices"][0]["finish_reason"] in ("stop", "length")
