@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pagewire.runtime.settings import flag_name
-from tools.site import metrics, protocol, repository, settings
+from tools.site import metrics, navigation, protocol, repository, settings
 
 
 class Tags(html.parser.HTMLParser):
@@ -118,6 +118,15 @@ def test_no_page_or_style_loads_anything_from_another_host(site: Path) -> None:
         style for style in site.rglob("*.css") if re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", style.read_text())
     ]
     assert styles == []
+
+
+def test_a_page_that_the_navigation_does_not_place_is_found_all_the_same(tmp_path: Path) -> None:
+    for name in ("index.md", "serve.md", "new.md", "clients.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "decode.md").touch()
+    nav = ["index.md", {"Operate": ["metrics.md", {"Serve": "serve.md"}]}]
+    assert navigation.unplaced(nav, tmp_path) == ["clients.md", "new.md"]
 
 
 def test_links_to_the_repository_are_pages_of_the_site(site: Path) -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from tools.site import commands, decisions, metrics, protocol, repository, settings
+from tools.site import commands, decisions, metrics, navigation, protocol, repository, settings
 
 log = logging.getLogger("mkdocs.hooks.pagewire")
 
@@ -31,6 +32,14 @@ GENERATED = {
     "protocol": protocol.page,
 }
 """Markdown by the marker's name, from its argument."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Puts pages of `docs/` that mkdocs.yml does not place into a section of their own."""
+    more = navigation.unplaced(config.nav or [], Path(config.docs_dir))
+    if more:
+        config.nav = [*(config.nav or []), {"More": more}]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
