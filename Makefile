@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUF := @bufbuild/buf@1.75.0
 
-.PHONY: help install demo serve test test-gpu test-compose bench check format protos clean
+.PHONY: help install demo serve test test-gpu test-compose bench docs check format protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -34,6 +34,10 @@ test-compose: install ## build the images and drive docker-compose.yml on a Dock
 
 bench: install ## a small measurement of the bundled model; ARGS="--help" shows what else there is
 	@$(BIN)/pagewire bench throughput $(or $(ARGS),--scale 0.02 --length-scale 0.125 --max-num-seqs 64)
+
+docs: install ## build the documentation site into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "documentation: open build/site/index.html"
 
 check: install ## style, types and protocol rules
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pagewire.bundled import BUNDLED_MODEL
@@ -60,7 +61,7 @@ def doctor() -> None:
     bad = 0
     for check in run_checks():
         bad += check.state == "bad"
-        table.add_row(marks[check.state], check.name, check.found, check.mend)
+        table.add_row(marks[check.state], check.name, escape(check.found), escape(check.mend))
     console.print(table)
     if bad:
         console.print(f"{bad} to mend", style="red")

@@ -7,14 +7,8 @@ from contextlib import contextmanager
 
 from pagewire.runtime.errors import StartError
 
-_EXTRA_OF = {
-    "torch": "worker",
-    "numpy": "worker",
-    "safetensors": "worker",
-    "transformers": "gateway",
-    "tokenizers": "gateway",
-    "jinja2": "gateway",
-}
+PACKAGES = frozenset({"fastapi", "jinja2", "numpy", "safetensors", "tokenizers", "torch", "transformers", "uvicorn"})
+"""What the extras of the roles bring, by the names that are imported."""
 STUBS_LINE = "the generated gRPC stubs are missing: run `make protos` in the repository, or reinstall the package"
 
 
@@ -34,7 +28,7 @@ def imports(extra: str) -> Iterator[None]:
         missing = (error.name or "").split(".")[0]
         if (error.name or "").startswith("pagewire.v1"):
             raise StartError(STUBS_LINE) from None
-        if missing in _EXTRA_OF:
+        if missing in PACKAGES:
             raise StartError(f"the package {missing} is missing: pip install 'pagewire[{extra}]'") from None
         raise
     except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Annotated
@@ -37,6 +38,10 @@ def _http_status(url: str, timeout: float) -> str:
     try:
         with opener.open(url, timeout=timeout):
             return "SERVING"
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}"
+    except urllib.error.URLError as error:
+        return getattr(error.reason, "strerror", None) or str(error.reason)
     except (OSError, ValueError) as error:
         return str(error)
 

@@ -198,7 +198,7 @@ def role_command(
 
 def _option_parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """One keyword parameter with its typer option. Its default is None, which means: not given here."""
-    kind = _plain_type(field.annotation)
+    kind = plain_type(field.annotation)
     flag = flag_name(name)
     is_bool = kind is bool
     declaration = f"{flag}/--no-{flag.removeprefix('--')}" if is_bool else flag
@@ -219,7 +219,7 @@ def _option_parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     )
 
 
-def _plain_type(annotation: Any) -> Any:
+def plain_type(annotation: Any) -> Any:
     """The type without `| None`."""
     if get_origin(annotation) in (Union, types.UnionType):
         rest = [part for part in get_args(annotation) if part is not type(None)]

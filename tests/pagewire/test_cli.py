@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from pagewire.commands.extras import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +89,7 @@ def test_without_a_server_generate_says_how_to_start_one() -> None:
 
 BLOCKED = """
 import sys
+import tomllib
 
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -118,6 +123,18 @@ def test_a_worker_without_torch_says_what_to_install() -> None:
     result = run_without({"torch"}, "worker", "--log-level", "error")
     assert result.returncode == 2
     assert result.stderr == "pagewire worker: the package torch is missing: pip install 'pagewire[worker]'\n"
+
+
+def test_a_gateway_without_its_extra_says_what_to_install() -> None:
+    result = run_without({"fastapi"}, "gateway", "--log-level", "error")
+    assert result.returncode == 2
+    assert result.stderr == "pagewire gateway: the package fastapi is missing: pip install 'pagewire[gateway]'\n"
+
+
+def test_every_package_of_the_extras_of_the_roles_is_known_to_the_line_that_tells_of_a_missing_one() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needed = {re.split(r"[^a-z0-9]", line)[0] for role in ("gateway", "worker") for line in extras[role]}
+    assert needed <= PACKAGES
 
 
 @pytest.mark.parametrize("arguments", [["scheduler", "--log-level", "error"], ["generate", "hello"]])

@@ -50,6 +50,15 @@ def test_an_old_package_is_bad_and_a_missing_one_names_its_extra(monkeypatch: py
     assert "pagewire[worker]" in worker.mend
 
 
+def test_a_mend_with_brackets_is_shown_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = doctor.Check("worker packages", "note", "missing: torch", "pip install 'pagewire[worker]'")
+    monkeypatch.setattr(doctor, "run_checks", lambda: iter([missing]))
+    doctor.doctor()
+    assert "pip install 'pagewire[worker]'" in capsys.readouterr().out
+
+
 def test_local_parts_of_a_version_do_not_matter() -> None:
     assert doctor._numbers("2.13.0+cpu") == (2, 13, 0)
     assert doctor._numbers("1.9") < doctor._numbers("1.84.0")
