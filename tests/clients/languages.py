@@ -21,6 +21,15 @@ RUN_LIMIT_S = 180
 
 GO_PACKAGES = "/usr/share/gocode/src/google.golang.org"
 JARS = "/usr/share/java"
+JAVA_LIBRARIES = (
+    "geronimo-annotation-1.3-spec",
+    "grpc-netty",
+    "gson",
+    "netty-codec-http2",
+    "perfmark-api",
+    "proto-google-common-protos",
+    "protobuf-util",
+)
 
 
 class CannotBuild(Exception):  # noqa: N818
@@ -96,5 +105,17 @@ LANGUAGES = (
         "go",
         ("go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc"),
         (f"{GO_PACKAGES}/grpc", f"{GO_PACKAGES}/protobuf/encoding/protojson", f"{GO_PACKAGES}/genproto"),
+    ),
+    Language(
+        "Java",
+        "java",
+        ("java", "javac", "protoc", "grpc_java_plugin"),
+        tuple(f"{JARS}/{name}.jar" for name in JAVA_LIBRARIES),
+    ),
+    Language(
+        "C++",
+        "cpp",
+        ("g++", "pkg-config", "protoc", "grpc_cpp_plugin"),
+        ("/usr/include/grpcpp/grpcpp.h", "/usr/include/nlohmann/json.hpp"),
     ),
 )

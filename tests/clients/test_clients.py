@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ class Runs:
     address: str
     alone: str
     """Address of a gateway whose scheduler is not there."""
+    builds: dict[str, Future[Path]]
+    """By language, of those whose toolchain is there. They are made one after the other while others run."""
     outcomes: dict[str, Outcome | str] = field(default_factory=dict)
     """By language; a text says why it could not be run."""
 
@@ -57,7 +60,7 @@ class Runs:
         if missing := language.missing():
             return f"{language.name} is not run: {missing} not found"
         try:
-            language.build()
+            self.builds[language.name].result()
         except CannotBuild as error:
             return f"{language.name} is not run: {error}"
         with ExitStack() as stack:
@@ -71,6 +74,8 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     folder = tmp_path_factory.mktemp("clients")
+    builder = ThreadPoolExecutor(max_workers=1)
+    builds = {language.name: builder.submit(language.build) for language in LANGUAGES if not language.missing()}
     log = folder / "gateway.log"
     command = [sys.executable, "-m", "pagewire.cli", "gateway", "--scheduler", f"unix:{folder}/nobody.sock"]
     with log.open("wb") as output:
@@ -84,8 +89,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     up = None
     try:
         up = service.start(folder / "up", "--num-blocks", "512", "--max-num-seqs", "16")
-        yield Runs(up.address, listening_address(log))
+        yield Runs(up.address, listening_address(log), builds)
     finally:
+        builder.shutdown(cancel_futures=True)
         gateway.terminate()
         gateway.wait(timeout=30)
         if up is not None:
