@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 CHUNK = 16384
@@ -16,20 +16,22 @@ RESET = struct.pack("ii", 1, 0)
 class BreakingProxy:
     """Listens on a free port of loopback and passes connections on to one server."""
 
-    def __init__(self, target: str, cuts: Sequence[int]) -> None:
+    def __init__(self, target: Callable[[], str], cuts: Sequence[int]) -> None:
         """
         Args:
-            target: `host:port` of the server.
+            target: `host:port` of the server now, asked for every connection.
             cuts: bytes from the server after which the first, second, ... connection is reset; later ones live on.
         """
-        host, port = target.rsplit(":", 1)
-        self._target = (host, int(port))
+        self._target = target
         self._cuts = cuts
+        self.reached = threading.Event()
+        """The first cut is due."""
+        self.may_cut = threading.Event()
+        """Cleared, a cut that is due waits, and nothing passes."""
+        self.may_cut.set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self.made = 0
-        """Connections that have been cut."""
         self._start(self._accept)
 
     @property
@@ -37,6 +39,7 @@ class BreakingProxy:
         return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def close(self) -> None:
+        self.may_cut.set()
         for connection in (self._listener, *self._sockets):
             with suppress(OSError):  # it may have gone already
                 connection.shutdown(socket.SHUT_RDWR)
@@ -56,7 +59,12 @@ class BreakingProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return  # closed
-            server = socket.create_connection(self._target)
+            try:
+                host, port = self._target().rsplit(":", 1)
+                server = socket.create_connection((host, int(port)))
+            except OSError:
+                client.close()  # nobody there: the client is told the same
+                continue
             self._sockets += [client, server]
             limit = self._cuts[number] if number < len(self._cuts) else None
             number += 1
@@ -70,7 +78,8 @@ class BreakingProxy:
             while data := source.recv(CHUNK):
                 if limit is not None and passed + len(data) >= limit:
                     sink.sendall(data[: limit - passed])
-                    self.made += 1
+                    self.reached.set()
+                    self.may_cut.wait()
                     for connection in (source, sink):
                         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                     break
@@ -85,7 +94,7 @@ class BreakingProxy:
 
 
 @contextmanager
-def breaking(target: str, *cuts: int) -> Iterator[BreakingProxy]:
+def breaking(target: Callable[[], str], *cuts: int) -> Iterator[BreakingProxy]:
     """A proxy for the length of a `with` block."""
     proxy = BreakingProxy(target, cuts)
     try:

@@ -81,8 +81,10 @@ class Language:
         ran = subprocess.run(
             command, env=_environment(), cwd=ROOT, capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False
         )
-        assert ran.returncode in (0, 1), f"exit {ran.returncode}\n{ran.stdout[-2000:]}\n{ran.stderr[-6000:]}"
-        return [json.loads(line) for line in ran.stdout.splitlines()]
+        lines = [json.loads(line) for line in ran.stdout.splitlines()]
+        wanted = len(json.loads(scenarios.read_text(encoding="utf-8"))["scenarios"])
+        assert len(lines) == wanted, f"exit {ran.returncode}\n{ran.stdout[-2000:]}\n{ran.stderr[-6000:]}"
+        return lines
 
     def _digest(self) -> str:
         result = hashlib.sha256()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,19 +40,28 @@ def scenarios() -> list[dict[str, Any]]:
 class Runs:
     """Runs each client once, when it is first asked for."""
 
-    address: str
+    up: service.Service
     alone: str
     """Address of a gateway whose scheduler is not there."""
     builds: dict[str, Future[Path]]
     """By language, of those whose toolchain is there. They are made one after the other while others run."""
+    folder: Path
     outcomes: dict[str, Outcome | str] = field(default_factory=dict)
-    """By language; a text says why it could not be run."""
+    killed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return self.up.address
+
+    def outcome(self, language: Language) -> Outcome | str:
+        """What the client's runner printed, or why it could not be run."""
+        if language.name not in self.outcomes:
+            self.outcomes[language.name] = self._run(language)
+        return self.outcomes[language.name]
 
     def of(self, language: Language) -> Outcome:
         """Skips the test, with the reason, where the language cannot be run."""
-        if language.name not in self.outcomes:
-            self.outcomes[language.name] = self._run(language)
-        outcome = self.outcomes[language.name]
+        outcome = self.outcome(language)
         if isinstance(outcome, str):
             pytest.skip(outcome)
         return outcome
@@ -64,11 +74,40 @@ class Runs:
         except CannotBuild as error:
             return f"{language.name} is not run: {error}"
         with ExitStack() as stack:
-            flaky = {name: stack.enter_context(breaking(self.address, *CUTS)) for name in ("flaky-a", "flaky-b")}
+            flaky = {
+                name: stack.enter_context(breaking(lambda: self.address, *CUTS)) for name in ("flaky-a", "flaky-b")
+            }
             addresses = {"service": self.address, "alone": self.alone}
             addresses |= {name: proxy.address for name, proxy in flaky.items()}
             lines = language.run(SCENARIOS, addresses)
         return {line["id"]: line for line in lines}
+
+    def with_a_killed_gateway(self) -> dict[str, dict[str, Any]]:
+        """By language, the outcome of a stream whose gateway is killed in the midst of it. All stream at once."""
+        if self.killed:
+            return self.killed
+        by_name = {scenario["id"]: scenario for scenario in scenarios()}
+        expect = {"code": "OK", "resumed": True, "sequences": by_name["greedy-tokens"]["expect"]["sequences"]}
+        scenario = {**by_name["resume-after-breaks"], "expect": expect}
+        del scenario["same_sequences_as"]
+        file = self.folder / "killed.json"
+        file.write_text(json.dumps({"scenarios": [scenario]}))
+        languages = [language for language in LANGUAGES if not isinstance(self.outcome(language), str)]
+        with ThreadPoolExecutor(len(languages)) as executor, ExitStack() as stack:
+            proxies = [stack.enter_context(breaking(lambda: self.address, CUTS[0])) for _ in languages]
+            for proxy in proxies:
+                proxy.may_cut.clear()
+            calls = {
+                language.name: executor.submit(language.run, file, {"flaky-a": proxy.address})
+                for language, proxy in zip(languages, proxies, strict=True)
+            }
+            assert all(proxy.reached.wait(60) for proxy in proxies), "a client did not begin to stream"
+            (gateway,) = self.up.ready["pids"]["gateways"]
+            os.kill(gateway, signal.SIGKILL)
+            for proxy in proxies:
+                proxy.may_cut.set()
+            self.killed = {name: call.result()[0] for name, call in calls.items()}
+        return self.killed
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     up = None
     try:
         up = service.start(folder / "up", "--num-blocks", "512", "--max-num-seqs", "16")
-        yield Runs(up.address, listening_address(log), builds)
+        yield Runs(up, listening_address(log), builds, folder)
     finally:
         builder.shutdown(cancel_futures=True)
         gateway.terminate()
@@ -131,9 +170,8 @@ def test_a_verdict_of_a_client_is_what_its_observation_says(runs: Runs, language
 def test_all_clients_see_the_same_tokens_and_text(runs: Runs) -> None:
     seen: dict[str, Any] = {}
     for language in LANGUAGES:
-        if language.missing() or isinstance(runs.outcomes.get(language.name), str):
-            continue
-        for name, line in runs.of(language).items():
+        outcome = runs.outcome(language)
+        for name, line in outcome.items() if isinstance(outcome, dict) else ():
             if "sequences" in line["observed"]:
                 assert seen.setdefault(name, line["observed"]["sequences"]) == line["observed"]["sequences"]
     assert "two-samples" in seen
@@ -167,12 +205,19 @@ def test_the_python_client_needs_nothing_of_pagewire(runs: Runs) -> None:
     assert shown.stdout.split() == ["None", str(folder / "pagewire")], "another pagewire than the generated stubs"
 
 
+def test_a_killed_gateway_is_survived_by_every_client_without_a_gap(runs: Runs) -> None:
+    outcomes = runs.with_a_killed_gateway()
+    assert outcomes
+    assert {name: line for name, line in outcomes.items() if line["verdict"] != "pass"} == {}
+
+
 def test_the_matrix_says_what_ran(runs: Runs) -> None:
     columns = {}
     for language in LANGUAGES:
-        outcome = runs.outcomes.get(language.name) or runs._run(language)
-        if not isinstance(outcome, str):
-            columns[language.name] = {name: line["verdict"] for name, line in outcome.items()}
+        outcome = runs.outcome(language)
+        if isinstance(outcome, dict):
+            lines = {**outcome, "resume-after-a-killed-gateway": runs.with_a_killed_gateway()[language.name]}
+            columns[language.name] = {name: line["verdict"] for name, line in lines.items()}
     if os.environ.get("PAGEWIRE_UPDATE_MATRIX"):
         matrix.write(columns)
     committed = matrix.read()
