@@ -217,10 +217,13 @@ class Client {
     try {
       follow(request, progress, take, resume_for);
     } catch (...) {
-      try {
-        if (!progress.done()) cancel(request.request_id());
-      } catch (const ServiceError&) {
-        // The first error says more.
+      if (!progress.done()) {
+        grpc::ClientContext context;
+        context.set_deadline(std::chrono::system_clock::now() + kLongestDelay);
+        v1::CancelRequest cancelled;
+        cancelled.set_request_id(request.request_id());
+        v1::CancelResponse response;
+        stub_->Cancel(&context, cancelled, &response);  // if nobody answers, nobody is there to cancel it either
       }
       throw;
     }
@@ -250,7 +253,7 @@ class Client {
           throw ServiceError({grpc::StatusCode::UNAVAILABLE, "the stream ended before its last token"});
         }
       } catch (const ServiceError& error) {
-        if (progress.done()) return;
+        if (progress.done() && error.code == grpc::StatusCode::UNAVAILABLE) return;  // nothing is missing
         attaching = attach_next(error, attaching, retrying, !progress.positions().empty());
         retrying = true;
         if (steady_clock::now() - since > resume_for) throw;

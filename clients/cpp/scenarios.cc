@@ -164,11 +164,27 @@ json resume(Client& client, const json& scenario) {
   return observed;
 }
 
+json leave(Client& client, const json& scenario) {
+  struct Enough {};
+  auto request = request_of(scenario);
+  Collector collector(request);
+  try {
+    client.stream(request, [&](const GenerateResponse& response) {
+      collector.add(response);
+      if (collector.progress.positions().at(0) >= scenario.at("after_tokens").get<uint32_t>()) throw Enough();
+    });
+  } catch (const Enough&) {
+  }
+  auto call = client.attach(request.request_id(), collector.progress.positions());
+  collector.take(call);
+  return {{"finish", collector.sequences[0]["finish"]}};
+}
+
 const std::map<std::string, json (*)(Client&, const json&)> kActions = {
     {"list_models", list_models}, {"tokenize", tokenize},   {"generate", generate},
     {"repeat", repeat},           {"cancel", cancel},       {"drop", drop},
     {"duplicate", duplicate},     {"attach", attach},       {"attach_unknown", attach_unknown},
-    {"resume", resume},
+    {"resume", resume},           {"leave", leave},
 };
 
 const std::map<grpc::StatusCode, std::string> kCodes = {

@@ -272,8 +272,8 @@ public final class PagewireClient implements AutoCloseable {
                 Status.Code.UNAVAILABLE, "the stream ended before its last token", "", List.of(), null);
           }
         } catch (ServiceException error) {
-          if (progress.done()) {
-            return;
+          if (progress.done() && error.code == Status.Code.UNAVAILABLE) {
+            return; // nothing is missing
           }
           attaching = attachNext(error, attaching, retrying, !progress.positions.isEmpty());
           retrying = true;
@@ -288,8 +288,18 @@ public final class PagewireClient implements AutoCloseable {
       }
     } finally {
       if (!progress.done()) {
-        InferenceServiceGrpc.newFutureStub(channel).cancel(CancelRequest.newBuilder().setRequestId(requestId).build());
+        cancelQuietly(requestId);
       }
+    }
+  }
+
+  /** If nobody answers, nobody is there to cancel it either. */
+  private void cancelQuietly(String requestId) {
+    try {
+      stub.withDeadlineAfter(LONGEST_DELAY.toMillis(), TimeUnit.MILLISECONDS)
+          .cancel(CancelRequest.newBuilder().setRequestId(requestId).build());
+    } catch (StatusRuntimeException error) {
+      // What made the caller leave says more.
     }
   }
 

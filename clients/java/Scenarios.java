@@ -33,17 +33,18 @@ public final class Scenarios {
   }
 
   private static final Map<String, Action> ACTIONS =
-      Map.of(
-          "list_models", Scenarios::listModels,
-          "tokenize", Scenarios::tokenize,
-          "generate", Scenarios::generate,
-          "repeat", Scenarios::repeat,
-          "cancel", Scenarios::cancel,
-          "drop", Scenarios::drop,
-          "duplicate", Scenarios::duplicate,
-          "attach", Scenarios::attach,
-          "attach_unknown", Scenarios::attachUnknown,
-          "resume", Scenarios::resume);
+      Map.ofEntries(
+          Map.entry("list_models", Scenarios::listModels),
+          Map.entry("tokenize", Scenarios::tokenize),
+          Map.entry("generate", Scenarios::generate),
+          Map.entry("repeat", Scenarios::repeat),
+          Map.entry("cancel", Scenarios::cancel),
+          Map.entry("drop", Scenarios::drop),
+          Map.entry("duplicate", Scenarios::duplicate),
+          Map.entry("attach", Scenarios::attach),
+          Map.entry("attach_unknown", Scenarios::attachUnknown),
+          Map.entry("resume", Scenarios::resume),
+          Map.entry("leave", Scenarios::leave));
 
   /** One sequence as it is observed. */
   private static final class Sequence {
@@ -212,6 +213,30 @@ public final class Scenarios {
     var observed = collector.observed();
     observed.put("resumed", breaks.get() > 0);
     return observed;
+  }
+
+  private static Map<String, Object> leave(PagewireClient client, JsonObject scenario) throws Exception {
+    GenerateRequest request = requestOf(scenario);
+    Collector collector = new Collector(request);
+    var enough = new RuntimeException("enough");
+    try {
+      client.stream(
+          request,
+          response -> {
+            collector.add(response);
+            if (collector.progress.positions.get(0) >= afterTokens(scenario)) {
+              throw enough;
+            }
+          });
+    } catch (RuntimeException left) {
+      if (left != enough) {
+        throw left;
+      }
+    }
+    try (var call = client.attach(request.getRequestId(), collector.progress.positions)) {
+      collector.take(call, 0);
+    }
+    return Map.of("finish", collector.sequences.get(0).finish);
   }
 
   /** What the action shows; an error with its details is an observation too. */

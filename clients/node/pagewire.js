@@ -264,7 +264,7 @@ class Client {
           }
           if (!progress.done) throw new ServiceError('UNAVAILABLE', 'the stream ended before its last token');
         } catch (/** @type {any} */ error) {
-          if (progress.done && error instanceof ServiceError) return;
+          if (progress.done && error.code === 'UNAVAILABLE') return; // nothing is missing
           attaching = attachNext(error, {attaching, retrying, arrived: progress.positions.size > 0});
           retrying = true;
           if (performance.now() - since > resumeMs) throw error;
@@ -276,7 +276,7 @@ class Client {
     } finally {
       if (call && !progress.done) {
         call.drop();
-        this.cancel(opened.request_id).catch(() => {});
+        await this.cancel(opened.request_id).catch(() => {}); // if nobody answers, nobody is there to cancel it either
       }
     }
   }

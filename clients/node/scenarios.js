@@ -140,6 +140,14 @@ const ACTIONS = {
     await collector.take(client.stream(request));
     return {...collector.observed(), resumed: breaks > 0};
   },
+
+  async leave(client, scenario) {
+    const request = requestOf(scenario);
+    const collector = new Collector(request);
+    await collector.take(client.stream(request), scenario.after_tokens); // leaving the loop closes the generator
+    await collector.take(client.attach(request.request_id, collector.progress.positions));
+    return {finish: collector.sequences[0].finish};
+  },
 };
 
 /**

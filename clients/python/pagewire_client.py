@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -45,7 +46,7 @@ class ServiceError(Exception):
         return f"{self.code} {self.reason}: {self.message}"
 
 
-def service_error(error: grpc.RpcError) -> ServiceError:
+def service_error(error: Any) -> ServiceError:
     """Reads the details out of `grpc-status-details-bin`, a serialized `google.rpc.Status`."""
     result = ServiceError(error.code().name, error.details() or "")
     for key, value in error.trailing_metadata() or ():
@@ -104,7 +105,7 @@ class Progress:
 class Stream:
     """The responses of one Generate or Attach call. Leaving before the end must `drop` it."""
 
-    def __init__(self, call: grpc.Call) -> None:
+    def __init__(self, call: Any) -> None:  # a grpc.Call that is an iterator too
         self._call = call
 
     def __iter__(self) -> Iterator[inference_pb2.GenerateResponse]:
@@ -150,12 +151,12 @@ class Client:
     def detokenize(self, token_ids: list[int]) -> str:
         """Text of token ids."""
         with rich_errors():
-            return self._stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=token_ids)).text
+            return str(self._stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=token_ids)).text)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request by name. Returns whether it was live."""
         with rich_errors():
-            return self._stub.Cancel(inference_pb2.CancelRequest(request_id=request_id)).found
+            return bool(self._stub.Cancel(inference_pb2.CancelRequest(request_id=request_id)).found)
 
     def generate(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None, detached: bool = False
@@ -178,7 +179,7 @@ class Client:
 
     def stream(
         self, request: inference_pb2.GenerateRequest, resume_s: float = 30.0
-    ) -> Iterator[inference_pb2.GenerateResponse]:
+    ) -> Generator[inference_pb2.GenerateResponse, None, None]:
         """Generate that survives broken connections. Closing the iterator early cancels the request.
 
         The request is opened detached under an id of its own. After UNAVAILABLE, Attach asks for the first tokens that
@@ -208,8 +209,8 @@ class Client:
                     if not progress.done:
                         raise ServiceError("UNAVAILABLE", "the stream ended before its last token")
                 except ServiceError as error:
-                    if progress.done:
-                        return
+                    if progress.done and error.code == "UNAVAILABLE":
+                        return  # nothing is missing
                     attaching = attach_next(error, attaching, retrying, arrived=bool(progress.positions))
                     retrying = True
                     if time.monotonic() - since > resume_s:
@@ -221,7 +222,8 @@ class Client:
         finally:
             if call is not None and not progress.done:
                 call.drop()
-                self._stub.Cancel.future(inference_pb2.CancelRequest(request_id=request_id))
+                with suppress(grpc.RpcError):  # if nobody answers, nobody is there to cancel it either
+                    self._stub.Cancel(inference_pb2.CancelRequest(request_id=request_id), timeout=LONGEST_DELAY_S)
 
 
 def attach_next(error: ServiceError, attaching: bool, retrying: bool, arrived: bool) -> bool:

@@ -141,6 +141,16 @@ def resume(client: Client, scenario: Json) -> Json:
     return {**collector.observed(), "resumed": bool(breaks)}
 
 
+def leave(client: Client, scenario: Json) -> Json:
+    request = request_of(scenario)
+    collector = Collector(request)
+    responses = client.stream(request)
+    collector.take(responses, scenario["after_tokens"])
+    responses.close()
+    collector.take(client.attach(request.request_id, collector.progress.positions))
+    return {"finish": collector.sequences[0]["finish"]}
+
+
 ACTIONS: dict[str, Callable[[Client, Json], Json]] = {
     "list_models": list_models,
     "tokenize": tokenize,
@@ -152,6 +162,7 @@ ACTIONS: dict[str, Callable[[Client, Json], Json]] = {
     "attach": attach,
     "attach_unknown": attach_unknown,
     "resume": resume,
+    "leave": leave,
 }
 
 

@@ -234,12 +234,12 @@ func (c *Client) Stream(ctx context.Context, request *pb.GenerateRequest, take f
 				delay, since = firstDelay, time.Now()
 			}
 		}
-		if progress.Done() {
-			return nil
-		}
 		var broken *ServiceError
 		if !errors.As(err, &broken) {
 			return err
+		}
+		if progress.Done() && broken.Code == codes.Unavailable {
+			return nil // nothing is missing
 		}
 		if attaching, err = attachNext(broken, attaching, retrying, len(progress.Positions) > 0); err != nil {
 			return err
@@ -270,6 +270,9 @@ func read(call *Call, progress *Progress, take func(*pb.GenerateResponse) error)
 	defer call.Drop()
 	for {
 		response, err := call.Recv()
+		if err == io.EOF && progress.Done() {
+			return arrived, nil
+		}
 		if err == io.EOF {
 			return arrived, &ServiceError{Code: codes.Unavailable, Message: "the stream ended before its last token"}
 		}

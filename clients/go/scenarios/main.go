@@ -264,6 +264,23 @@ func resume(ctx context.Context, c *client.Client, s *scenario) (object, error) 
 	return observed, err
 }
 
+func leave(ctx context.Context, c *client.Client, s *scenario) (object, error) {
+	enough := errors.New("enough")
+	request := s.request()
+	gathered := newCollector(request.GetSampling().GetN())
+	err := c.Stream(ctx, request, func(r *pb.GenerateResponse) error {
+		if err := gathered.add(r); err != nil || int(gathered.progress.Positions[0]) < s.AfterTokens {
+			return err
+		}
+		return enough
+	})
+	if err != enough {
+		return nil, err
+	}
+	err = attachAndTake(ctx, c, request.RequestId, gathered)
+	return object{"finish": gathered.sequences[0].Finish}, err
+}
+
 var actions = map[string]func(context.Context, *client.Client, *scenario) (object, error){
 	"list_models":    listModels,
 	"tokenize":       tokenize,
@@ -275,6 +292,7 @@ var actions = map[string]func(context.Context, *client.Client, *scenario) (objec
 	"attach":         attach,
 	"attach_unknown": attachUnknown,
 	"resume":         resume,
+	"leave":          leave,
 }
 
 // codeName writes a code as the protocol does: DEADLINE_EXCEEDED, not DeadlineExceeded.
