@@ -74,11 +74,9 @@ class Runs:
         except CannotBuild as error:
             return f"{language.name} is not run: {error}"
         with ExitStack() as stack:
-            flaky = {
-                name: stack.enter_context(breaking(lambda: self.address, *CUTS)) for name in ("flaky-a", "flaky-b")
-            }
             addresses = {"service": self.address, "alone": self.alone}
-            addresses |= {name: proxy.address for name, proxy in flaky.items()}
+            for name, cuts in {"flaky-a": CUTS, "flaky-b": CUTS, "deaf": (0,)}.items():
+                addresses[name] = stack.enter_context(breaking(lambda: self.address, *cuts)).address
             lines = language.run(SCENARIOS, addresses)
         return {line["id"]: line for line in lines}
 
@@ -165,6 +163,12 @@ def test_a_verdict_of_a_client_is_what_its_observation_says(runs: Runs, language
         assert {key: observed[key] for key in scenario["expect"]} == scenario["expect"]
         if same := scenario.get("same_sequences_as"):
             assert observed["sequences"] == outcome[same]["observed"]["sequences"]
+
+
+def test_a_client_without_its_toolchain_is_skipped_with_what_is_missing(runs: Runs) -> None:
+    language = Language("Cobol", "cobol", ("no-such-compiler",), ("/no/such/library",))
+    with pytest.raises(pytest.skip.Exception, match="Cobol is not run: no-such-compiler, /no/such/library not found"):
+        runs.of(language)
 
 
 def test_all_clients_see_the_same_tokens_and_text(runs: Runs) -> None:
