@@ -215,6 +215,22 @@ def test_a_killed_gateway_is_survived_by_every_client_without_a_gap(runs: Runs) 
     assert {name: line for name, line in outcomes.items() if line["verdict"] != "pass"} == {}
 
 
+@pytest.mark.parametrize(("folder", "block", "suffix"), [("python", "python", "py"), ("node", "js", "mjs")])
+def test_the_lines_of_its_readme_stream_text(runs: Runs, tmp_path: Path, folder: str, block: str, suffix: str) -> None:
+    (language,) = (language for language in LANGUAGES if language.folder == folder)
+    runs.of(language)
+    built = language.build().parent
+    lines = (language.source / "README.md").read_text().split(f"```{block}\n")[1].split("```")[0]
+    assert "127.0.0.1:50051" in lines
+    program = tmp_path / f"readme.{suffix}"
+    program.write_text(lines.replace("127.0.0.1:50051", runs.address).replace("'./", f"'{built}/"))
+    environment = {**os.environ, "PYTHONPATH": f"{built}:{language.source}", "PAGEWIRE_ROOT": str(service.ROOT)}
+    command = [sys.executable, "-P"] if folder == "python" else ["node"]
+    shown = subprocess.run([*command, str(program)], env=environment, capture_output=True, text=True, check=False)
+    (greedy,) = (scenario for scenario in scenarios() if scenario["id"] == "greedy-tokens")
+    assert shown.stdout.startswith(greedy["expect"]["sequences"][0]["text"][:60]), shown.stderr
+
+
 def test_the_matrix_says_what_ran(runs: Runs) -> None:
     columns = {}
     for language in LANGUAGES:
