@@ -3,8 +3,8 @@
 //   pagewire::Client client("127.0.0.1:50051");
 //   client.stream(request, [](const pagewire::v1::GenerateResponse& response) { std::cout << response.text(); });
 //
-// generate and attach are the calls as they are. stream adds what gRPC does not do: it goes on after a broken connection,
-// without a gap and without a repeat. Every failed call throws pagewire::ServiceError.
+// generate and attach are the calls as they are. stream adds what gRPC does not do: it goes on after a broken
+// connection, without a gap and without a repeat. Every failed call throws pagewire::ServiceError.
 #pragma once
 
 #include <google/rpc/error_details.pb.h>
@@ -183,8 +183,8 @@ class Client {
     return unary(&Stub::Cancel, request, v1::CancelResponse()).found();
   }
 
-  // Starts a request. timeout: the call's deadline, from now; a detached request is not bound to it. detached: the request
-  // lives on when the stream is dropped, and can be attached to.
+  // Starts a request. timeout: the call's deadline, from now; a detached request is not bound to it. detached: the
+  // request lives on when the stream is dropped, and can be attached to.
   Stream generate(const v1::GenerateRequest& request, std::optional<milliseconds> timeout = {}, bool detached = false) {
     auto context = std::make_unique<grpc::ClientContext>();
     if (timeout) context->set_deadline(std::chrono::system_clock::now() + *timeout);
@@ -208,8 +208,8 @@ class Client {
 
   // Generate that survives broken connections. If take throws, the request is cancelled.
   //
-  // The request is opened detached under an id of its own. After UNAVAILABLE, Attach asks for the first tokens that have
-  // not arrived. resume_for: how long to try without any progress.
+  // The request is opened detached under an id of its own. After UNAVAILABLE, Attach asks for the first tokens that
+  // have not arrived. resume_for: how long to try without any progress.
   void stream(v1::GenerateRequest request, const std::function<void(const v1::GenerateResponse&)>& take,
               milliseconds resume_for = std::chrono::seconds(30)) {
     if (request.request_id().empty()) request.set_request_id(new_request_id());
