@@ -39,8 +39,8 @@ class WorkerSettings(RoleSettings):
     decode_graphs: bool = True
     """Replay decode steps as CUDA graphs. Without, every kernel is launched by itself: slower, for comparisons."""
     chunk_graphs: bool = True
-    """Replay the forward pass of steps with up to 1,024 prompt tokens as CUDA graphs too. Without, such a step takes the
-    host several milliseconds to launch; with them the start takes about 10 s longer."""
+    """Replay the forward pass of steps with up to 1,024 prompt tokens as CUDA graphs too. Without, such a step takes
+    the host several milliseconds to launch; with them the start takes about 10 s longer."""
     host_blocks: int | None = Field(default=None, ge=0)
     """Blocks in the swap arena in RAM. 0: no swapping. Unset: half the pool, within a tenth of the free RAM."""
     max_num_seqs: int = Field(default=256, ge=1, le=65_536)

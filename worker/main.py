@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import socket
@@ -28,6 +29,9 @@ from worker.step import PlanError
 PROTOCOL_VERSION = 1
 EXIT_STEP_FAILED = 1
 """A supervisor answers it with a restart; the scheduler recovers the sequences by recompute."""
+
+SWITCH_INTERVAL_S = 0.0002
+"""How long a thread of the worker runs while another one waits for the interpreter."""
 
 log = get_logger("worker.main")
 
@@ -62,6 +66,11 @@ def run(settings: WorkerSettings) -> None:
     )
     if settings.metrics_port is not None and settings.metrics_port >= 0:
         log.info("metrics", address=start_page(link, settings.metrics_host, settings.metrics_port))
+    # Threads take turns: one receives plans, one launches them, one waits for results. By default one that needs the
+    # interpreter waits 5 ms before it asks a running one to stop, and a step takes 7.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.collect()
+    gc.freeze()  # what is loaded by now lives for ever: collections need not walk it
     link.run()
 
 
