@@ -29,7 +29,7 @@ def times(due_ms: int, *arrivals_ms: int, tokens: int | None = None) -> Times:
 def test_latencies_count_from_when_a_request_was_due_and_between_messages() -> None:
     jobs = [Job([1], 3), Job([1, 2], 2)]
     row = serve.summary([times(0, 10, 15, 25), times(100, 130, 135)], jobs, Limits(ttft_ms=20, itl_ms=50))
-    assert row["ttft_ms"] == {"p50": 20.0, "p99": 29.8}
+    assert row["ttft_ms"] == {"p50": 20.0, "p90": 28.0, "p95": 29.0, "p99": 29.8}
     assert row["itl_ms"]["p50"] == 5.0
     assert row["seconds"] == 0.135
     assert row["out_tok_s"] == round(5 / 0.135, 1)
@@ -43,7 +43,7 @@ def test_goodput_counts_requests_that_keep_both_limits() -> None:
 
 
 def test_percentiles_are_interpolated() -> None:
-    assert percentiles([1.0, 2.0, 3.0, 4.0]) == {"p50": 2.5, "p99": 3.97}
+    assert percentiles([1.0, 2.0, 3.0, 4.0]) == {"p50": 2.5, "p90": 3.7, "p95": 3.85, "p99": 3.97}
 
 
 def test_a_single_run_has_no_spread() -> None:

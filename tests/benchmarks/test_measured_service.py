@@ -24,7 +24,7 @@ STAND_IN = ("benchmarks.host_path", "worker")
 
 @pytest.fixture
 async def runner(tmp_path: Path) -> AsyncIterator[Runner]:
-    launch = Launch(model="0.2", max_num_seqs=16, token_budget=256, gateways=1, worker_module=STAND_IN)
+    launch = Launch(model="0.2", max_num_seqs=16, token_budget=256, gateways=1, http=True, worker_module=STAND_IN)
     found = Runner(launch, tmp_path, say=lambda _line: None)
     yield found
     await found.stop()
@@ -44,7 +44,13 @@ async def test_rows_are_measured_at_session_and_gateway_and_a_lost_worker_is_one
 
     for place in suite.PLACES:
         online = await serve.measure(
-            runner, place, 200.0, 20, scale=Scale(lengths=0.1), limits=serve.DEFAULT_LIMITS, vocab_size=31_000
+            runner,
+            place,
+            serve.Load(rate=200.0),
+            20,
+            scale=Scale(lengths=0.1),
+            limits=serve.DEFAULT_LIMITS,
+            vocab_size=31_000,
         )
         assert online["requests"] == 20
         assert 0 < online["ttft_ms"]["p50"] <= online["ttft_ms"]["p99"]
@@ -139,7 +145,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
             "pagewire bench: there is no workload 'decode': the names are",
         ),
         (["throughput", "--scale", "2"], "pagewire bench: --scale and --length-scale must be above 0 and at most 1"),
-        (["serve", "--at", "door"], "pagewire bench: --at door is unknown: use session or gateway"),
+        (["serve", "--door", "back"], "pagewire bench: --door back is unknown: use grpc, openai, session"),
+        (["serve", "--goodput", "ttft:soon"], "pagewire bench: --goodput ttft:soon is no limit: write ttft:200ms"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments: list[str], expected: str) -> None:
