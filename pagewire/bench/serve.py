@@ -78,6 +78,7 @@ async def measure(
     """A row's values. Raises BenchError when a request fails."""
     jobs, arrivals = workloads.online(load.rate or 1.0, count, scale, vocab_size)
     run_name = f"online-{time.monotonic_ns()}"
+    cpu_before: float | None = None
     if at == "session":
         async with Session(runner.scheduler, run_name) as session:
             messages = session.prepare(jobs)
@@ -85,6 +86,7 @@ async def measure(
             times = await session.drain_while(session.submit_at(messages, arrivals, begin), timed=True)
     else:
         addresses = runner.gateways if at == "gateway" else runner.http
+        cpu_before = runner.service.gateway_cpu_s() if runner.service else None
         async with DOORS[at](addresses, jobs, run_name, text=text) as door:
             if load.concurrency is None:
                 times = await at_random(door, arrivals)
@@ -95,6 +97,9 @@ async def measure(
         row["scale"] = {"requests": scale.requests, "lengths": scale.lengths}
     if at != "session":
         row["text"] = text
+        cpu_after = runner.service.gateway_cpu_s() if runner.service else None
+        if cpu_before is not None and cpu_after is not None:
+            row["gateway_cpu_us_per_token"] = round((cpu_after - cpu_before) / row["out_tokens"] * 1e6, 1)
     return row
 
 
@@ -168,7 +173,15 @@ def summary(times: Sequence[Times], jobs: Sequence[workloads.Job], limits: Limit
 
 def table(rows: Sequence[Row], *, compare: bool) -> list[list[str]]:
     """Rows for people, a heading first."""
-    heading = ["load", "at", "TTFT p50 / p99 ms", "inter-token p50 / p99 ms", "out tok/s", "goodput"]
+    heading = [
+        "load",
+        "at",
+        "TTFT p50 / p99 ms",
+        "inter-token p50 / p99 ms",
+        "out tok/s",
+        "goodput",
+        "gateway CPU us/token",
+    ]
     if compare:
         heading += ["peer TTFT", "peer inter-token", "goal met"]
     lines = [heading]
@@ -185,6 +198,7 @@ def table(rows: Sequence[Row], *, compare: bool) -> list[list[str]]:
             f"{itl['p50']:.2f} / {itl['p99']:.1f}",
             f"{row['out_tok_s']:.1f}",
             f"{row['goodput']['share']:.1%}",
+            str(row.get("gateway_cpu_us_per_token", "-")),
         ]
         if compare and (anchor := ONLINE.get(row.get("rate", 0.0))):
             line += [f"{anchor.ttft_p50} / {anchor.ttft_p99}", f"{anchor.itl_p50} / {anchor.itl_p99}"]

@@ -124,6 +124,19 @@ class Service:
         """Process ids by name."""
         return {name: process.pid for name, process in self._processes.items()}
 
+    def gateway_cpu_s(self) -> float | None:
+        """Seconds of processor time that the gateways have used so far; None where /proc does not tell."""
+        ticks = 0
+        for name, process in self._processes.items():
+            if name.startswith("gateway"):
+                try:
+                    # Behind the name in brackets, which may hold spaces: utime and stime are fields 14 and 15.
+                    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                except OSError:
+                    return None
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)

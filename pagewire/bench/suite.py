@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from pagewire.bench.service import ROOT, Launch
 from pagewire.bench.workloads import FULL, Scale
 
 PLACES: tuple[At, ...] = ("session", "gateway", "openai")
+PIPE_WIDTH = 160
+"""Columns where standard output has no width of its own."""
 LENGTH_STEP = 256
 """Contexts are rounded up to this."""
 
@@ -65,7 +68,7 @@ class Plan:
 
 async def main(plan: Plan, launch: Launch, given: Given | None = None) -> bool:
     """Runs a plan, prints its tables last. True: every row has values."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     folder = plan.logs or Path(tempfile.mkdtemp(prefix="pagewire-bench-logs-"))
     if given is None:
         launch = with_context(launch, plan)
