@@ -381,7 +381,7 @@ def doors(content: Content | None) -> str:
                 lines.append([f"{load}, {name}", f"{one:.1f}", f"{other:.1f}", ratio, str(min(len(grpc), len(http)))])
     text = (
         "The bundled model on two cores that scheduler, worker, gateway, this client and other work share: the\n"
-        "times are this machine's and scatter widely; what counts is how the doors compare, above all in the processor\n"
+        "times are this machine's and scatter widely. What counts is how the doors compare, above all in processor\n"
         "time of the gateway. Both deliver text and token ids, one message per step. Medians over repeated rows.\n\n"
     )
     return text + table(["load, value", "gRPC", "OpenAI HTTP", "HTTP : gRPC", "rows"], lines)
