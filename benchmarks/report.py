@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,6 +93,7 @@ def render(results: dict[str, Content]) -> str:
         ("What the host costs per step (CPU)", "host_path", host_path),
         ("What policy and host lose against the limit (CPU)", "host_rows", host_rows),
         ("Latency on such a device (CPU)", "host_online", host_online),
+        ("gRPC beside OpenAI HTTP (CPU)", "doors_cpu", doors),
         ("KV memory without tokens (CPU)", "kv_waste", kv_waste),
     )
     parts = [HEAD]
@@ -346,6 +349,42 @@ def host_online(content: Content | None) -> str:
         f"budget {settings['token_budget']}, {settings['gateways']} gateways.\n\n"
     )
     return text + table(["arrivals", "TTFT p50 / p99 ms", "inter-token p50 / p99 ms"], lines)
+
+
+def doors(content: Content | None) -> str:
+    """The same requests through both doors of one gateway: medians over repeated rows."""
+    if content is None:
+        return "Not measured yet: `pagewire bench serve --door grpc --door openai` takes these rows.\n\n"
+    rows: dict[tuple[str, str], list[Content]] = {}
+    for row in content["rows"]:
+        if "error" not in row:
+            load = f"{row['rate']:g} requests/s" if "rate" in row else f"{row['concurrency']} at once"
+            rows.setdefault((load, row["at"]), []).append(row)
+
+    def middle(found: list[Content], value: Callable[[Content], float]) -> float:
+        return statistics.median(map(value, found))
+
+    values: list[tuple[str, Callable[[Content], float]]] = [
+        ("TTFT p50 ms", lambda row: row["ttft_ms"]["p50"]),
+        ("inter-token p50 ms", lambda row: row["itl_ms"]["p50"]),
+        ("inter-token p99 ms", lambda row: row["itl_ms"]["p99"]),
+        ("out tok/s", lambda row: row["out_tok_s"]),
+        ("gateway CPU us/token", lambda row: row.get("gateway_cpu_us_per_token", math.nan)),
+    ]
+    lines = []
+    for load in dict.fromkeys(load for load, _ in rows):
+        grpc, http = rows.get((load, "gateway")), rows.get((load, "openai"))
+        if grpc and http:
+            for name, value in values:
+                one, other = middle(grpc, value), middle(http, value)
+                ratio = f"{other / one:.2f}" if one else "-"
+                lines.append([f"{load}, {name}", f"{one:.1f}", f"{other:.1f}", ratio, str(min(len(grpc), len(http)))])
+    text = (
+        "The bundled model on two cores that scheduler, worker, gateway, this client and other work share: the\n"
+        "times are this machine's and scatter widely. What counts is how the doors compare, above all in processor\n"
+        "time of the gateway. Both deliver text and token ids, one message per step. Medians over repeated rows.\n\n"
+    )
+    return text + table(["load, value", "gRPC", "OpenAI HTTP", "HTTP : gRPC", "rows"], lines)
 
 
 def kv_waste(content: Content | None) -> str:

@@ -34,7 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, nargs="*", default=list(ONLINE), help="online rows; none: leave them out")
     parser.add_argument("--requests", type=int, help="requests of an online row; default: as recorded for its rate")
-    parser.add_argument("--at", nargs="+", choices=suite.PLACES, default=list(suite.PLACES))
+    parser.add_argument("--at", nargs="+", choices=("session", "gateway"), default=["session", "gateway"])
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--token-budget", type=int, default=8192, help="of the offline rows")
     parser.add_argument("--online-token-budget", type=int, default=2048)

@@ -29,6 +29,7 @@ PACKAGES = (
     "uvloop",
 )
 QUERY_TIMEOUT_S = 20.0
+PERCENTILES = (50, 90, 95, 99)
 
 Row = dict[str, Any]
 
@@ -74,9 +75,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def percentiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
-    """p50 and p99, interpolated."""
-    p50, p99 = np.percentile(values, (50, 99))
-    return {"p50": round(float(p50), digits), "p99": round(float(p99), digits)}
+    """p50, p90, p95 and p99, interpolated."""
+    found = np.percentile(values, PERCENTILES)
+    return {f"p{one}": round(float(value), digits) for one, value in zip(PERCENTILES, found, strict=True)}
 
 
 def relative_spread(values: Sequence[float]) -> float | None:

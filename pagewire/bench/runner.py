@@ -37,12 +37,13 @@ class Runner:
         scheduler: str = "",
         metrics_address: str | None = None,
         gateways: tuple[str, ...] = (),
+        http: tuple[str, ...] = (),
         limit_s: float = 3600.0,
         say: Callable[[str], None] = print,
     ) -> None:
         """
         Args:
-            launch: what to start; None: `scheduler`, `metrics_address` and `gateways` are there.
+            launch: what to start; None: `scheduler`, `metrics_address`, `gateways` and `http` are there.
             folder: for the processes' logs.
             limit_s: seconds for everything.
             say: tells people how far it is.
@@ -50,7 +51,7 @@ class Runner:
         self._launch = launch
         self._folder = folder
         self._service: Service | None = None
-        self._given = (scheduler, metrics_address, list(gateways))
+        self._given = (scheduler, metrics_address, list(gateways), list(http))
         self._deadline = time.monotonic() + limit_s
         self._starts = 0
         self.say = say
@@ -69,8 +70,13 @@ class Runner:
 
     @property
     def gateways(self) -> list[str]:
-        """Addresses of the gateways."""
+        """Addresses of the gateways' gRPC."""
         return self._service.gateways if self._service else self._given[2]
+
+    @property
+    def http(self) -> list[str]:
+        """Addresses of the gateways' OpenAI-compatible HTTP."""
+        return self._service.http if self._service else self._given[3]
 
     @property
     def service(self) -> Service | None:

@@ -48,6 +48,10 @@ class Launch:
     max_waiting: int = 8192
     """Above the largest workload, because the whole set is submitted at once."""
     gateways: int = 0
+    http: bool = False
+    """Whether gateways serve OpenAI-compatible HTTP too."""
+    text: bool = False
+    """Whether gateways have the model's tokenizer."""
     worker_module: tuple[str, ...] = ("pagewire.cli", "worker")
     """Module and leading arguments of the worker's process; a measurement of the host's work puts a stand-in here."""
 
@@ -64,7 +68,9 @@ class Service:
         self.metrics: str | None = None
         """host:port of the Prometheus page."""
         self.gateways: list[str] = []
-        """Addresses where clients dial."""
+        """Addresses where gRPC clients dial."""
+        self.http: list[str] = []
+        """Addresses where HTTP clients dial."""
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, limit_s: float) -> None:
@@ -118,6 +124,19 @@ class Service:
         """Process ids by name."""
         return {name: process.pid for name, process in self._processes.items()}
 
+    def gateway_cpu_s(self) -> float | None:
+        """Seconds of processor time that the gateways have used so far; None where /proc does not tell."""
+        ticks = 0
+        for name, process in self._processes.items():
+            if name.startswith("gateway"):
+                try:
+                    # Behind the name in brackets, which may hold spaces: utime and stime are fields 14 and 15.
+                    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                except OSError:
+                    return None
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -136,7 +155,9 @@ class Service:
         return {name: self._spawn(name, self._gateway_command()) for name in names}
 
     def _wait_gateways(self, pipes: dict[str, int], deadline: float) -> None:
-        self.gateways = [self._wait(name, pipe, deadline)["grpc"] for name, pipe in pipes.items()]
+        ready = [self._wait(name, pipe, deadline) for name, pipe in pipes.items()]
+        self.gateways = [one["grpc"] for one in ready]
+        self.http = [one["http"] for one in ready if one.get("http")]
 
     def _scheduler_command(self) -> list[str]:
         launch = self.launch
@@ -168,8 +189,14 @@ class Service:
         return [*launch.worker_module, *_flags(options)]
 
     def _gateway_command(self) -> list[str]:
-        # Without a model: requests are token ids, and a config-only folder has no tokenizer.
-        return ["pagewire.cli", "gateway", *_flags({"--scheduler": self.scheduler, "--listen": "127.0.0.1:0"})]
+        options = {
+            "--scheduler": self.scheduler,
+            "--listen": "127.0.0.1:0",
+            "--http-listen": "127.0.0.1:0" if self.launch.http else None,
+            # Requests are token ids, and a config-only folder has no tokenizer.
+            "--model": self.launch.model if self.launch.text else None,
+        }
+        return ["pagewire.cli", "gateway", *_flags(options)]
 
     def _spawn(self, name: str, command: Sequence[str]) -> int:
         """Starts a process; returns the descriptor on which it tells its readiness."""

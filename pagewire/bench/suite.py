@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,13 @@ from pagewire.bench import results, serve, throughput, workloads
 from pagewire.bench.anchors import CONFIG, GPU
 from pagewire.bench.results import Recorder, Row
 from pagewire.bench.runner import Runner
-from pagewire.bench.serve import DEFAULT_LIMITS, At, Limits
+from pagewire.bench.serve import DEFAULT_LIMITS, At, Limits, Load
 from pagewire.bench.service import ROOT, Launch
 from pagewire.bench.workloads import FULL, Scale
 
-PLACES: tuple[At, ...] = ("session", "gateway")
+PLACES: tuple[At, ...] = ("session", "gateway", "openai")
+PIPE_WIDTH = 160
+"""Columns where standard output has no width of its own."""
 LENGTH_STEP = 256
 """Contexts are rounded up to this."""
 
@@ -32,6 +35,7 @@ class Given:
     scheduler: str
     metrics: str
     gateways: tuple[str, ...] = ()
+    http: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,12 @@ class Plan:
     """Runs of each offline row."""
     online: tuple[tuple[float, int], ...] = ()
     """Rates, each with its number of requests."""
+    concurrent: tuple[tuple[int, int], ...] = ()
+    """Numbers of requests that run at any time, each with its number of requests altogether."""
+    text: bool = False
+    """Whether gateways decode tokens to text in online rows."""
+    plot: Path | None = None
+    """Picture of the online rows."""
     places: tuple[str, ...] = ("gateway",)
     """Of PLACES: where online rows are measured."""
     goodput: Limits = DEFAULT_LIMITS
@@ -58,7 +68,7 @@ class Plan:
 
 async def main(plan: Plan, launch: Launch, given: Given | None = None) -> bool:
     """Runs a plan, prints its tables last. True: every row has values."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     folder = plan.logs or Path(tempfile.mkdtemp(prefix="pagewire-bench-logs-"))
     if given is None:
         launch = with_context(launch, plan)
@@ -70,6 +80,7 @@ async def main(plan: Plan, launch: Launch, given: Given | None = None) -> bool:
             scheduler=given.scheduler,
             metrics_address=given.metrics or None,
             gateways=given.gateways,
+            http=given.http,
             limit_s=plan.limit_s,
         )
     head = header(launch, given)
@@ -84,6 +95,11 @@ async def main(plan: Plan, launch: Launch, given: Given | None = None) -> bool:
         show(console, throughput.table(offline.rows, compare=compare))
     if online.rows:
         show(console, serve.table(online.rows, compare=compare))
+    if plan.plot is not None:
+        from pagewire.bench.plot import plot_online  # needs matplotlib
+
+        plot_online(online.rows, plan.plot)
+        console.print(f"plot in {plan.plot}", markup=False)
     failed = [row for row in [*offline.rows, *online.rows] if "error" in row]
     if failed:
         console.print(f"{len(failed)} rows failed; logs in {folder}", markup=False)
@@ -113,7 +129,8 @@ def with_context(launch: Launch, plan: Plan) -> Launch:
     if launch.max_model_len is not None:
         return launch
     needs = [workloads.longest(workloads.offline(name, plan.scale)) for name in plan.offline]
-    needs += [workloads.longest(workloads.online(rate, count, plan.scale)[0]) for rate, count in plan.online]
+    counts = [count for _, count in (*plan.online, *plan.concurrent)]
+    needs += [workloads.longest(workloads.online(1.0, count, plan.scale)[0]) for count in counts]
     needed = -(-max(needs, default=LENGTH_STEP) // LENGTH_STEP) * LENGTH_STEP
     config = Path(launch.model) / "config.json"
     if not config.is_file():
@@ -140,25 +157,28 @@ async def _offline_rows(runner: Runner, plan: Plan, recorder: Recorder, console:
 
 
 async def _online_rows(runner: Runner, plan: Plan, recorder: Recorder, console: Console) -> None:
-    if plan.online:
+    series = [(Load(rate=rate), count) for rate, count in plan.online]
+    series += [(Load(concurrency=concurrency), count) for concurrency, count in plan.concurrent]
+    if series:
         await runner.begin_online()
-    for rate, count in plan.online:
+    for load, count in series:
         for place in PLACES:
             if place not in plan.places:
                 continue
 
-            async def measure(rate: float = rate, count: int = count, place: At = place) -> Row:
+            async def measure(load: Load = load, count: int = count, place: At = place) -> Row:
                 return await serve.measure(
                     runner,
                     place,
-                    rate,
+                    load,
                     count,
                     scale=plan.scale,
                     limits=plan.goodput,
                     vocab_size=await runner.vocab_size(),
+                    text=plan.text,
                 )
 
-            recorder.add(await runner.row({"rate": rate, "at": place}, plan.row_limit_s, measure))
+            recorder.add(await runner.row({**load.label, "at": place}, plan.row_limit_s, measure))
             _tell(console, serve.table(recorder.rows[-1:], compare=False))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,9 @@ from pagewire.runtime.errors import StartError
 
 if TYPE_CHECKING:
     from pagewire.bench import workloads
+    from pagewire.bench.serve import Limits
 
+GOODPUT = re.compile(r"(ttft|itl|e2e):(\d+(?:\.\d+)?)(ms|s)")
 MODEL_HELP = "Directory or hub id. With --load-format dummy its config.json is enough."
 
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
@@ -108,10 +111,18 @@ def throughput(
 
 def serve(
     rate: Annotated[list[float] | None, typer.Option(min=0.001, help="Arrivals per second; repeatable.")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests per rate.")] = 200,
-    at: Annotated[list[str] | None, typer.Option(help="session, gateway; repeatable. Default: gateway.")] = None,
-    ttft_limit_ms: Annotated[float, typer.Option(help="Goodput: time to first token of a good request.")] = 200.0,
-    itl_limit_ms: Annotated[float, typer.Option(help="Goodput: its mean time between tokens.")] = 50.0,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, max=4096, help="Requests that run at any time, instead; repeatable.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per rate or concurrency.")] = 200,
+    door: Annotated[
+        list[str] | None,
+        typer.Option(help="grpc, openai, or session (the scheduler's own, without a gateway); repeatable."),
+    ] = None,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(help="What a good request keeps: ttft:200ms, itl:50ms (its mean), e2e:5s; repeatable."),
+    ] = None,
     model: Model = str(BUNDLED_MODEL),
     load_format: LoadFormat = "auto",
     device: Device = "auto",
@@ -129,23 +140,28 @@ def serve(
     scale: Scale = 1.0,
     length_scale: LengthScale = 1.0,
     output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the rows, such as rows.svg. Needs matplotlib.")] = None,
     logs: Logs = None,
     connect: Connect = "",
     gateway: Annotated[
-        list[str] | None, typer.Option(help="With --connect: HOST:PORT of a gateway; repeatable.")
+        list[str] | None, typer.Option(help="With --connect: HOST:PORT of a gateway's gRPC; repeatable.")
     ] = None,
+    http: Annotated[list[str] | None, typer.Option(help="With --connect: HOST:PORT of its HTTP; repeatable.")] = None,
     row_limit_s: RowLimit = 300.0,
     limit_s: Limit = 3600.0,
 ) -> None:
-    """Online rows: Poisson arrivals of conversations; time to first token, time between tokens, goodput."""
+    """Online rows: conversations that arrive at random or run side by side; time to first token, time between tokens,
+    goodput."""
     with imports("worker"):
         from pagewire.bench import suite
-        from pagewire.bench.serve import Limits
         from pagewire.bench.service import Launch
-    places = at or ["gateway"]
-    unknown = [place for place in places if place not in suite.PLACES]
-    if unknown:
-        raise StartError(f"--at {unknown[0]} is unknown: use session or gateway")
+    with imports("bench"):
+        if plot is not None:
+            import matplotlib  # noqa: F401  # asked for before minutes of measuring
+    places = [_place(one) for one in door or ["grpc"]]
+    if concurrency and "session" in places:
+        raise StartError("--concurrency is measured at a gateway: use --door grpc or openai")
+    text = "openai" in places
     launch = Launch(
         model=model,
         load_format=load_format,
@@ -158,20 +174,51 @@ def serve(
         max_num_seqs=max_num_seqs,
         token_budget=token_budget,
         target_itl_ms=target_itl_ms,
-        gateways=gateways if "gateway" in places else 0,
+        gateways=0 if places == ["session"] else gateways,
+        http=text,
+        text=text,
     )
+    rates = rate or ([] if concurrency else [10.0])
     plan = suite.Plan(
-        online=tuple((one, requests) for one in rate or [10.0]),
+        online=tuple((one, requests) for one in rates),
+        concurrent=tuple((one, requests) for one in concurrency or []),
         places=tuple(places),
-        goodput=Limits(ttft_limit_ms, itl_limit_ms),
+        text=text,
+        goodput=_limits(goodput),
         scale=_scale(scale, length_scale),
         row_limit_s=row_limit_s,
         limit_s=limit_s,
         online_output=output,
+        plot=plot,
         logs=logs,
     )
-    given = suite.Given(connect, "", tuple(gateway or ())) if connect or gateway else None
+    given = None
+    if connect or gateway or http:
+        given = suite.Given(connect, "", tuple(gateway or ()), tuple(http or ()))
     _run(suite.main(plan, launch, given))
+
+
+def _place(door: str) -> str:
+    """Where rows of a door are measured, by its name in rows."""
+    places = {"grpc": "gateway", "openai": "openai", "session": "session"}
+    if door not in places:
+        raise StartError(f"--door {door} is unknown: use {', '.join(places)}")
+    return places[door]
+
+
+def _limits(given: list[str] | None) -> Limits:
+    """What --goodput says; what it does not name has no limit. Nothing: the default."""
+    from pagewire.bench.serve import DEFAULT_LIMITS, Limits
+
+    if not given:
+        return DEFAULT_LIMITS
+    limits: dict[str, float] = {}
+    for part in ",".join(given).replace(" ", ",").split(","):
+        found = GOODPUT.fullmatch(part.strip())
+        if found is None:
+            raise StartError(f"--goodput {part} is no limit: write ttft:200ms, itl:50ms or e2e:5s")
+        limits[f"{found[1]}_ms"] = float(found[2]) * (1.0 if found[3] == "ms" else 1000.0)
+    return Limits(limits.get("ttft_ms"), limits.get("itl_ms"), limits.get("e2e_ms"))
 
 
 def kernels(context: typer.Context) -> None:

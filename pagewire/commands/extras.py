@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 from pagewire.runtime.errors import StartError
 
-PACKAGES = frozenset({"fastapi", "jinja2", "numpy", "safetensors", "tokenizers", "torch", "transformers", "uvicorn"})
+PACKAGES = frozenset(
+    {"fastapi", "jinja2", "matplotlib", "numpy", "safetensors", "tokenizers", "torch", "transformers", "uvicorn"}
+)
 """What the extras of the roles bring, by the names that are imported."""
 STUBS_LINE = "the generated gRPC stubs are missing: run `make protos` in the repository, or reinstall the package"
 

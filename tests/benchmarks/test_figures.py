@@ -9,11 +9,11 @@ import pytest
 
 from benchmarks import kv_waste, report
 from benchmarks.rows import Rows, Work
-from pagewire.bench import metrics, serve, throughput, workloads
+from pagewire.bench import doors, metrics, serve, throughput, workloads
 from pagewire.bench.anchors import OFFLINE, ONLINE
 from pagewire.bench.results import Recorder, percentiles, relative_spread
 from pagewire.bench.serve import Limits
-from pagewire.bench.session import Times
+from pagewire.bench.session import BenchError, Times
 from pagewire.bench.workloads import Job, Scale
 from scheduler.step_plan import StepPlan
 from tests.core.factories import OneWorker
@@ -29,7 +29,7 @@ def times(due_ms: int, *arrivals_ms: int, tokens: int | None = None) -> Times:
 def test_latencies_count_from_when_a_request_was_due_and_between_messages() -> None:
     jobs = [Job([1], 3), Job([1, 2], 2)]
     row = serve.summary([times(0, 10, 15, 25), times(100, 130, 135)], jobs, Limits(ttft_ms=20, itl_ms=50))
-    assert row["ttft_ms"] == {"p50": 20.0, "p99": 29.8}
+    assert row["ttft_ms"] == {"p50": 20.0, "p90": 28.0, "p95": 29.0, "p99": 29.8}
     assert row["itl_ms"]["p50"] == 5.0
     assert row["seconds"] == 0.135
     assert row["out_tok_s"] == round(5 / 0.135, 1)
@@ -42,8 +42,42 @@ def test_goodput_counts_requests_that_keep_both_limits() -> None:
     assert row["goodput"]["share"] == pytest.approx(0.3333)
 
 
+def test_a_limit_that_is_not_set_refuses_nobody() -> None:
+    jobs = [Job([1], 3)] * 2
+    row = serve.summary([times(0, 500, 900), times(0, 10, 20)], jobs, Limits(None, None, e2e_ms=100))
+    assert row["goodput"]["share"] == 0.5
+    assert row["e2e_ms"]["p50"] == 460.0
+
+
+def test_events_that_come_in_pieces_have_the_time_of_their_last_piece() -> None:
+    token = b'data: {"choices": [{"token_ids": [7, 8]}]}\n\n'
+    chunks = [(1, token[:10]), (2, token[10:] + token), (3, b"data: [DONE]\n\n")]
+    found = doors.events(chunks)
+    assert [arrived for arrived, _ in found] == [2, 2, 3]
+    assert [doors.num_tokens(event) for _, event in found] == [2, 2, 0]
+
+
+def test_an_error_in_a_stream_fails_the_row() -> None:
+    with pytest.raises(BenchError, match="a stream failed: the queue is full"):
+        doors.num_tokens(b'data: {"error": {"message": "the queue is full"}}')
+
+
+def test_a_plot_of_both_doors_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'pagewire[bench]'")
+    from pagewire.bench.plot import plot_online
+
+    rows = []
+    for load in ({"rate": 1.0}, {"rate": 2.0}):
+        for at in ("gateway", "openai"):
+            values = serve.summary([times(0, 10, 20)], [Job([1], 2)], Limits())
+            rows.append({**load, "at": at, **values})
+    plot_online([*rows, {"rate": 3.0, "at": "openai", "error": "cut short"}], tmp_path / "rows.svg")
+    text = (tmp_path / "rows.svg").read_text()
+    assert "<svg" in text
+
+
 def test_percentiles_are_interpolated() -> None:
-    assert percentiles([1.0, 2.0, 3.0, 4.0]) == {"p50": 2.5, "p99": 3.97}
+    assert percentiles([1.0, 2.0, 3.0, 4.0]) == {"p50": 2.5, "p90": 3.7, "p95": 3.85, "p99": 3.97}
 
 
 def test_a_single_run_has_no_spread() -> None:

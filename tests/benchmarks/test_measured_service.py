@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pagewire.bench import serve, suite, throughput
+from pagewire.bench import serve, suite, throughput, workloads
 from pagewire.bench.runner import Runner
 from pagewire.bench.service import ROOT, Launch
 from pagewire.bench.session import BenchError, Session, loads
@@ -24,10 +24,15 @@ STAND_IN = ("benchmarks.host_path", "worker")
 
 @pytest.fixture
 async def runner(tmp_path: Path) -> AsyncIterator[Runner]:
-    launch = Launch(model="0.2", max_num_seqs=16, token_budget=256, gateways=1, worker_module=STAND_IN)
+    launch = Launch(model="0.2", max_num_seqs=16, token_budget=256, gateways=1, http=True, worker_module=STAND_IN)
     found = Runner(launch, tmp_path, say=lambda _line: None)
     yield found
     await found.stop()
+
+
+def online_tokens(count: int) -> int:
+    jobs, _ = workloads.online(1.0, count, Scale(lengths=0.1), 31_000)
+    return workloads.totals(jobs)[1]
 
 
 async def test_rows_are_measured_at_session_and_gateway_and_a_lost_worker_is_one_failed_row(runner: Runner) -> None:
@@ -44,10 +49,30 @@ async def test_rows_are_measured_at_session_and_gateway_and_a_lost_worker_is_one
 
     for place in suite.PLACES:
         online = await serve.measure(
-            runner, place, 200.0, 20, scale=Scale(lengths=0.1), limits=serve.DEFAULT_LIMITS, vocab_size=31_000
+            runner,
+            place,
+            serve.Load(rate=200.0),
+            20,
+            scale=Scale(lengths=0.1),
+            limits=serve.DEFAULT_LIMITS,
+            vocab_size=31_000,
         )
         assert online["requests"] == 20
+        assert ("gateway_cpu_us_per_token" in online) == (place != "session")
         assert 0 < online["ttft_ms"]["p50"] <= online["ttft_ms"]["p99"]
+
+    for place in ("gateway", "openai"):
+        side_by_side = await serve.measure(
+            runner,
+            place,
+            serve.Load(concurrency=3),
+            9,
+            scale=Scale(lengths=0.1),
+            limits=serve.DEFAULT_LIMITS,
+            vocab_size=31_000,
+        )
+        assert side_by_side["requests"] == 9
+        assert side_by_side["out_tokens"] == online_tokens(9)
 
     assert runner.service is not None
     worker = runner.service.pids["worker"]
@@ -120,15 +145,23 @@ async def test_a_refused_request_is_a_clear_error(runner: Runner) -> None:
             await session.drain()
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pagewire.cli", "bench", *arguments],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
         cwd=ROOT,
+        env={**os.environ, **(environment or {})},
         check=False,
     )
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
+    result = bench("serve", "--plot", "rows.svg", environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert result.returncode == 2
+    assert result.stderr == "pagewire bench: the package matplotlib is missing: pip install 'pagewire[bench]'\n"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +172,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
             "pagewire bench: there is no workload 'decode': the names are",
         ),
         (["throughput", "--scale", "2"], "pagewire bench: --scale and --length-scale must be above 0 and at most 1"),
-        (["serve", "--at", "door"], "pagewire bench: --at door is unknown: use session or gateway"),
+        (["serve", "--door", "back"], "pagewire bench: --door back is unknown: use grpc, openai, session"),
+        (["serve", "--goodput", "ttft:soon"], "pagewire bench: --goodput ttft:soon is no limit: write ttft:200ms"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments: list[str], expected: str) -> None:
