@@ -2,6 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the tests. Half of them wait for other processes half of the time, so one per CPU keeps all busy.
+TEST_PROCESSES ?= $(shell nproc 2>/dev/null || echo 2)
 BUF := @bufbuild/buf@1.75.0
 
 .PHONY: help install demo serve test test-gpu test-compose bench docs check format protos clean
@@ -24,7 +26,7 @@ serve: install ## serve the bundled model, or: make serve ARGS="--model DIR_OR_H
 	@$(BIN)/pagewire up $(ARGS)
 
 test: install ## run the whole test suite; GPU tests skip where there is no GPU
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --maxprocesses 4 --dist loadgroup $(ARGS)
 
 test-gpu: install ## run the GPU tests only
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -17,6 +17,7 @@ from gateway.errors import Reason, RequestError, Violation, invalid, unavailable
 from gateway.sequence_text import SequenceText
 from gateway.stop_strings import StopMatcher
 from gateway.tokenizer import Tokenizer
+from pagewire.runtime.tracing import Span
 from pagewire.v1 import inference_pb2, scheduler_pb2
 
 # A response holds at most this many tokens, so that a long snapshot does not become one message of megabytes.
@@ -75,6 +76,7 @@ class Generation:
         submit: scheduler_pb2.Submit | None = None,
         time_left_ns: Callable[[], int] | None = None,
         positions: Mapping[int, int] | None = None,
+        span: Span | None = None,
     ) -> None:
         """
         Args:
@@ -86,6 +88,7 @@ class Generation:
             submit: the request, if it is started here; None: it is attached to.
             time_left_ns: time to the client's deadline; None: there is none.
             positions: first token wanted by index, for an attach; None: from the beginning.
+            span: ends with `close`; None: the request is not traced.
         """
         self._link = link
         self._tokenizer = tokenizer
@@ -106,6 +109,7 @@ class Generation:
         self._error: RequestError | None = None
         self._changed = asyncio.Event()
         self._abandoned = False
+        self._span = span
         self.on_overflow: Callable[[], None] | None = None
         """Called when the client turns out to be too slow, because it may be stuck in a write."""
         self.request_id = request_id
@@ -134,11 +138,15 @@ class Generation:
         self._taken_responses += 1
         if not self._prompt_sent:
             self._prompt_sent = True
+            if self._span is not None:
+                self._span.event("first response")
             response.prompt.CopyFrom(self._prompt_info())
         return response
 
     def close(self) -> None:
         """The client has gone. A detached request is still followed, for its stop strings; any other is dropped."""
+        if self._span is not None:
+            self._end_span(self._span)
         if self._abandoned:
             return
         self._abandon()
@@ -394,6 +402,12 @@ class Generation:
         self._changed.set()
         if self.on_overflow is not None:
             self.on_overflow()
+
+    def _end_span(self, span: Span) -> None:
+        span.set(completion_tokens=sum(output.kept for output in self._outputs))
+        gone = "" if self.done else str(Reason.CANCELLED)
+        span.end(error=str(self._error.reason) if self._error is not None else gone)
+        self._span = None
 
     def _abandon(self) -> None:
         self._abandoned = True

@@ -8,9 +8,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio  # type: ignore[attr-defined]
 
 from gateway import native
+from gateway.kserve import service as kserve
 from gateway.session import SchedulerLink
 
-NAMES = ("", native.SERVICE)
+NAMES = ("", native.SERVICE, kserve.SERVICE)
 
 
 class Health:

@@ -22,7 +22,11 @@ from gateway.generation import Generation
 from gateway.session import SchedulerLink
 from gateway.tokenizer import Tokenizer
 from gateway.validator import ModelLimits
+from pagewire.runtime.logs import get_logger
+from pagewire.runtime.tracing import Span, Tracer
 from pagewire.v1 import inference_pb2, scheduler_pb2
+
+log = get_logger(__name__)
 
 # A cancel may overtake the submit that it is meant for: look again this often, this many times.
 CANCEL_RETRY_S = 0.05
@@ -38,11 +42,13 @@ class RequestPath:
         link: SchedulerLink,
         tokenizer: Tokenizer | None,
         chat: ChatTemplate | None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._settings = settings
         self._link = link
         self._tokenizer = tokenizer
         self._chat = chat
+        self._tracer = tracer
         self._preparing: dict[str, bool] = {}
         """Requests being checked and tokenized, by id; True: cancelled meanwhile."""
 
@@ -79,6 +85,30 @@ class RequestPath:
             detached: it lives on without a client, beyond the call's deadline too.
             traceparent: W3C trace context of the call; empty: none.
         """
+        if self._tracer is None:
+            return await self._start(request, timeout_ns, detached, traceparent, None)
+        span = self._tracer.start("pagewire.gateway.generate", traceparent, served=True)
+        try:
+            return await self._start(request, timeout_ns, detached, span.traceparent, span)
+        except RequestError as error:
+            span.end(error=str(error.reason))
+            raise
+        except asyncio.CancelledError:
+            span.end(error=str(Reason.CANCELLED))
+            raise
+        except Exception:
+            span.end(error=str(Reason.INTERNAL))
+            raise
+
+    async def _start(
+        self,
+        request: inference_pb2.GenerateRequest,
+        timeout_ns: int | None,
+        detached: bool,
+        traceparent: str,
+        span: Span | None,
+    ) -> Generation:
+        """As `generate`; what becomes of the request is told to `span`."""
         deadline_ns = None if timeout_ns is None else time.monotonic_ns() + timeout_ns
         model = self.model(request.model)
         resolved = validator.validate(request, model, has_tokenizer=self._tokenizer is not None)
@@ -95,12 +125,18 @@ class RequestPath:
                 grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.GATEWAY_FULL, message, retry_after_ns=RETRY_SOON_NS
             )
         request_id = resolved.request_id or uuid.uuid4().hex
+        if span is not None:
+            span.set(request_id=request_id, model=model.name, n=resolved.sampling.n, detached=detached)
         if request_id in self._preparing:
             message = "a request with this id is live"
             raise RequestError(grpc.StatusCode.ALREADY_EXISTS, Reason.REQUEST_EXISTS, message)
         self._preparing[request_id] = False
         try:
+            tokenizing = None if span is None else span.child("pagewire.gateway.tokenize")
             token_ids = await self._prompt_ids(request, model)
+            if span is not None and tokenizing is not None:
+                tokenizing.end()
+                span.set(prompt_tokens=len(token_ids))
         finally:
             cancelled = self._preparing.pop(request_id)
         submit = self._submit(request_id, token_ids, resolved, model, detached, traceparent)
@@ -115,11 +151,13 @@ class RequestPath:
             time_left_ns=(
                 None if deadline_ns is None or detached else lambda: max(1, deadline_ns - time.monotonic_ns())
             ),
+            span=span,
         )
         if cancelled:
             self._end_cancelled(generation, submit)
         else:
             self._link.submit(generation)
+            log.debug("request submitted", request_id=request_id, prompt_tokens=len(token_ids))
         return generation
 
     def attach(self, request: inference_pb2.AttachRequest) -> Generation:

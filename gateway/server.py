@@ -31,6 +31,7 @@ from pagewire.runtime import ready
 from pagewire.runtime.channel import bind, server_options
 from pagewire.runtime.logs import get_logger
 from pagewire.runtime.metrics_page import MetricsPage, own_registry
+from pagewire.runtime.tracing import Tracer, make_tracer
 
 FAREWELL_S = 0.5
 """Time for the last statuses to reach clients."""
@@ -41,14 +42,16 @@ log = get_logger(__name__)
 class Gateway:
     """Everything a gateway runs. `start` returns once the port is bound; `wait_ready` once requests can be served."""
 
-    def __init__(self, settings: GatewaySettings, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, settings: GatewaySettings, tokenizer: Tokenizer | None, tracer: Tracer | None = None) -> None:
         """
         Args:
             settings: the role's.
             tokenizer: the model's; None: token ids only.
+            tracer: makes spans; None: there are no traces.
         """
         self._settings = settings
         self._tokenizer = tokenizer
+        self._tracer = tracer
         template = tokenizer.chat_template if tokenizer is not None else None
         self._chat = (
             ChatTemplate(template, tokenizer.special_tokens, settings.chat_render_timeout_s)
@@ -57,7 +60,7 @@ class Gateway:
         )
         gateway_id = f"{socket.gethostname()}-{os.getpid()}"
         self.link = SchedulerLink(settings.scheduler, gateway_id, settings.reattach_timeout_s)
-        self.path = RequestPath(settings, self.link, tokenizer, self._chat)
+        self.path = RequestPath(settings, self.link, tokenizer, self._chat, tracer)
         self._server = grpc.aio.server(options=server_options(internal=False))
         self._health = Health(self.link)
         self._http = self._make_http() if is_on(settings.http_listen) else None
@@ -130,6 +133,8 @@ class Gateway:
             await self._chat.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.stop)
 
     def _make_http(self) -> HttpServer:
         settings = self._settings
@@ -186,10 +191,11 @@ async def serve(settings: GatewaySettings) -> None:
         StartError: wrong tokenizer directory, port in use, bad chat template.
     """
     keep_torch_out()
+    tracer = make_tracer(settings)
     tokenizer = await _in_thread(lambda: load_tokenizer(settings.model))
     if tokenizer is None:
         log.warning("no tokenizer: token ids only; --model gives one", model=settings.model)
-    gateway = Gateway(settings, tokenizer)
+    gateway = Gateway(settings, tokenizer, tracer)
     try:
         await gateway.start()
         log.info("listening", grpc=gateway.address, http=gateway.http_address, metrics=gateway.metrics_address)

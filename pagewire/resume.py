@@ -15,6 +15,7 @@ import grpc
 
 from pagewire import errors
 from pagewire.runtime.rich_status import StatusDetails
+from pagewire.runtime.trace_context import current_traceparent
 from pagewire.types import Piece, piece_from
 from pagewire.v1 import inference_pb2
 
@@ -58,6 +59,9 @@ class StreamState:
         self._failed = False
         self._broken_since: int | None = None
         self._attempts = 0
+        # Now, because a later call may be made in another context.
+        traceparent = current_traceparent()
+        self._trace_metadata = (("traceparent", traceparent),) if traceparent else ()
 
     @property
     def request_id(self) -> str:
@@ -81,7 +85,7 @@ class StreamState:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Metadata for the call."""
-        return DETACH_METADATA if self.detached else ()
+        return (*(DETACH_METADATA if self.detached else ()), *self._trace_metadata)
 
     def attach_request(self) -> inference_pb2.AttachRequest:
         """Asks for everything that has not arrived."""

@@ -276,6 +276,9 @@ class Supervisor:
                 flags += [flag_name(name), str(value)]
         return flags
 
+    def _tracing_flags(self) -> list[str]:
+        return self._flags(("otlp_endpoint", "trace_sample_ratio")) if self.settings.otlp_endpoint else []
+
     def _child(self, role: str, index: int) -> Child:
         return next(child for child in self.children if (child.role, child.index) == (role, index))
 
@@ -323,6 +326,7 @@ class Supervisor:
                     str(writing),
                     "--log-level",
                     self.settings.log_level,
+                    *self._tracing_flags(),
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(writing,),

@@ -106,8 +106,8 @@ def limits_of(model: worker_pb2.ModelInfo) -> ModelLimits:
     return ModelLimits(model.vocab_size, model.max_model_len, frozenset(model.eos_token_ids))
 
 
-def encode_plan(plan: StepPlan) -> bytes:
-    """A plan as the JoinResponse that carries it."""
+def encode_plan(plan: StepPlan, traceparents: Iterable[str] = ()) -> bytes:
+    """A plan as the JoinResponse that carries it, with the trace contexts of requests that it computes for."""
     response = worker_pb2.JoinResponse()
     message = response.step_plan
     message.epoch = plan.epoch
@@ -138,6 +138,7 @@ def encode_plan(plan: StepPlan) -> bytes:
         message.chunk_tokens.extend(plan.chunk_tokens)
     for fork in plan.forks:
         message.forks.add(parent_slot=fork.parent_slot, slot=fork.slot, index=fork.index)
+    message.traceparents.extend(traceparents)
     return response.SerializeToString()
 
 

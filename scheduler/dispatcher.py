@@ -20,7 +20,7 @@ from scheduler.pins import Pins
 from scheduler.placement import Placement
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.scheduler import Scheduler
-from scheduler.sequence import FinishReason, Request, SequenceGroup
+from scheduler.sequence import FinishReason, Request, Sequence, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
 
 __all__ = [
@@ -117,6 +117,13 @@ class Dispatcher:
             message = f"the worker that ran this request was lost {group.losses} times"
             self._fail_unassigned(group, Failed(group, StatusCode.INTERNAL, "WORKER_LOST_REPEATEDLY", message), now)
         self._distribute(now)
+
+    def computing(self, worker_id: str) -> Iterator[Sequence]:
+        """Sequences that the newest plan of a worker computes."""
+        scheduler = self._schedulers.get(worker_id)
+        if scheduler is not None and scheduler.in_flight:
+            newest = scheduler.in_flight[-1]
+            yield from chain(newest.decoding, newest.chunks.values(), newest.forked)
 
     def workers(self) -> list[str]:
         """Ids of the ready workers, in order of joining."""

@@ -19,6 +19,7 @@ import grpc
 
 from pagewire.runtime import logs
 from pagewire.runtime.fault_points import fault_point
+from pagewire.runtime.tracing import Tracer
 from pagewire.v1 import control_pb2, scheduler_pb2, worker_pb2
 from scheduler import codec
 from scheduler.codec import SubmitError
@@ -32,6 +33,7 @@ from scheduler.metrics import NS_PER_S, Metrics
 from scheduler.policy import SchedulerConfig
 from scheduler.sequence import FinishReason, Request, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
+from scheduler.traces import Traces
 from scheduler.worker_link import WorkerLink
 
 MAX_LISTED = 1000
@@ -50,7 +52,12 @@ class Engine:
     """Owns the dispatcher, the workers' links and the gateways' sessions. Lives on one event loop."""
 
     def __init__(
-        self, settings: SchedulerSettings, *, clock: Callable[[], int] = time.monotonic_ns, wall_ms: int | None = None
+        self,
+        settings: SchedulerSettings,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+        wall_ms: int | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """Makes an engine without workers.
 
@@ -59,6 +66,7 @@ class Engine:
             clock: nanoseconds of a monotonic clock.
             wall_ms: milliseconds of the wall clock, from which epochs are counted on; None: now. Later starts have
                 larger ones, so epochs grow over restarts too.
+            tracer: makes spans; None: there are no traces.
         """
         self.settings = settings
         self.clock = clock
@@ -96,6 +104,7 @@ class Engine:
         self._epoch = int(time.time() * 1000) if wall_ms is None else wall_ms
         self._state = scheduler_pb2.ModelState()
         self._fanout = Fanout()
+        self._traces = None if tracer is None else Traces(tracer, clock)
         self._touched: dict[Session, None] = {}
         self._turn_due = False
         self._expiry_at: int | None = None
@@ -243,10 +252,13 @@ class Engine:
 
     def _send(self, link: WorkerLink, plan: StepPlan) -> None:
         """The one place where plans pass."""
-        raw = codec.encode_plan(plan)
+        traces = self._traces
+        traced = () if traces is None else traces.of_plan(self.dispatcher.computing(link.worker_id))
+        raw = codec.encode_plan(plan, traced)
         fault_point("scheduler.before_plan_sent")
         link.send(raw)
         link.plan_sent(plan.step)
+        log.debug("plan sent", worker=link.worker_id, epoch=plan.epoch, step=plan.step)
         block_bytes = link.hello.capacity.block_bytes
         self.metrics.swap_bytes["out"] += len(plan.swap_out.sources) * block_bytes
         self.metrics.swap_bytes["in"] += len(plan.swap_in.sources) * block_bytes
@@ -284,6 +296,8 @@ class Engine:
         try:
             group = self._accept(session, message)
         except SubmitError as error:
+            if self._traces is not None:
+                self._traces.refused(message, error.reason)
             self._refuse(session, stream, error)
             return
         except AssertionError as error:
@@ -296,6 +310,9 @@ class Engine:
             self._refuse(session, stream, SubmitError(codec.INTERNAL, "INTERNAL", "the scheduler failed here"))
             return
         self.live[group.request.request_id] = group
+        log.debug("request accepted", request_id=group.request.request_id, prompt_tokens=len(group.request.prompt))
+        if self._traces is not None:
+            self._traces.submitted(group)
         group.listeners.append(session.listen(group, stream))
         self._fanout.listeners_changed()
         self._wake()
@@ -514,6 +531,8 @@ class Engine:
     def _admitted(self, group: SequenceGroup) -> None:
         self.metrics.prompt_tokens += len(group.request.prompt)
         self._awaiting_first_token.append(group)
+        if self._traces is not None:
+            self._traces.admitted(group)
         if group.started_at is not None:
             self.metrics.queue_time.observe((group.started_at - group.accepted_at) / NS_PER_S)
         for listener in group.listeners:
@@ -541,6 +560,9 @@ class Engine:
     def _ended(self, group: SequenceGroup) -> None:
         if self.live.get(group.request.request_id) is group:  # its name may have been used again already
             del self.live[group.request.request_id]
+        log.debug("request ended", request_id=group.request.request_id, worker=group.worker_id)
+        if self._traces is not None:
+            self._traces.ended(group, group.failure.reason if isinstance(group.failure, Failed) else "")
         if group.finished_at is not None:
             self.metrics.e2e_latency.observe((group.finished_at - group.accepted_at) / NS_PER_S)
         for listener in list(group.listeners):

@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from pagewire.runtime import channel, logs, ready
 from pagewire.runtime.metrics_page import MetricsPage, own_registry
+from pagewire.runtime.tracing import make_tracer
 from pagewire.v1 import scheduler_pb2
 from scheduler.config import SchedulerSettings
 from scheduler.control import ControlServicer
@@ -43,7 +44,8 @@ class Serving:
 @contextlib.asynccontextmanager
 async def serving(settings: SchedulerSettings) -> AsyncIterator[Serving]:
     """Serves for the length of a `with` block. Raises StartError when an address cannot be bound."""
-    engine = Engine(settings)
+    tracer = make_tracer(settings)
+    engine = Engine(settings, tracer=tracer)
     server = grpc.aio.server(options=channel.server_options(internal=True))
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at run time
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -74,6 +76,8 @@ async def serving(settings: SchedulerSettings) -> AsyncIterator[Serving]:
         await server.stop(STOP_GRACE_S)
         if page is not None:
             await page.stop()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.stop)
 
 
 async def serve(settings: SchedulerSettings) -> None:

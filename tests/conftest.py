@@ -1,4 +1,6 @@
-"""What every test shares: one CPU thread per process, and GPU tests that skip with a reason where there is no GPU."""
+"""What every test shares: one CPU thread per process, GPU tests that skip with a reason where there is no GPU, and the
+tests that stay together when `make test` runs several processes of them.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,17 @@ def _why_no_gpu() -> str:
     return "" if count else "no GPU"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is no GPU."""
+SPREAD_FILES = {"test_compile.py", "test_simulation.py"}
+"""Long files whose tests share nothing, so that processes may divide them. The tests of any other file run in one
+process, because a service or a kernel that one of them has made serves the next."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is no GPU, and keeps the tests of a file together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.path.name not in SPREAD_FILES:
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _why_no_gpu() if marked else ""
     for item in marked if reason else []:

@@ -25,6 +25,7 @@ SCHEDULER_EDGES = {
     "gateway_link",
     "metrics",
     "server",
+    "traces",
     "worker_link",
 }
 """Modules of the scheduler that may know the wire, the clock and the event loop."""

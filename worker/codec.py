@@ -36,6 +36,7 @@ def plan_from_wire(plan: worker_pb2.StepPlan) -> StepPlan:
         chunk_slots=list(plan.chunk_slots),
         chunk_tokens=list(plan.chunk_tokens),
         forks=[Fork(fork.parent_slot, fork.slot, fork.index) for fork in plan.forks],
+        traceparents=list(plan.traceparents),
     )
 
 

@@ -24,6 +24,7 @@ from worker.codec import plan_from_wire, result_to_wire
 from worker.executor import Executor, LaunchedStep
 from worker.plan_gate import PlanGate, Verdict
 from worker.step import StepPlan
+from worker.traces import Traces
 
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 2.0
@@ -63,13 +64,16 @@ class SchedulerLink:
         *,
         on_welcome: Callable[[], None],
         on_failure: Callable[[BaseException], NoReturn],
+        traces: Traces | None = None,
     ) -> None:
-        """on_welcome is called at every welcome; on_failure ends the process, because a step has failed."""
+        """on_welcome is called at every welcome; on_failure ends the process, because a step has failed; traces gets
+        the steps of traced requests, None: traces are off."""
         self.address = address
         self.hello = hello
         self.executor = executor
         self.on_welcome = on_welcome
         self.on_failure = on_failure
+        self.traces = traces
         self.last_epoch = 0
         self.joined = False
         """Whether a scheduler has this worker now."""
@@ -163,6 +167,8 @@ class _Session:
                     log.warning("stale plan ignored", epoch=message.epoch, step=message.step)
                     continue
                 if verdict is Verdict.EXECUTE:
+                    if self.link.traces is not None:
+                        self.link.traces.launching(message)
                     gate.record(message, self.executor.launch(message))
             except Exception as error:  # whatever it was, rows and KV blocks may be half changed
                 self.link.on_failure(error)
@@ -191,7 +197,11 @@ class _Session:
         while (message := self.outbox.get()) is not None and not self.ended.is_set():
             if not isinstance(message, worker_pb2.JoinRequest):
                 try:
-                    message = worker_pb2.JoinRequest(step_result=result_to_wire(message.result()))
+                    result = message.result()
+                    message = worker_pb2.JoinRequest(step_result=result_to_wire(result))
+                    log.debug("step done", epoch=result.epoch, step=result.step)
+                    if self.link.traces is not None:
+                        self.link.traces.finished(result)
                 except Exception as error:
                     self.link.on_failure(error)
             yield message

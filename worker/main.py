@@ -15,6 +15,7 @@ import torch
 from pagewire.runtime.errors import StartError
 from pagewire.runtime.logs import get_logger
 from pagewire.runtime.ready import announce
+from pagewire.runtime.tracing import make_tracer
 from pagewire.v1 import worker_pb2
 from worker import kv_pool
 from worker.config import WorkerSettings
@@ -25,6 +26,7 @@ from worker.models.base import ModelError, ModelSpec
 from worker.models.loader import load_model
 from worker.start import check_kernels, choose_device, make_executor
 from worker.step import PlanError
+from worker.traces import Traces
 
 PROTOCOL_VERSION = 1
 EXIT_STEP_FAILED = 1
@@ -38,6 +40,7 @@ log = get_logger("worker.main")
 
 def run(settings: WorkerSettings) -> None:
     """Runs the worker until a signal ends it. StartError: it cannot start, or the scheduler refuses it."""
+    tracer = make_tracer(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
@@ -63,6 +66,7 @@ def run(settings: WorkerSettings) -> None:
         executor,
         on_welcome=lambda: announce(settings.ready_fd, worker_id=hello.worker_id),
         on_failure=fail,
+        traces=None if tracer is None else Traces(tracer),
     )
     if settings.metrics_port is not None and settings.metrics_port >= 0:
         log.info("metrics", address=start_page(link, settings.metrics_host, settings.metrics_port))
@@ -71,7 +75,11 @@ def run(settings: WorkerSettings) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()
     gc.freeze()  # what is loaded by now lives for ever: collections need not walk it
-    link.run()
+    try:
+        link.run()
+    finally:
+        if tracer is not None:
+            tracer.stop()
 
 
 def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) -> worker_pb2.WorkerHello:

@@ -85,6 +85,8 @@ class StepPlan:
     chunk_slots: Sequence[int] = ()
     chunk_tokens: Sequence[int] = ()
     forks: Sequence[Fork] = ()
+    traceparents: Sequence[str] = ()
+    """Traces that this step belongs to. The executor does not read them."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -57,6 +57,10 @@ class RoleSettings(BaseSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged. Per-step facts are debug, so the default stays readable under load."""
+    otlp_endpoint: str = ""
+    """Where OpenTelemetry traces go, by OTLP over gRPC: http://HOST:4317, or https:// with TLS. Empty: no traces."""
+    trace_sample_ratio: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the requests without a trace context of their own that are traced. Those with one say it themselves."""
     ready_fd: int | None = None
     """Inherited file descriptor on which the process reports that it is ready; set by the supervisor."""
 

@@ -59,7 +59,7 @@ async def test_the_metrics_page_follows_the_model_and_the_requests(make_world: M
     assert (await read("/health")).startswith("HTTP/1.1 503")
 
 
-@pytest.mark.parametrize("name", ["", "pagewire.v1.InferenceService"])
+@pytest.mark.parametrize("name", ["", "pagewire.v1.InferenceService", "inference.GRPCInferenceService"])
 async def test_health_follows_the_model_and_the_scheduler(world: World, name: str) -> None:
     stub: Any = health_pb2_grpc.HealthStub(world.channel)
     watch = stub.Watch(health_pb2.HealthCheckRequest(service=name))

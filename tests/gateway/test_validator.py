@@ -267,7 +267,3 @@ def test_the_documents_table_of_ceilings_is_the_one_in_use() -> None:
     for path, ceiling in CEILINGS.items():
         assert f"| `{path}` | {ceiling.lowest:,.10g} to {ceiling.highest:,.10g} | {ceiling.reason} |" in text
     assert documented("Ceilings") == set(CEILINGS)
-
-
-def test_every_reason_is_documented() -> None:
-    assert {str(reason) for reason in Reason} <= documented("Reasons")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import random
 import shutil
@@ -51,17 +52,11 @@ class EmulatorBackend:
         headers = "".join(header.read_text() for header in sorted(HERE.glob("*.h")))
         key = hashlib.sha256((text + headers + OPTIONS).encode()).hexdigest()[:24]
         library = self._folder / f"{name}-{key}.so"
-        if not library.exists():
-            source = library.with_suffix(".cpp")
-            source.write_text(text)
-            built = subprocess.run(
-                ["g++", *OPTIONS.split(), f"-I{HERE}", "-o", str(library), str(source)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if built.returncode != 0:
-                raise kernel_compile.KernelError(f"g++ refuses {name}: {built.stderr[:2000]}")
+        # Test processes side by side share the folder: one builds, and the others wait for it.
+        with library.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                _build(text, name, library)
         loaded = ctypes.CDLL(str(library))
         loaded.emulated_failure.restype = ctypes.c_char_p
         loaded.emulated_bank_conflicts.restype = ctypes.c_long
@@ -71,6 +66,21 @@ class EmulatorBackend:
     def bank_conflicts(self) -> int:
         """Extra cycles that ldmatrix needed so far, over all kernels loaded."""
         return sum(library.emulated_bank_conflicts() for library in self.libraries)
+
+
+def _build(text: str, name: str, library: Path) -> None:
+    """Compiles a kernel's text to a library, which appears whole or not at all."""
+    source, unfinished = library.with_suffix(".cpp"), library.with_suffix(".unfinished")
+    source.write_text(text)
+    built = subprocess.run(
+        ["g++", *OPTIONS.split(), f"-I{HERE}", "-o", str(unfinished), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if built.returncode != 0:
+        raise kernel_compile.KernelError(f"g++ refuses {name}: {built.stderr[:2000]}")
+    unfinished.rename(library)
 
 
 class EmulatedKernel:
