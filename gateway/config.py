@@ -29,6 +29,8 @@ class GatewaySettings(RoleSettings):
     """Host name or address that the Prometheus page listens on. Loopback because it needs no password."""
     api_keys_file: Path | None = None
     """File with the API keys that HTTP clients must send: one KEY or KEY TENANT per line. Unset: none are asked for."""
+    console: bool = True
+    """Serve the console page, /console, beside the HTTP API. It shows the names of all requests to whoever may call."""
     insecure: bool = False
     """Allow plaintext on an address that other machines can reach. Off: a prompt is private."""
     model: str = ""

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from gateway import control, native
 from gateway.chat import ChatTemplate
 from gateway.config import GatewaySettings
+from gateway.console.events import BlockEvents
 from gateway.health import Health
 from gateway.kserve import service as kserve
 from gateway.metrics import GatewayCollector
@@ -146,8 +147,12 @@ class Gateway:
             started=int(time.time()),
             max_body_bytes=settings.http_max_body_bytes,
             write_timeout_s=settings.write_timeout_s,
+            console=self._console_events if settings.console else None,
         )
         return HttpServer(make_app(door), write_timeout_s=settings.write_timeout_s, stop_grace_s=settings.stop_grace_s)
+
+    def _console_events(self) -> BlockEvents:
+        return BlockEvents(self.link, lambda: self._stopping, self._settings.write_timeout_s)
 
     async def _follow_state(self) -> None:
         while True:

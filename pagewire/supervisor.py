@@ -349,7 +349,9 @@ class Supervisor:
             if not self._all_ready.is_set():
                 self._all_ready.set()
                 http = self._address("gateway", "http")
-                doors = f"gRPC on {self._address('gateway', 'grpc')}" + (f", HTTP on http://{http}/v1" if http else "")
+                doors = f"gRPC on {self._address('gateway', 'grpc')}"
+                if http:
+                    doors += f", HTTP on http://{http}/v1, console on http://{http}/console"
                 _say(f"ready: {doors}; Ctrl-C stops everything")
             self._write_ready_file()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pagewire.v1 import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
+from scheduler.block_picture import Changes
 from scheduler.events import Failed
 from scheduler.loads import Loads
 from scheduler.policy import ChunkStep, TransferRates, WorkerCapacity
@@ -460,3 +461,24 @@ def encode_loads(loads: Loads) -> control_pb2.GetLoadsResponse:
             prefix_cache_host_hits=worker.prefix_cache_host_hit_tokens_total,
         )
     return response
+
+
+def encode_block_changes(changes: Changes, *, snapshot: bool) -> control_pb2.WatchBlocksResponse:
+    """What has changed in the blocks, without loads."""
+    message = control_pb2.WatchBlocksResponse(
+        snapshot=snapshot, gone_workers=changes.gone_workers, ended_owners=changes.ended_owners
+    )
+    for number, owner in changes.owners:
+        message.owners.add(number=number, request_id=owner.request_id, index=owner.index)
+    for pool in changes.pools:
+        message.pools.add(
+            worker_id=pool.key.worker_id,
+            memory=control_pb2.BLOCK_MEMORY_HOST_ARENA if pool.key.on_host else control_pb2.BLOCK_MEMORY_KV_POOL,
+            whole=pool.total_blocks is not None,
+            total_blocks=pool.total_blocks or 0,
+            skips=pool.runs.skips,
+            lengths=pool.runs.lengths,
+            owners=pool.runs.owners,
+            references=pool.runs.references,
+        )
+    return message

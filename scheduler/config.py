@@ -75,6 +75,12 @@ class SchedulerSettings(RoleSettings):
     """Tokens (and attached snapshots' tokens) that may wait for one gateway's credit before its session is ended. Its
     requests go on and can be attached to."""
 
+    watch_interval_ms: float = Field(default=100.0, ge=10.0, le=60_000.0)
+    """Milliseconds between two messages of WatchBlocks, at least: ten pictures per second look alive. More when taking
+    them is slow, so that watching takes no more than 2 % of the scheduler's time."""
+    max_watchers: int = Field(default=16, ge=0, le=1024)
+    """WatchBlocks streams at once; more are refused. 0: nobody may watch."""
+
     @field_validator("listen")
     @classmethod
     def _at_least_one_address(cls, value: str) -> str:

@@ -10,16 +10,18 @@ import grpc.aio
 
 from pagewire import __version__
 from pagewire.v1 import control_pb2
+from scheduler.block_watch import BlockWatch
 from scheduler.duplex import answer, parse
 from scheduler.engine import Engine
 from scheduler.worker_link import PROTOCOL_VERSION
 
 
 class ControlServicer:
-    """Serves GetServerInfo, GetLoads, ListWorkers, Drain and PinPrefix."""
+    """Serves GetServerInfo, GetLoads, ListWorkers, Drain, PinPrefix and WatchBlocks."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._watch = BlockWatch(engine)
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """The service for `server.add_generic_rpc_handlers`; messages stay bytes."""
@@ -31,6 +33,7 @@ class ControlServicer:
             "PinPrefix": self._pin_prefix,
         }
         methods = {name: grpc.unary_unary_rpc_method_handler(_answering(call)) for name, call in calls.items()}
+        methods["WatchBlocks"] = grpc.unary_stream_rpc_method_handler(self._watch_blocks)
         return grpc.method_handlers_generic_handler("pagewire.v1.ControlService", methods)
 
     def _get_server_info(self, raw: bytes) -> bytes:
@@ -67,6 +70,12 @@ class ControlServicer:
         request = parse(control_pb2.DrainRequest, raw)
         live = self._engine.drain(resume=request.resume)
         return control_pb2.DrainResponse(live_requests=live).SerializeToString()
+
+    async def _watch_blocks(self, raw: bytes, context: Any) -> None:
+        async def watch() -> None:
+            await self._watch.serve(parse(control_pb2.WatchBlocksRequest, raw), context)
+
+        await answer(context, watch())
 
     def _pin_prefix(self, raw: bytes) -> bytes:
         return self._engine.pin_prefix(parse(control_pb2.PinPrefixRequest, raw)).SerializeToString()

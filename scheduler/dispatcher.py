@@ -288,6 +288,11 @@ class Dispatcher:
         waiting = [*(one.waiting for one in schedulers), self._unassigned]
         return chain.from_iterable(chain.from_iterable((*queues, waiting)))
 
+    @property
+    def schedulers(self) -> list[Scheduler]:
+        """One per worker, in order of joining; to look at."""
+        return list(self._schedulers.values())
+
     def check_integrity(self) -> None:
         """Raises AssertionError when the books of any worker or the registry do not balance."""
         assert self._num_waiting() <= self._waiting_at_most, "more groups wait than were counted"

@@ -92,7 +92,7 @@ class Engine:
         """What the first worker ever has loaded; every later one must agree."""
         self.block_size = 0
         self.draining = False
-        self._shutting_down = False
+        self.shutting_down = False
         self.live: dict[str, SequenceGroup] = {}
         """Requests that were accepted and whose end has not been told yet, by name."""
         self.started_at = clock()
@@ -171,7 +171,7 @@ class Engine:
         if not self.workers:
             loop = asyncio.get_running_loop()
             self._no_worker_timer = loop.call_later(self.settings.no_worker_s, self._give_up)
-        say = log.info if self._shutting_down else log.warning
+        say = log.info if self.shutting_down else log.warning
         say("worker lost", worker=link.worker_id, epoch=link.epoch, last_step=link.last_step, why=why)
         self.state_changed()
         self._wake()
@@ -187,7 +187,7 @@ class Engine:
 
     def shut_down(self) -> None:
         """Ends every stream, so that peers look for another scheduler or wait for this one to come back."""
-        self._shutting_down = True
+        self.shutting_down = True
         refusal = Refusal(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down", reason="SHUTTING_DOWN")
         for link in self.workers.values():
             link.end(refusal)

@@ -15,6 +15,7 @@ ROLES = ("gateway", "scheduler", "worker")
 OUR_PACKAGES = (*ROLES, "kernels", "pagewire")
 
 SCHEDULER_EDGES = {
+    "block_watch",
     "__init__",
     "codec",
     "config",

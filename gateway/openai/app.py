@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.console import pages
 from gateway.errors import Reason, RequestError, unavailable
 from gateway.openai import errors, translate
 from gateway.openai.answer import Answer, ClientGoneError
@@ -32,7 +33,7 @@ from pagewire.runtime.logs import get_logger
 log = get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health"})
-"""What needs no API key: a probe has none."""
+"""What needs no API key: a probe has none. The console's files come to it: a browser asks for its key there."""
 REQUEST_ID = b"x-request-id"
 LONGEST_REQUEST_ID = 100
 BODY_TIMEOUT_S = 30.0
@@ -57,6 +58,8 @@ class Door:
     """Unix time at which the gateway was started: the models' `created`."""
     max_body_bytes: int
     write_timeout_s: float
+    console: Callable[[], Response] | None = None
+    """Makes the answer to /console/events; None: there is no console."""
 
 
 def make_app(door: Door) -> ASGIApp:
@@ -92,18 +95,25 @@ def make_app(door: Door) -> ASGIApp:
     app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], response_model=None)
     app.add_api_route("/v1/completions", completions, methods=["POST"], response_model=None)
     app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"], response_model=None)
+    files = pages.load_files() if door.console is not None else {}
+    for path, file in files.items():
+        app.add_api_route(path, _file(file), methods=["GET", "HEAD"], response_model=None)
+    if door.console is not None:
+        app.add_api_route("/", _to_console, methods=["GET", "HEAD"], response_model=None)
+        app.add_api_route("/console/events", _console_events(door.console), methods=["GET"], response_model=None)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(ClientGoneError, _gone)
     app.add_exception_handler(Exception, _unforeseen)
-    return Edge(app, door)
+    return Edge(app, door, OPEN_PATHS | files.keys() | {"/"})
 
 
 class Edge:
     """Around every request: its id, its key, its size as announced, and an answer whatever happens."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    def __init__(self, app: ASGIApp, door: Door, open_paths: frozenset[str]) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,7 +150,7 @@ class Edge:
                 await _error_response(_internal())(scope, receive, send_with_id)
 
     def _tenant(self, path: str, headers: dict[bytes, bytes]) -> str | None:
-        if self._door.keys is None or path in OPEN_PATHS:
+        if self._door.keys is None or path in self._open_paths:
             return None
         return self._door.keys.tenant_of(headers.get(b"authorization", b"").decode("latin-1"))
 
@@ -236,6 +246,28 @@ def _error_response(error: RequestError) -> Response:
         headers=errors.headers_of(error),
         media_type="application/json",
     )
+
+
+def _file(file: pages.File) -> Callable[[Request], Awaitable[Response]]:
+    headers = {**pages.HEADERS, "etag": file.etag}
+
+    async def answer(request: Request) -> Response:
+        if request.headers.get("if-none-match") == file.etag:
+            return Response(status_code=304, headers=headers)
+        return Response(file.content, media_type=file.media_type, headers=headers)
+
+    return answer
+
+
+def _console_events(make: Callable[[], Response]) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        return make()
+
+    return answer
+
+
+async def _to_console() -> Response:
+    return Response(status_code=307, headers={"location": pages.PAGE.removeprefix("/")})
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ import scheduler
 FOLDER = Path(scheduler.__file__).parent
 CORE = {
     "block_manager",
+    "block_picture",
     "block_pool",
     "block_table",
     "chunk_sizes",
