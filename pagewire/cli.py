@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "Continue a prompt and stream the answer.",
     "chat": "Chat with the model.",
     "top": "Watch requests, block pools and workers, live.",
+    "replay": "Execute a recorded run again and compare.",
     "bench": "Measure throughput, latency under load, and kernels.",
     "health": "Ask a server whether it serves.",
     "doctor": "Check this machine and say what to mend.",

@@ -88,6 +88,10 @@ class UpSettings(RoleSettings):
     """Reuse the KV blocks of prompts that begin alike. Unset: on."""
     host_prefix_cache: bool | None = None
     """Keep such blocks in host memory when the KV pool gives them up. Unset: off."""
+    record: Path | None = None
+    """File to record the run in, prompts included, for `pagewire replay`. Unset: nothing is recorded."""
+    record_dir: Path | None = None
+    """Folder in which ControlService.RecordPlans may make recordings. Unset: it refuses."""
 
     grpc_port: int = Field(default=50051, ge=0, le=65535)
     """Port of the gRPC API. 0 picks a free one. Further gateways take the following ports."""
@@ -151,6 +155,8 @@ _SCHEDULER_FLAGS = (
     "preemption_mode",
     "prefix_cache",
     "host_prefix_cache",
+    "record",
+    "record_dir",
 )
 
 

@@ -6,6 +6,7 @@ however long its sequences are.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -196,6 +197,26 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
         nonfinite_rows=message.nonfinite_rows[:],
         timings=timings,
         out_of_memory_slots=message.out_of_memory_slots[:],
+    )
+
+
+def encode_result(result: StepResult) -> worker_pb2.StepResult:
+    """A result as its worker sent it, for recordings."""
+    return worker_pb2.StepResult(
+        epoch=result.epoch,
+        step=result.step,
+        token_ids=result.token_ids,
+        logprob_rows=result.logprob_rows,
+        logprobs=[encode_logprobs(one) for one in result.logprobs],
+        prompt_logprobs=[
+            worker_pb2.PromptLogprobs(
+                slot=part.slot, first_token=part.first_token, logprobs=[encode_logprobs(one) for one in part.logprobs]
+            )
+            for part in result.prompt_logprobs
+        ],
+        nonfinite_rows=result.nonfinite_rows,
+        timings=worker_pb2.StepTimings(**dataclasses.asdict(result.timings)),
+        out_of_memory_slots=result.out_of_memory_slots,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -71,6 +72,12 @@ class SchedulerSettings(RoleSettings):
     """Worker streams at once; more are refused."""
     max_sessions: int = Field(default=256, ge=1, le=4096)
     """Gateway sessions at once; more are refused."""
+    record: Path | None = None
+    """File to record the whole run in: prompts, step plans and step results, for `pagewire replay`. An existing file is
+    kept, and another name taken. Unset, because it holds what users write."""
+    record_dir: Path | None = None
+    """Folder in which ControlService.RecordPlans may make recordings. Unset: it refuses."""
+
     session_backlog_tokens: int = Field(default=4_000_000, ge=1024)
     """Tokens (and attached snapshots' tokens) that may wait for one gateway's credit before its session is ended. Its
     requests go on and can be attached to."""
@@ -86,6 +93,20 @@ class SchedulerSettings(RoleSettings):
     def _at_least_one_address(cls, value: str) -> str:
         if not [part for part in value.split(",") if part.strip()]:
             raise ValueError("at least one address is needed, such as 127.0.0.1:50052")
+        return value
+
+    @field_validator("record")
+    @classmethod
+    def _a_file_in_a_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and (value.is_dir() or not value.parent.is_dir()):
+            raise ValueError("a file in an existing folder is needed")
+        return value
+
+    @field_validator("record_dir")
+    @classmethod
+    def _an_existing_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError("an existing folder is needed")
         return value
 
     @property

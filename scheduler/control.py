@@ -39,12 +39,11 @@ class ControlServicer:
     def _get_server_info(self, raw: bytes) -> bytes:
         parse(control_pb2.GetServerInfoRequest, raw)
         engine = self._engine
-        settings = {name: str(value) for name, value in engine.settings.model_dump(mode="json").items()}
         return control_pb2.GetServerInfoResponse(
             version=__version__,
             protocol_version=PROTOCOL_VERSION,
             model=engine.model,
-            settings=settings,
+            settings=engine.settings_as_text(),
             uptime_ns=engine.clock() - engine.started_at,
         ).SerializeToString()
 

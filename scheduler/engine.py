@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import grpc
 
@@ -24,13 +25,14 @@ from pagewire.v1 import control_pb2, scheduler_pb2, worker_pb2
 from scheduler import codec
 from scheduler.codec import SubmitError
 from scheduler.config import SchedulerSettings
-from scheduler.dispatcher import Admission, Dispatcher, ResultError, StepOutput
+from scheduler.dispatcher import Admission, ResultError, StepOutput
 from scheduler.duplex import Refusal
 from scheduler.events import Admitted, Failed, Finished, StatusCode
 from scheduler.fanout import Fanout
 from scheduler.gateway_link import Listener, Session
 from scheduler.metrics import NS_PER_S, Metrics
 from scheduler.policy import SchedulerConfig
+from scheduler.recorder import RecordedDispatcher, Recorder
 from scheduler.sequence import FinishReason, Request, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
 from scheduler.traces import Traces
@@ -71,21 +73,20 @@ class Engine:
         self.settings = settings
         self.clock = clock
         self.metrics = Metrics()
-        self.dispatcher = Dispatcher(
-            SchedulerConfig(
-                max_num_seqs=settings.max_num_seqs,
-                token_budget=settings.token_budget,
-                target_itl_ns=round(settings.target_itl_ms * 1e6),
-                preemption_mode=settings.preemption_mode,
-                prefix_cache=settings.prefix_cache,
-                host_prefix_cache=settings.host_prefix_cache,
-                max_waiting=settings.max_waiting,
-                max_worker_losses=settings.max_worker_losses,
-                watermark=settings.watermark,
-                retention_ns=int(settings.retention_s * NS_PER_S),
-                max_retained=settings.max_retained,
-            )
+        self.config = SchedulerConfig(
+            max_num_seqs=settings.max_num_seqs,
+            token_budget=settings.token_budget,
+            target_itl_ns=round(settings.target_itl_ms * 1e6),
+            preemption_mode=settings.preemption_mode,
+            prefix_cache=settings.prefix_cache,
+            host_prefix_cache=settings.host_prefix_cache,
+            max_waiting=settings.max_waiting,
+            max_worker_losses=settings.max_worker_losses,
+            watermark=settings.watermark,
+            retention_ns=int(settings.retention_s * NS_PER_S),
+            max_retained=settings.max_retained,
         )
+        self.dispatcher = RecordedDispatcher(self.config, lambda worker_id: self.workers[worker_id].hello)
         self.workers: dict[str, WorkerLink] = {}
         self.sessions: dict[str, Session] = {}
         self.model: worker_pb2.ModelInfo | None = None
@@ -464,6 +465,18 @@ class Engine:
         if refused is not None:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, refused, reason="PIN_LIMIT")
         return control_pb2.PinPrefixResponse(pinned_tokens=len(tokens) // self.block_size * self.block_size, found=True)
+
+    # Recording
+
+    def record(self, path: Path) -> Recorder:
+        """Records from now on, while no worker has joined yet. Raises OSError when the file cannot be made."""
+        recorder = Recorder(path, self.config, self.settings_as_text())
+        self.dispatcher.recorder = recorder
+        return recorder
+
+    def settings_as_text(self) -> dict[str, str]:
+        """The effective settings."""
+        return {name: str(value) for name, value in self.settings.model_dump(mode="json").items()}
 
     def loads(self, max_requests: int = 0) -> control_pb2.GetLoadsResponse:
         """What every worker carries, and so many of the live requests."""

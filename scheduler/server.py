@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from pagewire.runtime import channel, logs, ready
+from pagewire.runtime.errors import StartError
 from pagewire.runtime.metrics_page import MetricsPage, own_registry
 from pagewire.runtime.tracing import make_tracer
 from pagewire.v1 import scheduler_pb2
@@ -46,6 +49,8 @@ async def serving(settings: SchedulerSettings) -> AsyncIterator[Serving]:
     """Serves for the length of a `with` block. Raises StartError when an address cannot be bound."""
     tracer = make_tracer(settings)
     engine = Engine(settings, tracer=tracer)
+    if settings.record is not None:
+        start_recording(engine, settings.record)
     server = grpc.aio.server(options=channel.server_options(internal=True))
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at run time
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -74,10 +79,25 @@ async def serving(settings: SchedulerSettings) -> AsyncIterator[Serving]:
         await health_servicer.enter_graceful_shutdown()
         engine.shut_down()
         await server.stop(STOP_GRACE_S)
+        if engine.dispatcher.recorder is not None:
+            await asyncio.to_thread(engine.dispatcher.recorder.stop, shut_down=True)
         if page is not None:
             await page.stop()
         if tracer is not None:
             await asyncio.to_thread(tracer.stop)
+
+
+def start_recording(engine: Engine, path: Path) -> None:
+    """Records into a new file of that name, or of that name with a number: a scheduler that is started again by its
+    supervisor must not write over what shows why. Raises StartError when it cannot be made."""
+    for number in itertools.count(1):
+        try:
+            engine.record(path if number == 1 else path.with_name(f"{path.name}.{number}"))
+            return
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StartError(f"cannot record into {path}: {error.strerror}") from None
 
 
 async def serve(settings: SchedulerSettings) -> None:

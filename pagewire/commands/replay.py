@@ -1,0 +1,173 @@
+"""`pagewire replay`: runs a recording again, on a worker or through the scheduler's core, and compares."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pagewire.bundled import BUNDLED_MODEL, BUNDLED_NAME
+from pagewire.commands.extras import imports
+from pagewire.runtime.errors import StartError
+
+if TYPE_CHECKING:
+    from pagewire.recording import Recording
+    from pagewire.replay import Epoch, EpochReport
+
+EXIT_DIFFERENT = 1
+WIDTH = 120
+"""Columns that the table needs; a narrower terminal wraps it."""
+STOP_S = 10.0
+"""Time for the worker between SIGTERM and SIGKILL."""
+
+
+def command() -> Callable[..., None]:
+    """The command."""
+    return replay
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="A recording, made with --record or ControlService.RecordPlans.")],
+    model: Annotated[
+        str, typer.Option(help="Directory or hub id of the recorded model. Default: found by its recorded name.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="Where the worker computes: auto, cpu or cuda.")] = "auto",
+    load_format: Annotated[str, typer.Option(help="auto reads the weights; dummy makes random ones.")] = "auto",
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference of equal log-probabilities.")] = 1e-3,
+    listen: Annotated[
+        str, typer.Option(help="Start no worker; wait for one that joins at HOST:PORT.", show_default=False)
+    ] = "",
+    insecure: Annotated[bool, typer.Option(help="Let --listen take an address that other machines reach.")] = False,
+) -> None:
+    """Execute the plans of a recorded run on a worker and compare the results, token by token.
+
+    Exit 0: equal. 1: they differ; the first difference is named. 2: the recording cannot be replayed.
+    """
+    from pagewire.recording import Recording, RecordingError
+
+    try:
+        recording = Recording(file)
+        from pagewire.replay import epochs_of
+
+        epochs = epochs_of(recording)
+        reports = _on_a_worker(recording, epochs, model, device, load_format, tolerance, listen, insecure)
+    except RecordingError as error:
+        raise StartError(str(error)) from None
+    how_it_ends = recording.how_it_ends()
+    if how_it_ends:
+        print(how_it_ends)
+    if any(report.first_difference for report in reports):
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+def _on_a_worker(
+    recording: Recording,
+    epochs: list[Epoch],
+    model: str,
+    device: str,
+    load_format: str,
+    tolerance: float,
+    listen: str,
+    insecure: bool,
+) -> list[EpochReport]:
+    from pagewire.recording import RecordingError
+    from pagewire.replay import ReplayServer, replay, why_unfit
+    from pagewire.runtime.channel import is_loopback, split_address
+
+    if not any(epoch.num_results for epoch in epochs):
+        raise RecordingError(f"{recording.path}: no step result is in it: nothing can be compared")
+    if listen and not insecure and not is_loopback(split_address(listen)[0]):
+        raise RecordingError(
+            f"{listen} can be reached from other machines without TLS: add --insecure if that is meant"
+        )
+    model = model or (listen and "unused") or _model_of(recording)
+    server = ReplayServer(listen or "127.0.0.1:0", lambda hello: why_unfit(recording, epochs, hello))
+    try:
+        if listen:
+            print(f"waiting for a worker: pagewire worker --scheduler {server.address} ...", flush=True)
+            reports = replay(recording, epochs, server, tolerance=tolerance)
+        else:
+            with _worker(recording, epochs, server.address, model, device, load_format) as is_alive:
+                reports = replay(recording, epochs, server, tolerance=tolerance, is_alive=is_alive)
+    finally:
+        server.stop()
+    _show(reports)
+    return reports
+
+
+def _model_of(recording: Recording) -> str:
+    """Where the recorded model is, as far as its name tells."""
+    from pagewire.recording import RecordingError
+
+    name = recording.header.model.name
+    if name in (BUNDLED_NAME, BUNDLED_MODEL.name):
+        return str(BUNDLED_MODEL)
+    if "/" in name:
+        return name
+    raise RecordingError(f"{recording.path}: recorded with the model {name!r}: give its directory or hub id as --model")
+
+
+@contextmanager
+def _worker(
+    recording: Recording, epochs: list[Epoch], address: str, model: str, device: str, load_format: str
+) -> Iterator[Callable[[], bool]]:
+    """A worker as large as the recorded ones. Yields whether it still lives; shows its log if it ended by itself."""
+    with imports("worker"):
+        import torch  # noqa: F401  (one clear line here, instead of a child's)
+    capacities = [epoch.hello.capacity for epoch in epochs]
+    arguments = {
+        "--scheduler": address,
+        "--model": model,
+        "--served-model-name": recording.header.model.name,
+        "--device": device,
+        "--load-format": load_format,
+        "--dtype": recording.header.model.dtype,
+        "--max-model-len": recording.header.model.max_model_len,
+        "--block-size": recording.header.block_size,
+        "--num-blocks": max(one.num_blocks for one in capacities),
+        "--host-blocks": max(one.host_blocks for one in capacities),
+        "--max-num-seqs": max(one.max_slots for one in capacities),
+        "--token-budget": max(one.max_step_tokens for one in capacities),
+        "--log-level": "warning",
+    }
+    command = [sys.executable, "-m", "pagewire.cli", "worker"]
+    command += [str(part) for pair in arguments.items() for part in pair]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            yield lambda: process.poll() is None
+        except BaseException:
+            if process.poll() is not None:
+                said.seek(0)
+                sys.stderr.write(said.read().decode(errors="replace"))
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _show(reports: list[EpochReport]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("epoch", "worker", "steps", "tokens", "different", "log-probs", "different", "not answered")
+    for report in reports:
+        figures = (report.steps, report.tokens, report.different_tokens, report.logprobs, report.different_logprobs)
+        table.add_row(str(report.epoch), report.worker_id, *map(str, figures), str(report.unanswered))
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, WIDTH))
+    console.print(table)
+    first = next((report for report in reports if report.first_difference), None)
+    if first is None:
+        console.print("equal: every result is as recorded", markup=False)
+    else:
+        console.print(f"different: epoch {first.epoch}, {first.first_difference}", markup=False)

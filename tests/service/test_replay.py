@@ -1,0 +1,53 @@
+"""A recording of the real service, replayed by the command on a worker process."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+from pagewire.v1 import inference_pb2_grpc
+from tests import tiny_models
+from tests.service import service
+from tests.service.test_sampling_determinism import seeded_requests
+
+
+def replay(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pagewire.cli", "replay", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=service.ROOT)
+
+
+async def test_mixed_traffic_with_preemptions_and_a_killed_worker_replays_equal(tmp_path: Path) -> None:
+    model, path = tiny_models.make_tiny_model("llama", tmp_path / "model"), tmp_path / "run.rec"
+    requests = seeded_requests()[:12]
+    for number, request in enumerate(requests):
+        if number % 3 == 0:
+            request.sampling.Clear()
+            request.sampling.temperature = 0
+        elif number % 3 == 1:
+            request.sampling.n = 2
+        request.output.logprobs = number % 2
+    arguments = ["--model", str(model), "--dtype", "float32", "--block-size", "4", "--num-blocks", "60"]
+    arguments += ["--host-blocks", "60", "--max-num-seqs", "16", "--record", str(path)]
+    async with service.running(tmp_path, *arguments) as up, up.channel() as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        await asyncio.gather(*(service.collect(stub.Generate(request)) for request in requests))
+        (load,) = await service.loads(channel)
+        assert load.preemptions_swap + load.preemptions_recompute > 0
+        again = asyncio.gather(*(service.collect(stub.Generate(request)) for request in requests[:4]))
+        while not sum(load.running for load in await service.loads(channel)):
+            await asyncio.sleep(0)
+        up.kill_worker()
+        await again
+
+    done = await asyncio.to_thread(replay, path, "--model", model, "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal: every result is as recorded" in done.stdout
+
+    other = tiny_models.make_tiny_model("llama_tied", tmp_path / "other")
+    refused = await asyncio.to_thread(replay, path, "--model", other, "--device", "cpu")
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"pagewire replay: {path}: recorded with the model 'model' (fingerprint ")
+    assert line.endswith("give its --model")
