@@ -25,6 +25,7 @@ CORE = {
     "host_tier",
     "inspection",
     "loads",
+    "parking",
     "pins",
     "placement",
     "policy",
