@@ -46,6 +46,8 @@ _TABLE = {
     "stop.stop_token_ids.entries": Ceiling(0, 128, "each id is compared at every token"),
     "output.logprobs": Ceiling(0, 20, "the largest top-N that a step sorts for; OpenAI's limit"),
     "output.prompt_logprobs": Ceiling(0, 20, "as logprobs, for every token of the prompt"),
+    "hold_seconds": Ceiling(0, 86400, "a day; the scheduler's own ceiling is far lower"),
+    "park.ttl_seconds": Ceiling(0, 86400, "as hold_seconds"),
     "attach.positions": Ceiling(0, 128, "one per sequence, as n"),
     "detokenize.token_ids": Ceiling(0, 1 << 18, "longer than any context; a longer list would hold up the process"),
 }

@@ -53,6 +53,8 @@ class _Output:
         """Tokens taken; those told again after a break lie below."""
         self.kept = 0
         """Tokens that count: `taken` without those behind a stop string."""
+        self.turn_start = 0
+        """Tokens of earlier turns, which `text` has not seen."""
         self.logprob_sum = 0.0
         self.matched_stop: str | None = None
         self.finished = False
@@ -77,6 +79,7 @@ class Generation:
         time_left_ns: Callable[[], int] | None = None,
         positions: Mapping[int, int] | None = None,
         span: Span | None = None,
+        resume: scheduler_pb2.ContinueStream | None = None,
     ) -> None:
         """
         Args:
@@ -89,6 +92,7 @@ class Generation:
             time_left_ns: time to the client's deadline; None: there is none.
             positions: first token wanted by index, for an attach; None: from the beginning.
             span: ends with `close`; None: the request is not traced.
+            resume: what a parked request goes on with here, from its next token on; None: it is not continued.
         """
         self._link = link
         self._tokenizer = tokenizer
@@ -97,6 +101,7 @@ class Generation:
         self._submit = submit
         self._time_left_ns = time_left_ns
         self._positions = dict(positions or {})
+        self._resume = resume
         self._request: scheduler_pb2.Submit | None = None
         self._outputs: list[_Output] = []
         self._prompt: inference_pb2.PromptInfo | None = None
@@ -106,6 +111,7 @@ class Generation:
         self._undelivered = 0
         self._taken_responses = 0
         self._in_snapshot = False
+        self._in_earlier_turn = False
         self._error: RequestError | None = None
         self._changed = asyncio.Event()
         self._abandoned = False
@@ -177,9 +183,21 @@ class Generation:
             message.timeout_ns = max(0, self._time_left_ns())
         return message
 
+    def to_resume(self) -> scheduler_pb2.ContinueStream | None:
+        """The message that takes a parked request up again, with the time that is left; None for any other."""
+        if self._resume is None:
+            return None
+        message = scheduler_pb2.ContinueStream()
+        message.CopyFrom(self._resume)
+        if self._time_left_ns is not None:
+            message.timeout_ns = max(0, self._time_left_ns())
+        return message
+
     def attached(self, answer: scheduler_pb2.StreamAttached) -> None:
         """Everything so far: of a request of somebody else, or of our own after a break."""
         if self._request is None:
+            if self._resume is not None:
+                self._positions = {index: len(state.token_ids) for index, state in enumerate(answer.sequences)}
             self._set_request(answer.request, len(answer.sequences))
             if violations := self._position_violations(answer):
                 self.failed(invalid(violations))
@@ -199,8 +217,13 @@ class Generation:
             output = self._outputs[index]
             output.position = 0
             with_logprobs = len(state.logprobs) == len(state.token_ids)
+            turns = deque(turn for turn in state.turns if turn.num_tokens > output.taken)
+            self._in_earlier_turn = bool(turns)
             for position, token_id in enumerate(state.token_ids):
                 self.token(index, token_id, state.logprobs[position] if with_logprobs else None)
+                while turns and turns[0].num_tokens == position + 1:
+                    self._end_turn(index, output, turns.popleft())
+                    self._in_earlier_turn = bool(turns)
             if state.HasField("finish"):
                 self.finished(index, state.finish)
             elif output.matched_stop is not None:
@@ -225,7 +248,9 @@ class Generation:
         text = ""
         if output.text is not None:
             text = output.text.push(token_id)
-            if output.text.num_tokens == output.kept:  # the token before has turned out to complete a stop string
+            if (
+                output.turn_start + output.text.num_tokens == output.kept
+            ):  # the token before has turned out to complete a stop string
                 self._add(index, output, None, text, None)
                 self._stopped(index, output)
                 return
@@ -259,6 +284,20 @@ class Generation:
         self._add(index, output, None, text, None, result)
         self._note_reason(result.reason)
 
+    def _end_turn(self, index: int, output: _Output, turn: scheduler_pb2.EarlierTurn) -> None:
+        """An earlier turn of a request that has been continued since ends here: the text after it begins anew."""
+        if output.text is None:
+            return
+        finish = turn.finish
+        if output.matched_stop is None:
+            text = output.text.finish(finish.reason == FINISH.FINISH_REASON_STOP and not finish.matched_stop)
+            if output.kept > output.wanted:
+                self._add(index, output, None, text, None)
+        output.matched_stop = None
+        output.kept = output.turn_start = turn.num_tokens
+        assert self._request is not None
+        output.text = self._sequence_text(self._request, [])
+
     def failed(self, error: RequestError) -> None:
         """The request has ended with an error."""
         if error.code is grpc.StatusCode.NOT_FOUND and self._submit is not None:
@@ -274,7 +313,8 @@ class Generation:
 
     @property
     def _detached(self) -> bool:
-        return self._submit is not None and self._submit.detached
+        own = self._submit or self._resume
+        return own is not None and own.detached
 
     def _set_request(self, request: scheduler_pb2.Submit, n: int = 0) -> None:
         self._request = request
@@ -319,6 +359,8 @@ class Generation:
     def _stopped(self, index: int, output: _Output) -> None:
         assert output.text is not None
         output.matched_stop = output.text.matched_stop
+        if self._in_earlier_turn:
+            return  # the scheduler has known for long
         self._link.stop(self, index, output.kept, output.matched_stop or "")
 
     def _note_reason(self, reason: inference_pb2.FinishReason) -> None:
@@ -328,7 +370,7 @@ class Generation:
         if reason == FINISH.FINISH_REASON_ERROR:
             message = "the server could not finish this request"
             self._error = RequestError(grpc.StatusCode.INTERNAL, Reason.GENERATION_FAILED, message)
-        elif reason == FINISH.FINISH_REASON_DEADLINE and self._submit is not None:
+        elif reason == FINISH.FINISH_REASON_DEADLINE and (self._submit or self._resume) is not None:
             message = "the call's deadline has passed"
             self._error = RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED, message)
 

@@ -95,7 +95,7 @@ class InferenceServicer:
         generation = await self._path.generate(
             request,
             timeout_ns=timeout_ns(context),
-            detached=metadata.get(DETACH_KEY, "").lower() == "true",
+            detached=detached(context),
             traceparent=metadata.get("traceparent", "")[:128],
         )
         await self._deliver(generation, context)
@@ -104,6 +104,18 @@ class InferenceServicer:
     async def attach(self, data: bytes, context: Any) -> None:
         """Attach: streams from the wanted positions."""
         await self._deliver(self._path.attach(parse(inference_pb2.AttachRequest, data)), context)
+
+    @answering
+    async def park(self, data: bytes, context: Any) -> inference_pb2.ParkResponse:
+        """Park."""
+        return await self._path.park(parse(inference_pb2.ParkRequest, data))
+
+    @answering
+    async def resume(self, data: bytes, context: Any) -> None:
+        """Continue: streams from the next token on until the request ends or the client goes."""
+        request = parse(inference_pb2.ContinueRequest, data)
+        generation = await self._path.resume(request, timeout_ns=timeout_ns(context), detached=detached(context))
+        await self._deliver(generation, context)
 
     @answering
     async def cancel(self, data: bytes, context: Any) -> inference_pb2.CancelResponse:
@@ -153,9 +165,10 @@ class InferenceServicer:
         def serialize(message: Message) -> bytes:
             return message.SerializeToString()
 
-        streams = {"Generate": self.generate, "Attach": self.attach}
+        streams = {"Generate": self.generate, "Attach": self.attach, "Continue": self.resume}
         calls = {
             "Cancel": self.cancel,
+            "Park": self.park,
             "Tokenize": self.tokenize,
             "Detokenize": self.detokenize,
             "ListModels": self.list_models,
@@ -169,6 +182,11 @@ class InferenceServicer:
             for name, handler in calls.items()
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def detached(context: Any) -> bool:
+    """Whether the call asks for a request that outlives it."""
+    return any(key == DETACH_KEY and str(value).lower() == "true" for key, value in context.invocation_metadata() or ())
 
 
 def timeout_ns(context: Any) -> int | None:

@@ -119,11 +119,7 @@ class RequestPath:
             raise RequestError(grpc.StatusCode.UNIMPLEMENTED, Reason.BEAM_SEARCH_NOT_BUILT, message)
         if not self._link.ready:
             raise self._not_ready()
-        if self._link.live_requests + len(self._preparing) >= self._settings.max_live_requests:
-            message = f"this gateway holds {self._settings.max_live_requests} requests already"
-            raise RequestError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.GATEWAY_FULL, message, retry_after_ns=RETRY_SOON_NS
-            )
+        self._check_room()
         request_id = resolved.request_id or uuid.uuid4().hex
         if span is not None:
             span.set(request_id=request_id, model=model.name, n=resolved.sampling.n, detached=detached)
@@ -184,6 +180,85 @@ class RequestPath:
         )
         self._link.attach(generation)
         return generation
+
+    async def park(self, request: inference_pb2.ParkRequest) -> inference_pb2.ParkResponse:
+        """Takes a live request off the worker until it is continued."""
+        violations = _request_id_violations(request.request_id)
+        violations += validator.seconds_violations("ttl_seconds", request.ttl_seconds, "park.ttl_seconds")
+        if violations:
+            raise invalid(violations)
+        answer = await self._link.park(request.request_id, request.ttl_seconds)
+        return inference_pb2.ParkResponse(positions=answer.positions, ttl_seconds=answer.ttl_seconds)
+
+    async def resume(
+        self, request: inference_pb2.ContinueRequest, *, timeout_ns: int | None = None, detached: bool = False
+    ) -> Generation:
+        """Takes a parked or held request up again.
+
+        Args:
+            request: as the client sent it.
+            timeout_ns: nanoseconds to the client's deadline; None: there is none.
+            detached: it lives on without a client, beyond the call's deadline too.
+        """
+        deadline_ns = None if timeout_ns is None else time.monotonic_ns() + timeout_ns
+        violations = _request_id_violations(request.request_id)
+        violations += validator.seconds_violations("hold_seconds", request.hold_seconds)
+        if violations:
+            raise invalid(violations)
+        if not self._link.ready:
+            raise self._not_ready()
+        model = self.model()
+        token_ids = await self._input_ids(request, model)
+        self._check_room()
+        message = scheduler_pb2.ContinueStream(
+            request_id=request.request_id,
+            token_ids=token_ids,
+            max_tokens=request.max_tokens,
+            detached=detached,
+            hold_seconds=request.hold_seconds,
+        )
+        generation = Generation(
+            self._link,
+            self._tokenizer,
+            model.eos_token_ids,
+            self._settings.stream_buffer_bytes,
+            request_id=request.request_id,
+            resume=message,
+            time_left_ns=(
+                None if deadline_ns is None or detached else lambda: max(1, deadline_ns - time.monotonic_ns())
+            ),
+        )
+        self._link.resume(generation)
+        return generation
+
+    async def _input_ids(self, request: inference_pb2.ContinueRequest, model: ModelLimits) -> Sequence[int]:
+        """What is appended: at least one token, or nothing if nothing is given."""
+        kind = request.WhichOneof("input")
+        if kind is None:
+            return []
+        field = f"input.{kind}"
+        ids: Sequence[int]
+        if kind == "token_ids":
+            field, ids = "input.token_ids.ids", request.token_ids.ids
+        else:
+            text_violations = validator.check_text(field, request.text)
+            if text_violations:
+                raise invalid(text_violations, validator.reason_for(text_violations))
+            ids = await self._need_tokenizer(field).encode(request.text, add_special_tokens=False)
+        violations = validator.prompt_violations(field, len(ids), model)
+        if not violations:
+            violations = validator.check_token_ids(field, ids, model.vocab_size)
+        if violations:
+            raise invalid(violations, validator.reason_for(violations))
+        return ids
+
+    def _check_room(self) -> None:
+        """Raises RequestError when this gateway holds as many requests as it may."""
+        if self._link.live_requests + len(self._preparing) >= self._settings.max_live_requests:
+            message = f"this gateway holds {self._settings.max_live_requests} requests already"
+            raise RequestError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.GATEWAY_FULL, message, retry_after_ns=RETRY_SOON_NS
+            )
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a request by name, in whatever state it is. Returns whether it was live."""
@@ -264,6 +339,7 @@ class RequestPath:
             tenant=resolved.tenant,
             detached=detached,
             traceparent=traceparent,
+            hold_seconds=resolved.hold_seconds,
         )
 
     async def _prompt_ids(self, request: inference_pb2.GenerateRequest, model: ModelLimits) -> Sequence[int]:

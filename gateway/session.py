@@ -20,6 +20,7 @@ from gateway.ceilings import MAX_N
 from gateway.errors import Reason, RequestError, unavailable
 from pagewire.runtime.channel import client_options
 from pagewire.runtime.logs import get_logger
+from pagewire.runtime.rich_status import decode
 from pagewire.v1 import inference_pb2, scheduler_pb2, scheduler_pb2_grpc
 
 PROTOCOL_VERSION = 1
@@ -58,6 +59,10 @@ class Listener(Protocol):
 
     def to_submit(self) -> scheduler_pb2.Submit | None:
         """The message that starts the request, with the time left; None for a request that somebody else started."""
+        ...
+
+    def to_resume(self) -> scheduler_pb2.ContinueStream | None:
+        """The message that takes a parked request up again, with the time left; None for any other request."""
         ...
 
     def attached(self, answer: scheduler_pb2.StreamAttached) -> None: ...
@@ -144,6 +149,10 @@ class SchedulerLink:
         """Listens to a request that exists."""
         self._begin(_Entry(listener, attaches=True))
 
+    def resume(self, listener: Listener) -> None:
+        """Takes the listener's parked request up again."""
+        self._begin(_Entry(listener, attaches=False))
+
     def detach(self, listener: Listener) -> None:
         """Stops listening. The scheduler cancels the request if nobody else listens and it is not detached."""
         entry = self._entries.pop(listener, None)
@@ -158,7 +167,11 @@ class SchedulerLink:
         entry = self._entries.get(listener)
         if entry is not None and entry.first:
             stop = scheduler_pb2.StopSequence(
-                stream=entry.first + index, num_tokens=num_tokens, matched_stop=matched_stop
+                stream=entry.first + index,
+                num_tokens=num_tokens,
+                matched_stop=matched_stop,
+                request_id=listener.request_id,
+                index=index,
             )
             self._send(stop=stop)
 
@@ -170,6 +183,18 @@ class SchedulerLink:
         except grpc.aio.AioRpcError:
             raise unavailable(Reason.NO_SCHEDULER, "the scheduler cannot be reached") from None
         return bool(answer.found)
+
+    async def park(self, request_id: str, ttl_seconds: int) -> scheduler_pb2.ParkLiveResponse:
+        """Parks a request by name. Raises RequestError if that cannot be, or without a scheduler."""
+        request = scheduler_pb2.ParkLiveRequest(request_id=request_id, ttl_seconds=ttl_seconds)
+        try:
+            answer: scheduler_pb2.ParkLiveResponse = await self._stub.ParkLive(request, timeout=ABORT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            details = decode(error)
+            if not details.reason:
+                raise unavailable(Reason.NO_SCHEDULER, "the scheduler cannot be reached") from None
+            raise RequestError(details.code, details.reason, details.message) from None
+        return answer
 
     # The session.
 
@@ -292,7 +317,9 @@ class SchedulerLink:
     def _open_streams(self, entry: _Entry) -> None:
         """Gives the entry stream numbers of this session and says what it wants."""
         listener = entry.listener
-        submit = None if entry.attaches or entry.submitted or listener.acknowledged else listener.to_submit()
+        begins = not (entry.attaches or entry.submitted or listener.acknowledged)
+        submit = listener.to_submit() if begins else None
+        resume = listener.to_resume() if begins else None
         # An attach leaves room for the most sequences there can be.
         span = listener.n if submit is not None else MAX_N
         if self._next_stream + span > LAST_STREAM:
@@ -306,6 +333,17 @@ class SchedulerLink:
             submit.stream = entry.first
             entry.submitted, entry.looked_for = True, False
             self._send(submit=submit)
+        elif resume is not None:
+            resume.stream = entry.first
+            entry.submitted = True
+            self._send(resume=resume)
+        elif entry.submitted and not listener.acknowledged and listener.to_resume() is not None:
+            # Perhaps it went on, and nobody here knows from where.
+            message = "the session broke while the request was being continued; Attach to it, or continue it again"
+            listener.failed(unavailable(Reason.NO_SCHEDULER, message))
+            listener.wake()
+            self._entries.pop(listener, None)
+            return
         else:
             entry.looked_for = entry.submitted
             self._send(attach=scheduler_pb2.AttachStream(stream=entry.first, request_id=listener.request_id))

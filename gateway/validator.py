@@ -57,6 +57,7 @@ class ResolvedRequest:
     output: inference_pb2.OutputOptions
     priority: int
     tenant: str
+    hold_seconds: int
 
 
 def validate(
@@ -76,6 +77,9 @@ def validate(
     found += _sampling(request.sampling, model)
     found += _stop(request.stop, model, has_tokenizer)
     found += _output(request.output)
+    found += seconds_violations("hold_seconds", request.hold_seconds)
+    if request.hold_seconds and max(request.sampling.n, request.sampling.beam_width) > 1:
+        found.append(Violation("hold_seconds", "needs a request of one sequence"))
     if found:
         return found
     return ResolvedRequest(
@@ -85,7 +89,14 @@ def validate(
         output=request.output,
         priority=request.priority,
         tenant=request.tenant,
+        hold_seconds=request.hold_seconds,
     )
+
+
+def seconds_violations(field: str, value: int, key: str = "hold_seconds") -> list[Violation]:
+    """What is wrong with the time for which a request is to be held or parked."""
+    highest = int(CEILINGS[key].highest)
+    return [Violation(field, f"must be at most {highest}")] if value > highest else []
 
 
 def prompt_violations(field: str, length: int, model: ModelLimits) -> list[Violation]:

@@ -79,6 +79,14 @@ class BlockManager:
         table.blocks[index] = destination
         return source, destination
 
+    def truncate(self, table: BlockTable, num_tokens: int) -> None:
+        """Gives up the blocks behind the first `num_tokens` tokens, wherever the table is."""
+        count = blocks_for(num_tokens, self.block_size)
+        rest = BlockTable(table.blocks[count:])
+        rest.on_host = table.on_host
+        del table.blocks[count:]
+        self.free(rest)
+
     def free(self, table: BlockTable) -> None:
         """Empties a table. Its registered blocks stay findable until they are needed, the last ones go first."""
         if table.on_host:

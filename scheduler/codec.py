@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pagewire.v1 import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.block_picture import Changes
+from scheduler.dispatcher import Continuation
 from scheduler.events import Failed
 from scheduler.loads import Loads
 from scheduler.policy import ChunkStep, TransferRates, WorkerCapacity
@@ -32,6 +33,7 @@ MAX_REQUEST_ID = 128
 MAX_SEQUENCES = 4096
 """Sequences of one request, whatever the gateway's own ceiling: the core makes an object for each."""
 GREEDY_TEMPERATURE = 1e-5
+NS_PER_S = 1_000_000_000
 
 # google.rpc.Code values, which are gRPC's.
 INVALID_ARGUMENT = 3
@@ -39,6 +41,7 @@ DEADLINE_EXCEEDED = 4
 NOT_FOUND = 5
 ALREADY_EXISTS = 6
 RESOURCE_EXHAUSTED = 8
+FAILED_PRECONDITION = 9
 UNIMPLEMENTED = 12
 INTERNAL = 13
 UNAVAILABLE = 14
@@ -49,6 +52,7 @@ _FINISH_REASONS = {
     FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
     FinishReason.DEADLINE: inference_pb2.FINISH_REASON_DEADLINE,
     FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
+    FinishReason.PARKED: inference_pb2.FINISH_REASON_PARKED,
 }
 
 
@@ -256,6 +260,8 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
     num_sequences = max(1, sampling.n)
     if num_sequences > MAX_SEQUENCES:
         raise _invalid(f"sampling.n must be at most {MAX_SEQUENCES}")
+    if message.hold_seconds and num_sequences > 1:
+        raise _invalid("hold_seconds needs a request of one sequence")
     if not sampling.HasField("temperature"):
         raise _invalid("sampling.temperature must be set")
     if sampling.temperature >= GREEDY_TEMPERATURE and not sampling.HasField("seed"):
@@ -287,9 +293,25 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
         tenant=message.tenant,
         deadline=now + message.timeout_ns if message.HasField("timeout_ns") else None,
         detached=message.detached,
+        hold_ns=message.hold_seconds * NS_PER_S,
         logprobs=output.logprobs if output.HasField("logprobs") else None,
         prompt_logprobs=output.prompt_logprobs if output.HasField("prompt_logprobs") else None,
         payload=payload,
+    )
+
+
+def decode_continuation(message: scheduler_pb2.ContinueStream, limits: ModelLimits, now: int) -> Continuation:
+    """What a request goes on with. Raises SubmitError for a token that the model does not have."""
+    tokens = message.token_ids[:]
+    if tokens and max(tokens) >= limits.vocab_size:
+        raise _invalid(f"token_ids must be below the vocabulary size {limits.vocab_size}")
+    return Continuation(
+        tokens=tokens,
+        max_tokens=message.max_tokens,
+        max_model_len=limits.max_model_len,
+        deadline=now + message.timeout_ns if message.HasField("timeout_ns") else None,
+        detached=message.detached,
+        hold_ns=message.hold_seconds * NS_PER_S,
     )
 
 
@@ -345,7 +367,7 @@ def encode_finish(finish: Finish) -> inference_pb2.Finish:
 
 def encode_prompt(group: SequenceGroup) -> inference_pb2.PromptInfo:
     """What became of the prompt. Its first token has no log-probabilities: nothing precedes it."""
-    info = inference_pb2.PromptInfo(prompt_tokens=len(group.request.prompt), cached_tokens=group.cached_tokens)
+    info = inference_pb2.PromptInfo(prompt_tokens=group.given_tokens, cached_tokens=group.cached_tokens)
     if group.request.prompt_logprobs is not None:
         info.logprobs.add()
         info.logprobs.extend(map(encode_logprobs, group.prompt_logprobs))
@@ -353,18 +375,22 @@ def encode_prompt(group: SequenceGroup) -> inference_pb2.PromptInfo:
 
 
 def encode_attached(stream: int, group: SequenceGroup) -> scheduler_pb2.StreamAttached:
-    """Everything so far of a live or finished request."""
+    """Everything so far of a live or finished request: the prompt as it was submitted, the output of all turns."""
     request = group.request
     attached = scheduler_pb2.StreamAttached(stream=stream)
     assert isinstance(request.payload, scheduler_pb2.Submit)
     attached.request.CopyFrom(request.payload)
-    attached.request.token_ids.extend(request.prompt)
+    attached.request.token_ids.extend(request.prompt[: group.first_prompt_tokens])
+    if len(group.sequences) == 1:
+        attached.request.stop.max_tokens = len(group.sequences[0].earlier) + request.max_tokens
     if is_admitted(group):
         attached.prompt.CopyFrom(encode_prompt(group))
     for sequence in group.sequences:
-        state = attached.sequences.add(token_ids=sequence.output)
-        if sequence.logprobs:
-            state.logprobs.extend(map(encode_logprobs, sequence.logprobs))
+        state = attached.sequences.add(token_ids=sequence.earlier + sequence.output)
+        if sequence.logprobs or sequence.earlier_logprobs:
+            state.logprobs.extend(map(encode_logprobs, sequence.earlier_logprobs + sequence.logprobs))
+        for turn in sequence.turns:
+            state.turns.add(num_tokens=turn.num_tokens, finish=encode_finish(turn.finish))
         if sequence.finish is not None:
             state.finish.CopyFrom(encode_finish(sequence.finish))
     return attached
@@ -386,7 +412,7 @@ def encode_finished(stream: int, sequence: Sequence) -> scheduler_pb2.StreamFini
     """A sequence has ended."""
     assert sequence.finish is not None
     return scheduler_pb2.StreamFinished(
-        stream=stream, num_tokens=len(sequence.output), finish=encode_finish(sequence.finish)
+        stream=stream, num_tokens=len(sequence.earlier) + len(sequence.output), finish=encode_finish(sequence.finish)
     )
 
 

@@ -52,6 +52,15 @@ class SchedulerSettings(RoleSettings):
     """Seconds for which a finished request can still be attached to."""
     max_retained: int = Field(default=4096, ge=0, le=1 << 20)
     """Finished requests kept for attaching, whatever their age; the oldest are forgotten first."""
+    park_ceiling_s: float = Field(default=600.0, ge=1.0, le=86400.0)
+    """Seconds for which a request may stay parked, or held after its end. Then it is cancelled, or no longer held."""
+    max_parked: int = Field(default=1024, ge=0, le=1 << 20)
+    """Parked and held requests at once, over all tenants."""
+    max_parked_per_tenant: int = Field(default=64, ge=0, le=1 << 20)
+    """Parked and held requests at once of one tenant."""
+    park_arena_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of a worker's host arena that their KV may take; what finds no room is computed again. Half, so that
+    preemptions can still swap."""
     orphan_s: float = Field(default=30.0, ge=0.0, le=86400.0)
     """Seconds for which a request goes on after its gateway's session broke, waiting for an attach. Detached requests
     go on without one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from scheduler.deadlines import Deadlines
@@ -16,6 +16,7 @@ from scheduler.draft import ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.inspection import check_scheduler, worker_loads
 from scheduler.loads import Loads, WorkerLoads
+from scheduler.parking import Parking
 from scheduler.pins import Pins
 from scheduler.placement import Placement
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
@@ -26,13 +27,16 @@ from scheduler.step_plan import StepPlan, StepResult
 __all__ = [
     "Admission",
     "Admitted",
+    "Continuation",
     "Dispatcher",
     "Event",
     "Failed",
     "FinishReason",
     "Finished",
     "Loads",
+    "ParkingVerdict",
     "ResultError",
+    "Resumed",
     "SchedulerConfig",
     "StatusCode",
     "StepOutput",
@@ -62,6 +66,41 @@ class Submitted:
     group: SequenceGroup | None = None  # for OK
 
 
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a parked or held request goes on with."""
+
+    tokens: list[int] = field(default_factory=list)  # appended behind its last output token
+    max_tokens: int = 0  # further output tokens at most; 0: as many as were left, or as before if it begins a turn
+    max_model_len: int = 1 << 62  # prompt and output together
+    deadline: int | None = None  # as of a request
+    detached: bool = False  # from now on
+    hold_ns: int = 0  # as of a request
+
+
+class ParkingVerdict(enum.Enum):
+    """The verdict of park() and resume()."""
+
+    OK = "ok"
+    UNKNOWN = "unknown"  # no live, parked or recently finished request has this id
+    NOT_LIVE = "not live"  # park: it has ended, or is parked already
+    NOT_PARKED = "not parked"  # resume: it runs, or has ended and is not held
+    FULL = "full"  # park: the tenant, or everybody together, has parked as many as may be
+    ONE_SEQUENCE = "one sequence"  # resume: input or a limit for a request of several sequences
+    CONTEXT_FULL = "context full"  # resume: no room for one more token
+    NEVER = "never"  # resume: as of submit()
+    LATER = "later"  # resume: as of submit()
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Answer of resume()."""
+
+    verdict: ParkingVerdict
+    reason: str = ""  # one clear line for NEVER and LATER
+    group: SequenceGroup | None = None  # for OK
+
+
 class Dispatcher:
     """Requests in, step plans out, step results in, tokens out."""
 
@@ -75,6 +114,7 @@ class Dispatcher:
         self._waiting_at_most = 0  # no more groups than that have not started
         self._retained: OrderedDict[str, SequenceGroup] = OrderedDict()  # finished, oldest first
         self._unassigned: list[SequenceGroup] = []  # live without a worker; by rank when distributed
+        self._parking = Parking(config)
         self._deadlines = Deadlines()
         self.pins = Pins()
         self._arrivals = 0
@@ -135,7 +175,7 @@ class Dispatcher:
         """Accepts a request, or says why not. Raises ValueError for a request that makes no sense at all."""
         if not request.prompt or request.n < 1 or request.max_tokens < 1:
             raise ValueError("a request needs a prompt, n >= 1 and max_tokens >= 1")
-        if request.request_id in self._groups:
+        if request.request_id in self._groups or self._parking.get(request.request_id) is not None:
             return Submitted(Admission.DUPLICATE, f"request {request.request_id!r} is live")
         group = SequenceGroup(request, self._arrivals, now)
         worker = self._placement.choose(group)
@@ -165,7 +205,10 @@ class Dispatcher:
         """Ends a request in whatever state it is. False: no live request has that name."""
         group = self._groups.get(request_id)
         if group is None:
-            return False
+            parked = self._parking.get(request_id)
+            if parked is not None:
+                self._let_go(parked, reason)
+            return parked is not None
         scheduler = self._scheduler_of(group)
         if scheduler is not None:
             scheduler.end_group(group, reason, now)
@@ -210,9 +253,141 @@ class Dispatcher:
             self._record(Finished(sequence))
         return True
 
+    # ------------------------------------------------------------------ parking
+
+    def park(self, request_id: str, ttl_ns: int, now: int) -> ParkingVerdict:
+        """Takes a live request off its worker for now. Its blocks are free with the next plan, its KV goes to the arena
+        if there is room, and it ends as PARKED until it is continued, but after `ttl_ns` (0: the ceiling) for good."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return ParkingVerdict.UNKNOWN if self.find(request_id) is None else ParkingVerdict.NOT_LIVE
+        if not self._parking.has_room(group.request.tenant):
+            return ParkingVerdict.FULL
+        ceiling = self._config.park_ceiling_ns
+        group.keep_until = now + min(ttl_ns or ceiling, ceiling)
+        scheduler = self._scheduler_of(group)
+        if scheduler is not None:
+            scheduler.park(group, now)
+        else:
+            self._unassigned.remove(group)
+            for sequence in group.live:
+                sequence.end(FinishReason.PARKED, now)
+                self._record(Finished(sequence))
+        return ParkingVerdict.OK
+
+    def resume(self, request_id: str, what: Continuation, now: int) -> Resumed:
+        """Takes a parked or held request up again, behind appended tokens if any: with those, a new limit, or after a
+        finish, its output so far becomes prompt, as if one request had it all from the beginning."""
+        group = self._parking.get(request_id)
+        if group is None:
+            known = self.find(request_id) is not None
+            return Resumed(ParkingVerdict.NOT_PARKED if known else ParkingVerdict.UNKNOWN)
+        before = group.request
+        request = replace(
+            before, deadline=what.deadline, detached=before.detached or what.detached, hold_ns=what.hold_ns
+        )
+        begins_turn = bool(what.tokens) or what.max_tokens > 0 or not group.is_parked
+        if begins_turn:
+            if len(group.sequences) > 1:
+                return Resumed(ParkingVerdict.ONE_SEQUENCE)
+            prompt = group.sequences[0].token_ids + what.tokens
+            room = what.max_model_len - len(prompt)
+            if room < 1:
+                return Resumed(ParkingVerdict.CONTEXT_FULL)
+            max_tokens = min(what.max_tokens or before.max_tokens, room)
+            request = replace(
+                request,
+                prompt=prompt,
+                max_tokens=max_tokens,
+                min_tokens=min(before.min_tokens, max_tokens),
+                prompt_logprobs=None,
+            )
+        if self._is_queue_full():
+            return Resumed(ParkingVerdict.LATER, f"{self._config.max_waiting} requests are waiting already")
+        keeper = self._keeper_of(group)
+        group.request = request  # as who looks for a place
+        never = None if keeper is None else keeper.why_never(group)
+        worker = keeper if never is None and keeper is not None else self._placement.choose(group)
+        if worker is None and self._schedulers:
+            never = self._why_never(group)
+        group.request = before
+        if worker is None and never is not None:
+            return Resumed(ParkingVerdict.NEVER, never)
+        self._parking.remove(group)
+        if keeper is not None:
+            if keeper is worker:
+                keeper.claim(group)
+            else:
+                keeper.let_go(group)
+        if begins_turn:
+            group.begin_turn(request, len(what.tokens), self._arrivals, now)
+        else:
+            group.go_on(request, self._arrivals)
+        self._arrivals += 1
+        self._groups[request_id] = group
+        self._waiting_at_most += 1
+        if request.deadline is not None:
+            self._deadlines.note(request.deadline, group, self._groups)
+        if worker is not None:
+            worker.add(group)
+        else:
+            self._unassigned.append(group)
+        return Resumed(ParkingVerdict.OK, group=group)
+
+    def cut(self, request_id: str, index: int, num_tokens: int, matched_stop: str) -> bool:
+        """A held request turns out to have met a stop string before it ended otherwise: it keeps `num_tokens` of its
+        output. False: no held request has that name, or it has fewer."""
+        group = self._parking.get(request_id)
+        if group is None or index or group.is_parked:
+            return False
+        sequence = group.sequences[0]
+        kept = num_tokens - len(sequence.earlier)
+        if not 1 <= kept <= len(sequence.output) or sequence.finish is None:
+            return False
+        sequence.keep_output(kept)
+        usage = replace(sequence.finish.usage, completion_tokens=num_tokens)
+        sequence.finish = replace(
+            sequence.finish, reason=FinishReason.STOP, matched_stop=matched_stop, matched_token_id=None, usage=usage
+        )
+        keeper = self._keeper_of(group)
+        if keeper is not None:
+            keeper.cut(sequence)
+        return True
+
+    def _let_go(self, group: SequenceGroup, reason: FinishReason) -> None:
+        """A parked or held group will not be continued: frees its KV. A parked one has ended after all."""
+        self._parking.remove(group)
+        group.keep_until = None
+        keeper = self._keeper_of(group)
+        if keeper is not None:
+            keeper.let_go(group)
+        for sequence in group.sequences:
+            if sequence.finish is not None and sequence.finish.reason is FinishReason.PARKED:
+                sequence.finish = replace(sequence.finish, reason=reason)
+        self._retain(group)
+
+    def _keeps(self, group: SequenceGroup) -> bool:
+        """Whether a group that has just ended is kept to be continued, and until when."""
+        if group.keep_until is not None:
+            return group.is_parked  # it may have ended otherwise meanwhile
+        request, finish = group.request, group.sequences[0].finish
+        if not request.hold_ns or finish is None or finish.reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            return False
+        if not self._parking.has_room(request.tenant):
+            longest = self._parking.held_for_longest(request.tenant)
+            if longest is not None:
+                self._let_go(longest, FinishReason.CANCELLED)
+        assert group.finished_at is not None
+        group.keep_until = group.finished_at + min(request.hold_ns, self._config.park_ceiling_ns)
+        return self._parking.has_room(request.tenant)
+
+    # ------------------------------------------------------------------ time
+
     def expire(self, now: int) -> None:
-        """Ends requests whose deadline has passed, or cannot be met because they still wait; forgets finished ones
-        whose retention is over."""
+        """Ends requests whose deadline has passed, or cannot be met because they still wait, and those that have been
+        parked for long enough; forgets finished ones whose retention is over."""
+        for group in self._parking.expired(now):
+            self._let_go(group, FinishReason.CANCELLED)
         for group in self._deadlines.take(now, self._groups):
             self._look_at_deadline(group, now)
         horizon = now - self._config.retention_ns
@@ -224,14 +399,14 @@ class Dispatcher:
 
     def next_expiry(self) -> int | None:
         """When expire() has something to do at the earliest; None: nothing is pending."""
-        times = [self._deadlines.next] if self._deadlines.next is not None else []
+        times = [time for time in (self._deadlines.next, self._parking.next_expiry) if time is not None]
         if self._retained:
             times.append((next(iter(self._retained.values())).finished_at or 0) + self._config.retention_ns)
         return min(times, default=None)
 
     def find(self, request_id: str) -> SequenceGroup | None:
-        """A live or recently finished request."""
-        return self._groups.get(request_id) or self._retained.get(request_id)
+        """A live, parked or recently finished request."""
+        return self._groups.get(request_id) or self._parking.get(request_id) or self._retained.get(request_id)
 
     def pin_prefix(self, tenant: str, tokens: list[int]) -> str | None:
         """Keeps a prefix in the pool of every worker, present and future. Why not, in one line, or None."""
@@ -277,6 +452,7 @@ class Dispatcher:
             swapped=sum(worker.swapped_groups for worker in workers),
             preempted=sum(worker.preempted_groups for worker in workers),
             retained=len(self._retained),
+            parked=len(self._parking),
             stale_results_total=self._stale_results,
         )
 
@@ -304,6 +480,16 @@ class Dispatcher:
             assigned |= scheduler.groups.keys()
         assert not assigned & set(self._unassigned), "an unassigned group has a worker"
         assert assigned | set(self._unassigned) == set(self._groups.values()), "a live group is nowhere"
+        self._parking.check_integrity()
+        for scheduler in self._schedulers.values():
+            for group in scheduler.parked:
+                assert group.parked_on == scheduler.worker_id, f"the KV of {group} is elsewhere"
+        parked = [group for scheduler in self._schedulers.values() for group in scheduler.parked]
+        assert len(parked) == len(set(parked)), "a group's KV is kept by two workers"
+        assert set(parked) <= set(self._parking), "KV is kept for a group that is not parked"
+        for group in set(self._parking) - set(parked):
+            assert not any(sequence.table.blocks for sequence in group.sequences), f"the KV of {group} is nobody's"
+        assert not self._groups.keys() & {group.request.request_id for group in self._parking}, "a live group is parked"
         for group in self._groups.values():
             assert not group.is_finished, f"{group} has finished and is registered as live"
         for group in self._retained.values():
@@ -347,9 +533,17 @@ class Dispatcher:
             self._placement.note_lighter(scheduler)
         if group.is_finished:
             del self._groups[group.request.request_id]
-            self._retained[group.request.request_id] = group
-            if len(self._retained) > self._config.max_retained:
-                self._retained.popitem(last=False)
+            if self._keeps(group):
+                self._parking.add(group)
+            else:
+                group.keep_until = None
+                self._retain(group)
+
+    def _retain(self, group: SequenceGroup) -> None:
+        """A group that has ended can be found for a while."""
+        self._retained[group.request.request_id] = group
+        if len(self._retained) > self._config.max_retained:
+            self._retained.popitem(last=False)
 
     def _look_at_deadline(self, group: SequenceGroup, now: int) -> None:
         """Ends a group whose deadline has passed, and one that has not started and can no longer meet it."""
@@ -368,6 +562,10 @@ class Dispatcher:
 
     def _scheduler_of(self, group: SequenceGroup) -> Scheduler | None:
         return None if group.worker_id is None else self._schedulers[group.worker_id]
+
+    def _keeper_of(self, group: SequenceGroup) -> Scheduler | None:
+        """Who keeps the KV of a parked group."""
+        return None if group.parked_on is None else self._schedulers[group.parked_on]
 
     def _is_queue_full(self) -> bool:
         """Whether as many groups wait as may. Counted only when there could be, because it takes time per worker."""

@@ -25,7 +25,7 @@ from pagewire.v1 import control_pb2, scheduler_pb2, worker_pb2
 from scheduler import codec
 from scheduler.codec import SubmitError
 from scheduler.config import SchedulerSettings
-from scheduler.dispatcher import Admission, ResultError, StepOutput
+from scheduler.dispatcher import Admission, ParkingVerdict, ResultError, StepOutput
 from scheduler.duplex import Refusal
 from scheduler.events import Admitted, Failed, Finished, StatusCode
 from scheduler.fanout import Fanout
@@ -46,6 +46,36 @@ QUEUE_FULL_RETRY_NS = 1 * NS_PER_S
 NO_WORKER_RETRY_NS = 2 * NS_PER_S
 DRAINING_RETRY_NS = 5 * NS_PER_S
 MIN_TIMER_NS = 1_000_000
+
+_PARKING_ERRORS = {
+    ParkingVerdict.UNKNOWN: (codec.NOT_FOUND, "REQUEST_NOT_FOUND", "no live, parked or recent request has this name"),
+    ParkingVerdict.NOT_LIVE: (
+        codec.FAILED_PRECONDITION,
+        "REQUEST_NOT_LIVE",
+        "the request has ended or is parked; only a live one can be parked",
+    ),
+    ParkingVerdict.NOT_PARKED: (
+        codec.FAILED_PRECONDITION,
+        "REQUEST_NOT_PARKED",
+        "the request is neither parked nor held: park it first, or ask with hold_seconds",
+    ),
+    ParkingVerdict.FULL: (
+        codec.RESOURCE_EXHAUSTED,
+        "PARK_LIMIT",
+        "as many requests as may be are parked already: continue or cancel one",
+    ),
+    ParkingVerdict.ONE_SEQUENCE: (
+        codec.FAILED_PRECONDITION,
+        "SEVERAL_SEQUENCES",
+        "a request of several sequences goes on as it was: leave input and max_tokens unset",
+    ),
+    ParkingVerdict.CONTEXT_FULL: (
+        codec.FAILED_PRECONDITION,
+        "CONTEXT_FULL",
+        "the model's context has no room for the input and one more token",
+    ),
+}
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 log = logs.get_logger("scheduler.engine")
 
@@ -85,6 +115,10 @@ class Engine:
             watermark=settings.watermark,
             retention_ns=int(settings.retention_s * NS_PER_S),
             max_retained=settings.max_retained,
+            park_ceiling_ns=int(settings.park_ceiling_s * NS_PER_S),
+            max_parked=settings.max_parked,
+            max_parked_per_tenant=settings.max_parked_per_tenant,
+            park_arena_share=settings.park_arena_share,
         )
         self.dispatcher = RecordedDispatcher(self.config, lambda worker_id: self.workers[worker_id].hello)
         self.workers: dict[str, WorkerLink] = {}
@@ -319,12 +353,8 @@ class Engine:
         self._wake()
 
     def _accept(self, session: Session, message: scheduler_pb2.Submit) -> SequenceGroup:
-        if self.draining:
-            raise SubmitError(
-                codec.UNAVAILABLE, "DRAINING", "the scheduler takes no new requests: it drains", DRAINING_RETRY_NS
-            )
-        if self._limits is None or self._gave_up:
-            raise SubmitError(codec.UNAVAILABLE, "NO_WORKER", "no worker has joined", NO_WORKER_RETRY_NS)
+        self._check_open()
+        assert self._limits is not None
         now = self.clock()
         request: Request = codec.decode_submit(message, self._limits, now)
         session.check_free(message.stream, request.n)
@@ -340,6 +370,66 @@ class Engine:
             raise SubmitError(codec.INVALID_ARGUMENT, "NEVER_FITS", submitted.reason)
         assert submitted.group is not None
         return submitted.group
+
+    def park(self, request_id: str, ttl_s: int) -> scheduler_pb2.ParkLiveResponse:
+        """Parks a live request by name. Raises Refusal for one that cannot be."""
+        ceiling_s = int(self.settings.park_ceiling_s)
+        ttl_s = min(ttl_s or ceiling_s, ceiling_s)
+        verdict = self.dispatcher.park(request_id, ttl_s * NS_PER_S, self.clock())
+        if verdict is not ParkingVerdict.OK:
+            code, reason, message = _PARKING_ERRORS[verdict]
+            raise Refusal(_CODES[code], message, reason=reason)
+        self._settle()
+        self._wake()
+        group = self.dispatcher.find(request_id)
+        assert group is not None
+        response = scheduler_pb2.ParkLiveResponse(ttl_seconds=ttl_s)
+        for sequence in group.sequences:
+            if sequence.finish is not None and sequence.finish.reason is FinishReason.PARKED:
+                first_token = len(sequence.earlier) + len(sequence.output)
+                response.positions.add(index=sequence.index, first_token=first_token)
+        return response
+
+    def resume(self, session: Session, message: scheduler_pb2.ContinueStream) -> None:
+        """Takes a parked or held request up again and listens to it, or answers with StreamFailed."""
+        stream, request_id = message.stream, message.request_id
+        self._settle()  # what has happened before must not be told again after the snapshot
+        known = self.dispatcher.find(request_id)
+        if known is not None:
+            session.check_free(stream, len(known.sequences))
+        try:
+            group = self._continue(message)
+        except SubmitError as error:
+            self._refuse(session, stream, error)
+            return
+        self.live[request_id] = group
+        session.snapshot(codec.encode_attached(stream, group))
+        group.listeners.append(session.listen(group, stream))
+        self._fanout.listeners_changed()
+        self._wake()
+
+    def _continue(self, message: scheduler_pb2.ContinueStream) -> SequenceGroup:
+        self._check_open()
+        assert self._limits is not None
+        now = self.clock()
+        what = codec.decode_continuation(message, self._limits, now)
+        resumed = self.dispatcher.resume(message.request_id, what, now)
+        if resumed.verdict is ParkingVerdict.LATER:
+            raise SubmitError(codec.RESOURCE_EXHAUSTED, "QUEUE_FULL", resumed.reason, QUEUE_FULL_RETRY_NS)
+        if resumed.verdict is ParkingVerdict.NEVER:
+            raise SubmitError(codec.INVALID_ARGUMENT, "NEVER_FITS", resumed.reason)
+        if resumed.group is None:
+            raise SubmitError(*_PARKING_ERRORS[resumed.verdict])
+        return resumed.group
+
+    def _check_open(self) -> None:
+        """Raises SubmitError while no requests are taken."""
+        if self.draining:
+            raise SubmitError(
+                codec.UNAVAILABLE, "DRAINING", "the scheduler takes no new requests: it drains", DRAINING_RETRY_NS
+            )
+        if self._limits is None or self._gave_up:
+            raise SubmitError(codec.UNAVAILABLE, "NO_WORKER", "no worker has joined", NO_WORKER_RETRY_NS)
 
     def _refuse(self, session: Session, stream: int, error: SubmitError) -> None:
         session.failed.append(codec.encode_refusal(stream, error))
@@ -373,13 +463,15 @@ class Engine:
         if not group.listeners and not group.request.detached:
             self.abort(group.request.request_id)
 
-    def stop(self, session: Session, stream: int, num_tokens: int, matched_stop: str) -> None:
+    def stop(self, session: Session, stop: scheduler_pb2.StopSequence) -> None:
         """Ends a sequence at a stop string."""
-        found = session.sequence(stream)
-        if found is None:
-            return  # it has ended meanwhile
+        found, num_tokens, matched_stop = session.sequence(stop.stream), stop.num_tokens, stop.matched_stop
+        if found is None:  # it has ended meanwhile; if it is held, what is behind the stop string must not be
+            self.dispatcher.cut(stop.request_id, stop.index, num_tokens, matched_stop)
+            return
         group, index = found
-        if num_tokens > len(group.sequences[index].output):
+        num_tokens -= len(group.sequences[index].earlier)
+        if not 0 <= num_tokens <= len(group.sequences[index].output):
             log.error("a stop string behind the last token", request_id=group.request.request_id, num_tokens=num_tokens)
             return
         now = self.clock()

@@ -194,7 +194,7 @@ class Session:
 
 
 class SchedulerServicer:
-    """Serves Session and Abort."""
+    """Serves Session, Abort and ParkLive."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -207,6 +207,7 @@ class SchedulerServicer:
             {
                 "Session": grpc.stream_stream_rpc_method_handler(self._session),
                 "Abort": grpc.unary_unary_rpc_method_handler(self._abort),
+                "ParkLive": grpc.unary_unary_rpc_method_handler(self._park),
             },
         )
 
@@ -217,6 +218,13 @@ class SchedulerServicer:
             return scheduler_pb2.AbortResponse(found=found).SerializeToString()
 
         return await answer(context, abort())
+
+    async def _park(self, raw: bytes, context: Any) -> bytes | None:
+        async def park() -> bytes:
+            request = parse(scheduler_pb2.ParkLiveRequest, raw)
+            return self._engine.park(request.request_id, request.ttl_seconds).SerializeToString()
+
+        return await answer(context, park())
 
     async def _session(self, _requests: Any, context: Any) -> None:
         await answer(context, self._converse(context))
@@ -269,7 +277,8 @@ class SchedulerServicer:
         elif kind == "detach":
             engine.detach(session, message.detach.stream)
         elif kind == "stop":
-            stop = message.stop
-            engine.stop(session, stop.stream, stop.num_tokens, stop.matched_stop)
+            engine.stop(session, message.stop)
+        elif kind == "resume":
+            engine.resume(session, message.resume)
         elif kind == "hello":
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "hello comes once", reason="HELLO_REPEATED")

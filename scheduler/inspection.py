@@ -74,7 +74,9 @@ def kv_waste_ratio(scheduler: Scheduler) -> float:
 def check_scheduler(scheduler: Scheduler) -> None:
     """Raises AssertionError when the books do not balance."""
     sequences = [sequence for group in scheduler.groups for sequence in group.live]
-    scheduler.blocks.check_integrity(sequence.table for sequence in sequences)
+    kept = [sequence.table for group in scheduler.parked for sequence in group.sequences]
+    scheduler.blocks.check_integrity([*(sequence.table for sequence in sequences), *kept])
+    assert not scheduler.parked.keys() & scheduler.groups.keys(), "a parked group is in line"
     for group in scheduler.groups:
         assert group.worker_id == scheduler.worker_id, f"{group} belongs to {group.worker_id}"
         assert group.live, f"{group} has finished and is still here"
@@ -93,8 +95,11 @@ def check_scheduler(scheduler: Scheduler) -> None:
         tokens_in_place = sequence.status in (PREFILLING, RUNNING)
         assert not sequence.has_row or tokens_in_place, f"{sequence} has a row"
         assert (sequence in decoding) + (sequence in joining) == (sequence.status is RUNNING), f"{sequence} is lost"
-        assert sequence.table.on_host == (sequence.status is SWAPPED), f"{sequence} has {sequence.table}"
-        if sequence.status in (WAITING, PREEMPTED):
+        if sequence.status is WAITING:  # nothing, or what was kept for it while it was parked
+            assert sequence.table.on_host or not sequence.table.blocks, f"{sequence} has {sequence.table}"
+        else:
+            assert sequence.table.on_host == (sequence.status is SWAPPED), f"{sequence} has {sequence.table}"
+        if sequence.status is PREEMPTED:
             assert not sequence.table.blocks, f"{sequence} has {sequence.table}"
     scheduler.calendar.check_integrity(decoding)
     rows = [sequence.slot for sequence in sequences if sequence.has_row]

@@ -48,4 +48,5 @@ class Loads:
     swapped: int  # groups preempted by swap
     preempted: int  # groups preempted by recompute
     retained: int  # finished groups that can still be found
+    parked: int  # groups that wait to be continued, held ones included
     stale_results_total: int

@@ -165,7 +165,7 @@ class SchedulerCollector(Collector):
         success = CounterMetricFamily(
             "pagewire_request_success", "Sequences that ended, by finish reason.", labels=["finish_reason"]
         )
-        for reason in ("stop", "length", "cancelled", "deadline", "error"):
+        for reason in ("stop", "length", "cancelled", "deadline", "error", "parked"):
             success.add_metric([reason], metrics.finished[reason])
         yield success
         moved = CounterMetricFamily("pagewire_swap_bytes", "KV bytes swapped.", labels=["direction"])
@@ -209,7 +209,8 @@ def _gauges(loads: Loads) -> Iterator[Metric]:
     counts = [
         ("requests_running", "Requests with sequences on a worker.", loads.running),
         ("requests_waiting", "Requests that wait to run or to be recomputed.", loads.waiting + loads.preempted),
-        ("requests_swapped", "Requests whose KV is in a host arena.", loads.swapped),
+        ("requests_swapped", "Preempted requests whose KV is in a host arena.", loads.swapped),
+        ("requests_parked", "Requests that wait to be continued: parked, or held after their end.", loads.parked),
     ]
     for name, text, value in counts:
         yield GaugeMetricFamily(f"pagewire_{name}", text, value=value)

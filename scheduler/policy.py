@@ -23,6 +23,10 @@ class SchedulerConfig:
     watermark: float = 0.01  # fraction of the KV pool that admission leaves free
     retention_ns: int = 60_000_000_000  # how long a finished request can be found
     max_retained: int = 4096  # finished requests kept at most
+    park_ceiling_ns: int = 600_000_000_000  # how long a request may stay parked or held
+    max_parked: int = 1024  # parked and held requests, over all tenants
+    max_parked_per_tenant: int = 64
+    park_arena_share: float = 0.5  # of a host arena, for their KV; what finds no room is computed again
     max_plans_in_flight: int = 2
     max_worker_losses: int = 3  # after so many worker losses without progress, a request that ran each time fails
 

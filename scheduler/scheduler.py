@@ -86,6 +86,8 @@ class Scheduler:
         self.assigned_sequences = 0  # of those groups, for load balancing
         self.waiting: list[SequenceGroup] = []  # has never run; by rank
         self.preempted: list[SequenceGroup] = []  # swapped out or to be recomputed; by rank
+        self.parked: dict[SequenceGroup, None] = {}  # ended for now, and not in `groups`; their KV is kept here
+        self._leaving: list[SequenceGroup] = []  # of those, whose KV the next plan copies out
         self._firsts: dict[int, list[SequenceGroup]] = {}  # of each tenant in a queue, by its id; within one schedule()
         self.running: dict[SequenceGroup, None] = {}  # has sequences that go on; in order of admission
         self.prefilling: list[Sequence] = []  # in order of admission
@@ -143,13 +145,18 @@ class Scheduler:
             keys = self._lookup_keys(group.live[0])
             found = len(self.blocks.find_prefix(keys))
             found += len(self.blocks.tier.find(keys[found:]))
-            needed = least_ns(group.request, found * self.capacity.block_size, self.costs.step_time)
+            cached = max(found * self.capacity.block_size, group.live[0].computed)
+            needed = least_ns(group.request, cached, self.costs.step_time)
         return needed
 
     def add(self, group: SequenceGroup) -> None:
         """Takes a group over: a new one waits, one that has run before is resumed by recompute."""
         group.worker_id = self.worker_id
         group.prompt_hashes = group.lookup_keys = None  # the worker before may have had another block size
+        if group.parked_epoch != self.epoch:
+            group.resumable_after = 0  # not of this worker's steps
+        elif self.in_flight and self.config.prefix_cache:
+            self._prompt_keys(group)  # what is in flight for it may yet turn out to be garbage
         self.groups[group] = None
         self.tenants.enter(group)
         priority = group.request.priority
@@ -176,7 +183,8 @@ class Scheduler:
 
     def give_up_waiting(self) -> list[SequenceGroup]:
         """Gives back the groups that have not started, for another distribution over workers."""
-        groups, self.waiting = self.waiting, []
+        groups = [group for group in self.waiting if not group.live[0].table.blocks]
+        self.waiting = [group for group in self.waiting if group.live[0].table.blocks]  # their KV is here
         for group in groups:
             self._forget_group(group)
         return groups
@@ -190,21 +198,58 @@ class Scheduler:
             group.resumable_after = 0
             group.losses += group in computing
             for sequence in group.live:
+                self._leave_decode(sequence)
+                sequence.computed_before = max(sequence.computed_before, sequence.computed)
+                sequence.computed = 0
+                sequence.has_row = False
+                sequence.table = BlockTable()
                 if sequence.status is not WAITING:
-                    self._leave_decode(sequence)
-                    sequence.computed_before = max(sequence.computed_before, sequence.computed)
-                    sequence.computed = 0
-                    sequence.has_row = False
-                    sequence.table = BlockTable()
                     sequence.status = PREEMPTED
             self._forget_group(group)
+        for group in computing - set(groups):
+            group.losses += group.keep_until is not None  # parked, but it may be the one
+        for group in list(self.parked):
+            self.let_go(group)
         return groups
 
     def stop(self, sequence: Sequence, num_tokens: int, matched_stop: str, now: int) -> None:
         """Ends one sequence at a stop string; it keeps `num_tokens` of its output."""
-        self._withdraw(sequence, keep_blocks_findable=True)
+        self._withdraw(sequence, keep_blocks_findable=True, keep_kv=sequence.request.hold_ns > 0)
         sequence.keep_output(num_tokens)
         self._end(sequence, FinishReason.STOP, now, matched_stop=matched_stop)
+
+    def park(self, group: SequenceGroup, now: int) -> None:
+        """Ends what is left of a group for now. Its rows go with the next plan and its blocks are copied out by it, as
+        far as results have confirmed what is in them; tokens that are in flight will be dropped."""
+        for sequence in group.live:
+            self._withdraw(sequence, keep_blocks_findable=True, keep_kv=True)
+            sequence.starts_at = 0
+            if not sequence.table.blocks:
+                sequence.computed_before = max(sequence.computed_before, sequence.computed)
+                sequence.computed = 0
+            self._end(sequence, FinishReason.PARKED, now)
+
+    def let_go(self, group: SequenceGroup) -> None:
+        """Frees the KV of a parked group; whoever continues it computes it again."""
+        del self.parked[group]
+        group.parked_on = None
+        for sequence in group.sequences:
+            if sequence.table.blocks:
+                self._lose_kv(sequence)
+
+    def claim(self, group: SequenceGroup) -> None:
+        """A parked group is about to be continued here: its KV is its own again, if it has reached the arena."""
+        if any(sequence.table.blocks and not sequence.table.on_host for sequence in group.sequences):
+            self.let_go(group)
+        else:
+            del self.parked[group]
+            group.parked_on = None
+
+    def cut(self, sequence: Sequence) -> None:
+        """The last output tokens of a parked sequence have been taken back: so is their KV."""
+        if sequence.table.blocks:
+            sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
+            self.blocks.truncate(sequence.table, sequence.computed)
 
     def end_group(self, group: SequenceGroup, reason: FinishReason, now: int) -> None:
         """Ends what is left of a group, in whatever state it is."""
@@ -228,7 +273,7 @@ class Scheduler:
 
     def schedule(self, now: int) -> StepPlan | None:
         """The next plan. None: enough plans are in flight, or there is nothing to compute now."""
-        if len(self.in_flight) >= self.config.max_plans_in_flight or not self.groups:
+        if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self._leaving):
             return None
         self._firsts.clear()
         if self.blocks.tier.is_on:
@@ -237,6 +282,8 @@ class Scheduler:
             )
         while True:
             draft = Draft(self.last_step + 1)
+            if self._leaving:
+                self._swap_out_parked(draft)
             if self._has_order:
                 self._displace(draft)
             self._keep_running(draft, now)
@@ -330,6 +377,8 @@ class Scheduler:
                 return
             if before is not None and self.place(group) >= self.place(before):
                 return
+            if group.resumable_after > self.last_applied:
+                return
             if not self._has_rows(group) or not self._start(group, draft, now):
                 return
 
@@ -422,6 +471,8 @@ class Scheduler:
         live = group.live
         if live[0].status is SWAPPED:
             return sum(len(sequence.table) + 1 for sequence in live)
+        if live[0].table.blocks:
+            return blocks_for(live[0].num_tokens, self.capacity.block_size)
         found = len(self.blocks.find_prefix(self._lookup_keys(live[0])))
         fresh = not live[0].output
         return sum(blocks_for(s.num_tokens, self.capacity.block_size) for s in (live[:1] if fresh else live)) - found
@@ -456,6 +507,8 @@ class Scheduler:
         blocks, size = self.blocks, self.capacity.block_size
         live = group.live
         leader, others = live[0], live[1:]
+        if leader.table.blocks:
+            return self._start_parked(group, leader, draft, now)
         known = leader.num_tokens
         is_fresh = not leader.output
         keys = self._lookup_keys(leader)
@@ -480,7 +533,7 @@ class Scheduler:
             draft.add_swap_in(blocks.fill_from_host(leader.table, len(found), kept, kept_keys))
             draft.cache_blocks_in += len(kept)
         leader.computed = (len(found) + len(kept)) * size
-        if group.resumable_after:  # it was preempted here, so the cache could have kept its blocks
+        if group.resumable_after and leader.computed_before:  # it ran here, so the cache could have kept its blocks
             self.costs.came_back(leader.computed, leader.computed_before)
         leader.starts_at = 0
         leader.status = PREFILLING
@@ -504,6 +557,28 @@ class Scheduler:
                 self._plan_chunk(sequence, draft)
             if sequence.status is PREFILLING:
                 self.prefilling.append(sequence)
+        return True
+
+    def _start_parked(self, group: SequenceGroup, leader: Sequence, draft: Draft, now: int) -> bool:
+        """A continued sequence gets its KV back from the arena, and computes what has been appended."""
+        known = leader.num_tokens
+        if not self._has_room(blocks_for(known, self.capacity.block_size), 0):
+            if self._is_empty and self.blocks.cache.yield_pinned():
+                return self._start_parked(group, leader, draft, now)
+            return self._fail_if_alone(group, now)
+        self._leave_queue(group, [leader])
+        moves = self.blocks.swap_in([leader.table], [leader.computed // self.capacity.block_size])
+        draft.add_swap_in(moves)
+        group.swapped_bytes += len(moves) * self.capacity.block_bytes
+        self.blocks.extend(leader.table, known)
+        leader.starts_at = 0
+        leader.status = PREFILLING
+        group.lookup_keys = None
+        group.shares_prefix = False
+        self._count_start(group, leader, 0, leader.computed, now)
+        self._plan_chunk(leader, draft)
+        if leader.status is PREFILLING:
+            self.prefilling.append(leader)
         return True
 
     def _kept_prefix(self, keys: list[bytes]) -> list[bytes]:
@@ -780,13 +855,66 @@ class Scheduler:
         draft.left -= len(live)
         return True
 
+    # ------------------------------------------------------------------ parking
+
+    def _take_in(self, group: SequenceGroup) -> None:
+        """Keeps the KV of a group that has just ended, for who continues it: of all its parked sequences, or none."""
+        kept = [sequence for sequence in group.sequences if sequence.table.blocks]
+        if group.keep_until is None or (group.is_parked and len(kept) < _num_parked(group)):
+            for sequence in kept:
+                self._lose_kv(sequence)
+            return
+        if not kept:
+            return
+        for sequence in kept:
+            # The last token's is computed with what follows; of appended tokens none may be yet.
+            sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
+            self.blocks.truncate(sequence.table, sequence.computed)
+        self.parked[group] = None
+        group.parked_on = self.worker_id
+        if not all(sequence.table.on_host for sequence in kept):
+            self._leaving.append(group)
+
+    def _swap_out_parked(self, draft: Draft) -> None:
+        """Copies the KV of groups that have been parked since the last plan to the arena, as far as there is room."""
+        for group in self._leaving:
+            if group not in self.parked:
+                continue  # let go meanwhile
+            tables = [s.table for s in group.sequences if s.table.blocks and not s.table.on_host]
+            need = self.blocks.swap_out_need(tables)
+            room = int(self.config.park_arena_share * self.capacity.host_blocks) - self._arena_blocks_of_parked()
+            if need > min(room, self.blocks.tier.num_available):
+                self.let_go(group)
+            elif tables:
+                moves = self.blocks.swap_out(tables)
+                draft.add_swap_out(moves)
+                group.swapped_bytes += len(moves) * self.capacity.block_bytes
+        self._leaving.clear()
+
+    def _arena_blocks_of_parked(self) -> int:
+        """Host blocks that parked groups hold, shared ones counted once per table."""
+        return sum(len(s.table) for group in self.parked for s in group.sequences if s.table.on_host)
+
+    def _is_confirmed(self, sequence: Sequence) -> bool:
+        """Whether results have confirmed the KV of all accepted tokens but the last."""
+        if sequence.status is PREFILLING or not sequence.table.blocks:
+            return False
+        return not any(
+            sequence is other for flight in self.in_flight for other in (*flight.chunks.values(), *flight.forked)
+        )
+
+    def _lose_kv(self, sequence: Sequence) -> None:
+        sequence.computed_before = max(sequence.computed_before, sequence.computed)
+        sequence.computed = 0
+        self.blocks.free(sequence.table)
+
+    # ------------------------------------------------------------------ room
+
     def _must_be_alone(self, group: SequenceGroup) -> bool:
         """Whether a group's next loss is its last while another such group runs: the one that brings workers down must
         not take the others with it."""
         last = self.config.max_worker_losses - 1
         return group.losses >= last and any(other.losses >= last and _is_running(other) for other in self.suspects)
-
-    # ------------------------------------------------------------------ room
 
     def _has_rows(self, group: SequenceGroup) -> bool:
         return self.rows_held + len(group.live) <= self.max_rows
@@ -892,7 +1020,7 @@ class Scheduler:
             self._end_stopped(rows, tokens, now)
         for sequence in flight.ending:
             if sequence.finish is None and sequence not in flight.dropped:
-                self._withdraw(sequence, keep_blocks_findable=True)
+                self._withdraw(sequence, keep_blocks_findable=True, keep_kv=sequence.request.hold_ns > 0)
                 self._end(sequence, FinishReason.LENGTH, now)
         if self.suspects:
             self._acquit()
@@ -956,7 +1084,7 @@ class Scheduler:
     def _end_stopped(self, rows: list[Sequence], tokens: list[int], now: int) -> None:
         for sequence, token in zip(rows, tokens, strict=True):
             if token in sequence.stop_ids and len(sequence.output) > sequence.request.min_tokens:
-                self._withdraw(sequence, keep_blocks_findable=True)
+                self._withdraw(sequence, keep_blocks_findable=True, keep_kv=sequence.request.hold_ns > 0)
                 self._end(sequence, FinishReason.STOP, now, matched_token_id=token)
 
     def _drop_failed_rows(self, flight: Draft, rows: list[Sequence], result: StepResult, now: int) -> None:
@@ -971,7 +1099,12 @@ class Scheduler:
             self.blocks.forget(keys)
             for later in self.in_flight:
                 for sharer in later.sharers:
-                    if keys and sharer is not group and (sharer.prompt_hashes or [b""])[0] == keys[0]:
+                    if (
+                        keys
+                        and sharer is not group
+                        and not later.ignores(sharer)
+                        and (sharer.prompt_hashes or [b""])[0] == keys[0]
+                    ):
                         self._start_over(sharer)
             # A chunk is also the others' business: they are forked from it, or share its blocks.
             is_chunk = flight.chunks.get(sequence.slot) is sequence
@@ -1004,25 +1137,28 @@ class Scheduler:
 
     # ------------------------------------------------------------------ ends
 
-    def _withdraw(self, sequence: Sequence, *, keep_blocks_findable: bool) -> None:
+    def _withdraw(self, sequence: Sequence, *, keep_blocks_findable: bool, keep_kv: bool = False) -> None:
         """Takes a live sequence out of wherever it is: its row goes with the next plan, its blocks are free now, and
-        tokens that are in flight for it will be dropped."""
+        tokens that are in flight for it will be dropped. With `keep_kv` it keeps blocks that are worth keeping until
+        its group ends, if that may be continued."""
         if keep_blocks_findable and sequence.status in (RUNNING, ENDING):
             self._register_output(sequence)
         if sequence.status is PREFILLING:
             self.prefilling = [other for other in self.prefilling if other is not sequence]
-        self._detach(sequence)
+        keep_kv = keep_kv and self._is_confirmed(sequence)
+        self._detach(sequence, keep_kv=keep_kv)
         for flight in self.in_flight:
             flight.dropped.add(sequence)
 
-    def _detach(self, sequence: Sequence) -> None:
+    def _detach(self, sequence: Sequence, *, keep_kv: bool = False) -> None:
         """Takes a sequence off the calendars and gives back its row and its blocks."""
         self._leave_decode(sequence)
         if sequence.status is RUNNING or sequence.status is PREFILLING:
             self._release_row(sequence)
         elif sequence.status is ENDING:
             self._ending.pop(sequence, None)
-        self.blocks.free(sequence.table)
+        if not keep_kv:
+            self.blocks.free(sequence.table)
 
     def _register_output(self, sequence: Sequence) -> None:
         """Makes the full blocks behind the prompt's findable, as far as results have confirmed their KV: all accepted
@@ -1083,6 +1219,12 @@ class Scheduler:
             queue.remove(group)
             self._firsts.clear()
         self._forget_group(group)
+        group.resumable_after = self.last_step
+        group.parked_epoch = self.epoch
+        if group.keep_until is not None:  # it may run elsewhere before the next plan: no trace of it stays
+            self.joining = [sequence for sequence in self.joining if sequence.status is RUNNING]
+            self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING]
+        self._take_in(group)
 
     def _forget_group(self, group: SequenceGroup) -> None:
         del self.groups[group]
@@ -1115,6 +1257,10 @@ def firsts_of_tenants(queue: list[SequenceGroup]) -> list[SequenceGroup]:
 
 def rank(group: SequenceGroup) -> tuple[int, int, int, int]:
     return group.rank
+
+
+def _num_parked(group: SequenceGroup) -> int:
+    return sum(1 for s in group.sequences if s.finish is not None and s.finish.reason is FinishReason.PARKED)
 
 
 def _num_output(group: SequenceGroup) -> int:

@@ -32,6 +32,7 @@ class Request:
     tenant: str = ""  # salt of the prefix cache
     deadline: int | None = None  # time after which nobody wants the answer
     detached: bool = False  # lives on without a listener; read by the edge
+    hold_ns: int = 0  # how long its KV is kept after a finish by STOP or LENGTH; needs n = 1
     logprobs: int | None = None  # top-N asked for per output token; None: none
     prompt_logprobs: int | None = None  # top-N asked for per prompt token; None: none
     payload: object = None  # the edge's own (the Submit message); the core never looks into it
@@ -45,14 +46,15 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     ERROR = "error"
+    PARKED = "parked"  # until it is continued
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What a sequence cost. Everything but completion_tokens is the request's, whichever sequence it is read from."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int = 0  # with input appended since
+    completion_tokens: int = 0  # of all turns
     cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first admitted
     preemptions: int = 0
     swapped_bytes: int = 0  # copied to and from the host arena
@@ -71,6 +73,14 @@ class Finish:
     matched_token_id: int | None = None  # the stop token, when one ended it
     usage: Usage = field(default_factory=Usage)
     cumulative_logprob: float = 0.0  # sum over the output; 0 unless log-probabilities were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A part of a sequence's output that ended before the request was continued behind it."""
+
+    num_tokens: int  # output tokens at its end, those of turns before it included
+    finish: Finish
 
 
 class SequenceStatus(enum.Enum):
@@ -92,6 +102,8 @@ class Sequence:
         "base_step",
         "computed",
         "computed_before",
+        "earlier",
+        "earlier_logprobs",
         "end_step",
         "finish",
         "group",
@@ -104,13 +116,17 @@ class Sequence:
         "status",
         "stop_ids",
         "table",
+        "turns",
     )
 
     def __init__(self, group: SequenceGroup, index: int) -> None:
         self.group = group
         self.index = index  # 0..n-1
-        self.output: list[int] = []  # accepted tokens
+        self.output: list[int] = []  # accepted tokens; of this turn, if the request has been continued
         self.logprobs: list[TokenLogprobs] = []  # one per output token, if asked for
+        self.earlier: list[int] = []  # output of turns before this one; the request's prompt holds it too
+        self.earlier_logprobs: list[TokenLogprobs] = []
+        self.turns: list[Turn] = []  # those before this one
         self.status = SequenceStatus.WAITING
         self.finish: Finish | None = None
         self.stop_ids = group.request.stop_ids  # here too: read once per sampled token
@@ -155,11 +171,29 @@ class Sequence:
             matched_stop,
             matched_token_id,
             self.group.usage(self, now),
-            sum(entry.logprob for entry in self.logprobs),
+            sum(entry.logprob for entry in self.earlier_logprobs) + sum(entry.logprob for entry in self.logprobs),
         )
         self.status = SequenceStatus.FINISHED
         if all(sequence.finish is not None for sequence in self.group.sequences):
             self.group.finished_at = now
+
+    def begin_turn(self) -> None:
+        """What it has put out becomes the past of a sequence that has never run. Its block table stays."""
+        assert self.finish is not None
+        self.earlier = self.earlier + self.output
+        self.earlier_logprobs = self.earlier_logprobs + self.logprobs
+        self.turns.append(Turn(len(self.earlier), self.finish))
+        self.output, self.logprobs = [], []
+        self.finish = None
+        self.status = SequenceStatus.WAITING
+
+    def go_on(self) -> None:
+        """It is live again, as after a preemption, or waits if its turn has not begun to run."""
+        self.finish = None
+        if self.group.started_at is None:
+            self.status = SequenceStatus.WAITING
+        else:
+            self.status = SequenceStatus.SWAPPED if self.table.blocks else SequenceStatus.PREEMPTED
 
     def __repr__(self) -> str:
         return f"<Sequence {self.group.request.request_id}/{self.index} {self.status.value} +{len(self.output)}>"
@@ -177,10 +211,15 @@ class SequenceGroup:
         "cached_tokens",
         "failure",
         "finished_at",
+        "first_prompt_tokens",
         "first_token_at",
+        "given_tokens",
+        "keep_until",
         "listeners",
         "lookup_keys",
         "losses",
+        "parked_epoch",
+        "parked_on",
         "preemptions",
         "prompt_hashes",
         "prompt_logprobs",
@@ -198,12 +237,9 @@ class SequenceGroup:
     def __init__(self, request: Request, arrival: int, now: int) -> None:
         self.request = request
         self.arrival = arrival  # number of this request among all ever accepted
-        # The total order of groups, smaller runs first: those that have been preempted often enough, by priority, by
-        # deadline, by arrival. PATIENCE_NS stands in for a later deadline or none, so that nobody is passed for ever.
-        due = now + PATIENCE_NS
-        if request.deadline is not None and request.deadline < due:
-            due = request.deadline
-        self.rank = (1, -request.priority, due, arrival)
+        self.rank = _rank(request, arrival, now)
+        self.first_prompt_tokens = len(request.prompt)  # of the prompt, those that came with the first turn
+        self.given_tokens = len(request.prompt)  # of the prompt, those that are no output of an earlier turn
         self.sequences = [Sequence(self, index) for index in range(request.n)]
         self.listeners: list[Any] = []  # the edge's own
         self.worker_id: str | None = None  # who it is assigned to; None: no worker
@@ -216,6 +252,9 @@ class SequenceGroup:
         self.announced = False  # the Admitted event has been made
         self.resumable_after = 0  # the step whose result must be in before it may be resumed
         self.losses = 0  # workers lost while they ran it, since it last made progress
+        self.keep_until: int | None = None  # it is parked or held, until then
+        self.parked_on: str | None = None  # the worker that keeps its KV while it is parked; None: nobody
+        self.parked_epoch = 0  # of the worker that it was on when it was parked
         self.acquitted_at = 0  # output tokens over all sequences at which `losses` is forgotten
         self.accepted_at = now
         self.started_at: int | None = None  # first plan that ran it
@@ -225,6 +264,42 @@ class SequenceGroup:
         self.preemptions = 0
         self.swapped_bytes = 0
         self.recomputed_tokens = 0
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it has not ended but waits to be continued; one that has ended and is held does not count."""
+        return any(
+            sequence.finish is not None and sequence.finish.reason is FinishReason.PARKED for sequence in self.sequences
+        )
+
+    def begin_turn(self, request: Request, num_given: int, arrival: int, now: int) -> None:
+        """The one sequence's output so far and `num_given` further tokens have become a prompt, that of `request`. It
+        stands in line like a new request, with KV of its own in the arena if that was kept."""
+        (sequence,) = self.sequences
+        sequence.begin_turn()
+        self.request = request
+        sequence.stop_ids = request.stop_ids
+        self.arrival = arrival
+        self.rank = _rank(request, arrival, now)
+        self.given_tokens += num_given
+        self.keep_until = None
+        self.prompt_hashes = self.lookup_keys = None
+        self.announced = False
+        self.failure = None
+        self.preemptions = 0
+        self.accepted_at = now
+        self.started_at = self.first_token_at = self.finished_at = None
+
+    def go_on(self, request: Request, arrival: int) -> None:
+        """The parked sequences are live again, as after a preemption."""
+        self.request = request  # only what does not concern its tokens differs
+        self.arrival = arrival
+        self.keep_until = None
+        self.finished_at = None
+        for sequence in self.sequences:
+            assert sequence.finish is not None
+            if sequence.finish.reason is FinishReason.PARKED:
+                sequence.go_on()
 
     def protect(self) -> None:
         """From now on it ranks before every group that has been preempted less often."""
@@ -248,8 +323,8 @@ class SequenceGroup:
         accepted = self.accepted_at
         started, first = self.started_at, self.first_token_at
         return Usage(
-            prompt_tokens=len(self.request.prompt),
-            completion_tokens=len(sequence.output),
+            prompt_tokens=self.given_tokens,
+            completion_tokens=len(sequence.earlier) + len(sequence.output),
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
             swapped_bytes=self.swapped_bytes,
@@ -261,3 +336,12 @@ class SequenceGroup:
 
     def __repr__(self) -> str:
         return f"<SequenceGroup {self.request.request_id} {[s.status.value for s in self.sequences]}>"
+
+
+def _rank(request: Request, arrival: int, now: int) -> tuple[int, int, int, int]:
+    """The total order of groups, smaller runs first: those that have been preempted often enough, by priority, by
+    deadline, by arrival. PATIENCE_NS stands in for a later deadline or none, so that nobody is passed for ever."""
+    due = now + PATIENCE_NS
+    if request.deadline is not None and request.deadline < due:
+        due = request.deadline
+    return (1, -request.priority, due, arrival)

@@ -26,6 +26,7 @@ CORE = {
     "host_tier",
     "inspection",
     "loads",
+    "parking",
     "pins",
     "placement",
     "policy",

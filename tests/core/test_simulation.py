@@ -14,10 +14,12 @@ import pytest
 from scheduler.dispatcher import (
     Admission,
     Admitted,
+    Continuation,
     Dispatcher,
     Failed,
     Finished,
     FinishReason,
+    ParkingVerdict,
     SchedulerConfig,
     StatusCode,
     StepOutput,
@@ -65,7 +67,12 @@ class Simulation:
             watermark=choose([0.0, 0.01, 0.1]),
             retention_ns=10**12,
             max_plans_in_flight=choose([1, 2, 2, 2, 3]),
+            park_ceiling_ns=choose([20, 10**12, 10**12]),
+            max_parked=choose([2, 1000]),
+            max_parked_per_tenant=choose([1, 64]),
+            park_arena_share=choose([0.3, 1.0]),
         )
+        self.parking = choose([0.0, 0.02, 0.05])  # how often clients park and continue
         self.meddling = choose([0.0, 0.005, 0.02])  # how often clients cancel and gateways find stop strings
         self.has_faulty_requests = chance() < 0.25
         self.has_lossy_workers = chance() < 0.4
@@ -113,6 +120,12 @@ class Simulation:
             self.collect(StepOutput())
         elif dice < 2 * self.meddling and self.groups:
             self.stop_one()
+        elif 0.1 < dice < 0.1 + self.parking and self.groups:
+            self.park_one()
+        elif 0.2 < dice < 0.2 + 2 * self.parking and self.groups:
+            continuable = [group for group in self.groups if group.keep_until is not None]
+            unlikely = not continuable or self.random.random() < 0.1
+            self.continue_one(self.random.choice(self.groups if unlikely else continuable))
         elif 0.04 < dice < 0.05:
             self.dispatcher.expire(self.now)
             self.collect(StepOutput())
@@ -165,7 +178,8 @@ class Simulation:
         request = Request(
             request_id=f"request-{len(self.groups)}",
             prompt=prompt,
-            n=dice.choice([1, 1, 1, 2, 3]),
+            n=(n := dice.choice([1, 1, 1, 2, 3])),
+            hold_ns=dice.choice([0, 30, 10**12]) if n == 1 and self.parking else 0,
             max_tokens=dice.choice([1, 2, 3, 8, 20, 30]),
             min_tokens=dice.choice([0, 0, 2]),
             stop_ids=frozenset(dice.sample(range(64), dice.choice([0, 0, 1, 4]))),
@@ -199,9 +213,66 @@ class Simulation:
         sequence = self.random.choice(self.random.choice(self.groups).sequences)
         keep = self.random.randint(0, len(sequence.output))
         request_id = sequence.request.request_id
+        if self.dispatcher.cut(request_id, sequence.index, len(sequence.earlier) + keep, "stop!"):
+            self.stopped[sequence] = keep
+            self.statistics["cut while held"] += 1
         if self.dispatcher.stop_sequence(request_id, sequence.index, keep, "stop!", self.now):
             self.stopped[sequence] = keep
             self.statistics["stopped by text"] += 1
+        self.collect(StepOutput())
+
+    def park_one(self) -> None:
+        group = self.random.choice(self.groups)
+        was_live = not group.is_finished
+        delivered = [len(self.streams[sequence]) for sequence in group.sequences]
+        verdict = self.dispatcher.park(group.request.request_id, self.random.choice([0, 15, 10**12]), self.now)
+        self.statistics[f"park: {verdict.value}"] += 1
+        if verdict is ParkingVerdict.OK:
+            assert was_live
+            assert group.is_finished
+        else:
+            assert verdict is (ParkingVerdict.FULL if was_live else ParkingVerdict.NOT_LIVE)
+        self.dispatcher.check_integrity()
+        self.collect(StepOutput())
+        assert delivered == [len(self.streams[sequence]) for sequence in group.sequences]
+
+    def continue_one(self, group: SequenceGroup) -> None:
+        """What a client does after a tool call or some thinking: with new input, with a new limit, or as it was."""
+        dice = self.random
+        tokens = [dice.randrange(60) for _ in range(dice.choice([0, 0, 1, 3, 9]))]
+        what = Continuation(
+            tokens=tokens,
+            max_tokens=dice.choice([0, 0, 1, 5]),
+            max_model_len=dice.choice([10**6, 10**6, 10**6, 20]),
+            deadline=self.now + dice.randint(1, 300) if dice.random() < 0.05 else None,
+            hold_ns=dice.choice([0, 10**12]) if len(group.sequences) == 1 else 0,
+        )
+        before = [(s.request, s.output.copy(), s.token_ids.copy(), s.finish) for s in group.sequences]
+        was_cut = group.sequences[0] in self.stopped
+        verdict = self.dispatcher.resume(group.request.request_id, what, self.now).verdict
+        self.statistics[f"continue: {verdict.value}"] += 1
+        if verdict is not ParkingVerdict.OK:
+            assert verdict is not ParkingVerdict.UNKNOWN
+            self.dispatcher.check_integrity()
+            return
+        for sequence, (request, output, known, finish) in zip(group.sequences, before, strict=True):
+            assert finish is not None
+            if finish.reason is FinishReason.PARKED:
+                assert self.streams[sequence] == output, "a stream does not end where its request was parked"
+            if sequence.turns and sequence.turns[-1].finish is finish:
+                self.statistics["turns"] += 1
+                self.statistics["turns with KV kept"] += bool(sequence.table.blocks)
+                assert sequence.request.prompt == known + tokens
+                expected, reason = undisturbed_output(request, sequence.index)
+                assert output == expected[: len(output)]
+                if finish.reason in (FinishReason.STOP, FinishReason.LENGTH) and not was_cut:
+                    assert (output, finish.reason) == (expected, reason)
+                self.streams[sequence] = []
+                self.admitted[group] = 0
+                self.stopped.pop(sequence, None)
+            if sequence.finish is None:
+                self.ends[sequence] = 0
+        self.dispatcher.check_integrity()
         self.collect(StepOutput())
 
     def step(self, worker_id: str) -> None:
@@ -273,9 +344,13 @@ class Simulation:
         """No further faults: everything must come to its end, in a bounded number of steps."""
         if not self.links:
             self.join()
+        for group in self.groups:
+            if group.is_parked:
+                self.continue_one(group)
         for _ in range(3000):
             self.now += 1
             if all(group.is_finished for group in self.groups):
+                self.let_go_of_everybody()
                 return
             moved = False
             for worker_id, link in list(self.links.items()):
@@ -293,6 +368,11 @@ class Simulation:
             stuck = [group for group in self.groups if not group.is_finished]
             assert moved or not stuck, f"nothing moves, but {stuck} are not finished"
         raise AssertionError("the end is not reached in 3000 steps")
+
+    def let_go_of_everybody(self) -> None:
+        for group in self.groups:
+            self.dispatcher.abort(group.request.request_id, FinishReason.CANCELLED, self.now)
+        self.dispatcher.check_integrity()
 
     def replace_lost_workers(self) -> None:
         if not self.links:
@@ -347,7 +427,7 @@ class Simulation:
         assert self.ends[sequence] == 1, f"{sequence} ended {self.ends[sequence]} times"
         assert self.streams[sequence][: len(output)] == output
         assert output == expected[: len(output)], f"{sequence} gave {output}, not {expected}"
-        assert finish.usage.completion_tokens == len(output)
+        assert finish.usage.completion_tokens == len(sequence.earlier) + len(output)
         if sequence in self.stopped and finish.matched_stop:
             assert len(output) == self.stopped[sequence]
         elif finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -431,6 +511,15 @@ def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part:
         "KV_POOL_EXHAUSTED",
         "never",
         "too late",
+        "park: ok",
+        "park: full",
+        "continue: ok",
+        "continue: never",
+        "continue: one sequence",
+        "continue: context full",
+        "cut while held",
+        "turns",
+        "turns with KV kept",
     ):
         assert statistics[happened] > 0, f"no scenario of {SEEDS_PER_TEST} had {happened}: {statistics}"
 
