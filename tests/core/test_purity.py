@@ -23,6 +23,7 @@ CORE = {
     "events",
     "fairness",
     "host_tier",
+    "hypotheses",
     "inspection",
     "loads",
     "pins",
