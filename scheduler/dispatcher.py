@@ -128,6 +128,8 @@ class Dispatcher:
         """Accepts a request, or says why not. Raises ValueError for a request that makes no sense at all."""
         if not request.prompt or request.n < 1 or request.max_tokens < 1:
             raise ValueError("a request needs a prompt, n >= 1 and max_tokens >= 1")
+        if request.is_beam_search and request.n > request.beam_width:
+            raise ValueError("a beam search has no more answers than beams")
         if request.request_id in self._groups:
             return Submitted(Admission.DUPLICATE, f"request {request.request_id!r} is live")
         group = SequenceGroup(request, self._arrivals, now)
@@ -164,9 +166,10 @@ class Dispatcher:
             scheduler.end_group(group, reason, now)
         else:
             self._unassigned.remove(group)
-            for sequence in group.live:
+            for sequence in group.last_ones_first:
                 sequence.end(reason, now)
-                self._record(Finished(sequence))
+                if sequence.is_answer:
+                    self._record(Finished(sequence))
         return True
 
     def fail(
@@ -185,9 +188,10 @@ class Dispatcher:
         return True
 
     def stop_sequence(self, request_id: str, index: int, num_tokens: int, matched_stop: str, now: int) -> bool:
-        """Ends one sequence at a stop string, keeping num_tokens of its output. False: it is not live, or has fewer."""
+        """Ends one sequence at a stop string, keeping num_tokens of its output. False: it is not live, or has fewer, or
+        is of a beam search, which tells no text before its end."""
         group = self._groups.get(request_id)
-        if group is None or not 0 <= index < len(group.sequences):
+        if group is None or group.search is not None or not 0 <= index < len(group.sequences):
             return False
         sequence = group.sequences[index]
         if sequence.is_finished or not 0 <= num_tokens <= len(sequence.output):

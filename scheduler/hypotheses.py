@@ -107,7 +107,8 @@ class BeamSearch:
         """
         length = len(self.beams[0].tokens) + 1
         is_last = length == self._max_tokens
-        ending, living = [], []
+        ending: list[FinishedHypothesis] = []
+        living: list[tuple[int, Hypothesis]] = []
         for order, (negative, parent, place) in enumerate(self._continuations(offers, length)):
             token = offers[parent].top_ids[place]
             stops = token in self._stop_ids
@@ -146,7 +147,8 @@ class BeamSearch:
         return FinishedHypothesis(hypothesis, self._score(hypothesis), stop_token)
 
     def _score(self, hypothesis: Hypothesis) -> float:
-        return hypothesis.logprob / len(hypothesis.tokens) ** self._length_penalty
+        divisor: float = len(hypothesis.tokens) ** self._length_penalty
+        return hypothesis.logprob / divisor
 
     def _can_improve(self, best: Hypothesis) -> bool:
         """Whether the best beam could still come among the finished ones, as if it ended at its present length."""

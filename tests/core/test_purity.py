@@ -12,6 +12,7 @@ import scheduler
 
 FOLDER = Path(scheduler.__file__).parent
 CORE = {
+    "beams",
     "block_manager",
     "block_pool",
     "block_table",
