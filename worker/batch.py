@@ -212,6 +212,7 @@ class Batch:
         if min(tokens) < 0 or max(tokens) >= self.vocab_size:
             raise PlanError(f"beam_tokens: a token id beyond the vocabulary of {self.vocab_size}")
         self._copy_rows(rows, sources)
+        self._decode_changed |= bool(self.in_decode[rows].any())
         for slot in slots:
             self._given.pop(slot, None)
         targets, placed, chosen = upload.put(rows), upload.put(sources), upload.put(tokens)
