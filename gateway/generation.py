@@ -211,7 +211,6 @@ class Generation:
             return
         if answer.HasField("prompt"):
             self.admitted(answer.prompt)
-        # A snapshot is as long as it is; it does not say that the client is slow.
         self._in_snapshot = True
         for index, state in enumerate(answer.sequences[: self.n]):
             output = self._outputs[index]
@@ -423,11 +422,12 @@ class Generation:
             response.text += text
         if finish is not None:
             response.finish.CopyFrom(finish)
-        if not self._in_snapshot:
+        if not self._in_snapshot and self._request.sampling.beam_width <= 1:
             self._count(output, size)
 
     def _count(self, output: _Output, size: int) -> None:
-        """Accounts undelivered bytes to the sequence's unsent response."""
+        """Accounts undelivered bytes to the sequence's unsent response. What comes all at once, a snapshot or a beam
+        search's answers, is as long as it is: it does not say that the client is slow."""
         self._sizes[output.size_place - self._taken_responses] += size
         self._undelivered += size
         if self._undelivered > self._buffer_bytes:

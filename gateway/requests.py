@@ -114,9 +114,6 @@ class RequestPath:
         resolved = validator.validate(request, model, has_tokenizer=self._tokenizer is not None)
         if isinstance(resolved, list):
             raise invalid(resolved, validator.reason_for(resolved))
-        if validator.beam_search_wanted(resolved.sampling):
-            message = "sampling.beam_width: beam search is not built yet; leave it unset"
-            raise RequestError(grpc.StatusCode.UNIMPLEMENTED, Reason.BEAM_SEARCH_NOT_BUILT, message)
         if not self._link.ready:
             raise self._not_ready()
         self._check_room()

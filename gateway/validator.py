@@ -28,6 +28,8 @@ FLOAT_FIELDS = (
     "frequency_penalty",
     "length_penalty",
 )
+NEUTRAL_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""The penalties, and their values that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,6 @@ def cut_to_context(
     result.max_tokens = min(wanted, room)
     result.min_tokens = min(stop.min_tokens, result.max_tokens)
     return result
-
-
-def beam_search_wanted(sampling: inference_pb2.SamplingParams) -> bool:
-    """Whether the request asks for beams. Asked after `validate`, so that wrong requests learn what is wrong."""
-    return sampling.beam_width > 1
 
 
 def reason_for(violations: Sequence[Violation]) -> Reason:
@@ -229,6 +226,12 @@ def _sampling(sampling: inference_pb2.SamplingParams, model: ModelLimits) -> lis
             found.append(Violation("sampling.n", "must not be larger than beam_width"))
         if sampling.HasField("temperature") and sampling.temperature >= GREEDY_BELOW:
             found.append(Violation("sampling.temperature", "must be 0 or unset with beam_width above 1"))
+        # Beams are compared by log-probabilities, which are raw: what changes logits has no say.
+        for name, neutral in NEUTRAL_PENALTIES.items():
+            if sampling.HasField(name) and getattr(sampling, name) != neutral:
+                found.append(Violation(f"sampling.{name}", f"must be {neutral:g} or unset with beam_width above 1"))
+        if sampling.logit_bias:
+            found.append(Violation("sampling.logit_bias", "must be empty with beam_width above 1"))
     found += _logit_bias(sampling, model)
     return found
 

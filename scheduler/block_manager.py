@@ -59,11 +59,13 @@ class BlockManager:
             table.blocks.extend(self.pool.take_many(count))
 
     def fork(self, parent: BlockTable, num_blocks: int | None = None) -> BlockTable:
-        """A new table that shares the parent's blocks, or its first `num_blocks`."""
-        blocks = parent.blocks[:num_blocks]
-        for block in blocks:
-            self.pool.share(block)
-        return BlockTable(blocks)
+        """A new table that shares the parent's blocks, or its first `num_blocks`, in the memory where they are."""
+        child = BlockTable(parent.blocks[:num_blocks])
+        child.on_host = parent.on_host
+        pool = self.host if parent.on_host else self.pool
+        for block in child.blocks:
+            pool.share(block)
+        return child
 
     def is_shared(self, table: BlockTable, index: int) -> bool:
         """Whether another table refers to the block as well."""

@@ -34,6 +34,8 @@ MAX_SEQUENCES = 4096
 """Sequences of one request, whatever the gateway's own ceiling: the core makes an object for each."""
 GREEDY_TEMPERATURE = 1e-5
 NS_PER_S = 1_000_000_000
+MAX_LENGTH_PENALTY = 10.0
+NEUTRAL_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 # google.rpc.Code values, which are gRPC's.
 INVALID_ARGUMENT = 3
@@ -42,7 +44,6 @@ NOT_FOUND = 5
 ALREADY_EXISTS = 6
 RESOURCE_EXHAUSTED = 8
 FAILED_PRECONDITION = 9
-UNIMPLEMENTED = 12
 INTERNAL = 13
 UNAVAILABLE = 14
 
@@ -128,6 +129,10 @@ def encode_plan(plan: StepPlan, traceparents: Iterable[str] = ()) -> bytes:
         _encode_moves(message.copies, plan.copies)
     for row in plan.new_sequences:
         _encode_new_sequence(message.new_sequences.add(), row)
+    if plan.beam_slots:
+        message.beam_slots.extend(plan.beam_slots)
+        message.beam_parents.extend(plan.beam_parents)
+        message.beam_tokens.extend(plan.beam_tokens)
     if plan.append_slots:
         message.append_slots.extend(plan.append_slots)
         message.append_blocks.extend(plan.append_blocks)
@@ -164,11 +169,11 @@ def _encode_new_sequence(message: worker_pb2.NewSequence, row: NewSequence) -> N
     message.blocks.extend(row.blocks)
     message.index = row.index
     message.sampling.CopyFrom(submit.sampling)
-    if request.logprobs is not None:
-        message.logprobs = request.logprobs
+    if row.logprobs is not None:
+        message.logprobs = row.logprobs
     if row.prompt_logprobs is not None:
         message.prompt_logprobs = row.prompt_logprobs
-    if request.min_tokens:
+    if request.min_tokens and not request.is_beam_search:
         message.min_tokens = request.min_tokens
         message.stop_token_ids.extend(sorted(request.stop_ids))
 
@@ -255,8 +260,6 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
         raise _invalid("token_ids must not be empty")
     if num_prompt >= limits.max_model_len:
         raise _invalid(f"token_ids has {num_prompt} tokens; the context has room for {limits.max_model_len - 1}")
-    if sampling.beam_width > 1:
-        raise SubmitError(UNIMPLEMENTED, "BEAM_SEARCH_NOT_BUILT", "sampling.beam_width above 1 is not supported yet")
     num_sequences = max(1, sampling.n)
     if num_sequences > MAX_SEQUENCES:
         raise _invalid(f"sampling.n must be at most {MAX_SEQUENCES}")
@@ -277,6 +280,10 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
     _check_sampling(sampling, limits)
     if max(output.logprobs, output.prompt_logprobs) > limits.vocab_size:
         raise _invalid(f"output.logprobs and output.prompt_logprobs must be at most {limits.vocab_size}")
+    if not stop.ignore_eos:
+        stop_ids |= limits.eos_token_ids
+    if sampling.beam_width > 1:
+        _check_beams(sampling, num_sequences, len(stop_ids), limits)
     payload = scheduler_pb2.Submit()
     message.ClearField("token_ids")
     payload.CopyFrom(message)  # a copy of its own: the message's memory holds the prompt and its whole stream's parent
@@ -286,9 +293,11 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
         request_id=message.request_id,
         prompt=prompt,
         n=num_sequences,
+        beam_width=max(1, sampling.beam_width),
+        length_penalty=sampling.length_penalty if sampling.HasField("length_penalty") else 1.0,
         max_tokens=min(stop.max_tokens, limits.max_model_len - num_prompt),
         min_tokens=stop.min_tokens,
-        stop_ids=stop_ids if stop.ignore_eos else stop_ids | limits.eos_token_ids,
+        stop_ids=stop_ids,
         priority=message.priority,
         tenant=message.tenant,
         deadline=now + message.timeout_ns if message.HasField("timeout_ns") else None,
@@ -339,6 +348,28 @@ def _check_sampling(sampling: inference_pb2.SamplingParams, limits: ModelLimits)
             raise _invalid("the values of sampling.logit_bias must be finite")
 
 
+def _check_beams(
+    sampling: inference_pb2.SamplingParams, num_sequences: int, num_stop_ids: int, limits: ModelLimits
+) -> None:
+    """Refuses a beam search that makes no sense."""
+    width = sampling.beam_width
+    if width > MAX_SEQUENCES or num_sequences > width:
+        raise _invalid(f"sampling.beam_width must be at least sampling.n and at most {MAX_SEQUENCES}")
+    if width + num_stop_ids > limits.vocab_size:
+        raise _invalid(
+            f"sampling.beam_width must leave a vocabulary of {limits.vocab_size} tokens other than stop tokens"
+        )
+    if sampling.temperature >= GREEDY_TEMPERATURE:
+        raise _invalid("sampling.temperature must be 0 with sampling.beam_width above 1")
+    if not (math.isfinite(sampling.length_penalty) and abs(sampling.length_penalty) <= MAX_LENGTH_PENALTY):
+        raise _invalid(f"sampling.length_penalty must be from -{MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}")
+    penalised = any(
+        sampling.HasField(name) and getattr(sampling, name) != neutral for name, neutral in NEUTRAL_PENALTIES.items()
+    )
+    if sampling.logit_bias or penalised:
+        raise _invalid("penalties and sampling.logit_bias do not go with sampling.beam_width above 1")
+
+
 def _invalid(message: str) -> SubmitError:
     return SubmitError(INVALID_ARGUMENT, "INVALID_SUBMIT", message)
 
@@ -385,7 +416,10 @@ def encode_attached(stream: int, group: SequenceGroup) -> scheduler_pb2.StreamAt
         attached.request.stop.max_tokens = len(group.sequences[0].earlier) + request.max_tokens
     if is_admitted(group):
         attached.prompt.CopyFrom(encode_prompt(group))
-    for sequence in group.sequences:
+    for sequence in group.sequences[: request.n]:
+        if group.search is not None and sequence.finish is None:  # a beam is no answer yet
+            attached.sequences.add()
+            continue
         state = attached.sequences.add(token_ids=sequence.earlier + sequence.output)
         if sequence.logprobs or sequence.earlier_logprobs:
             state.logprobs.extend(map(encode_logprobs, sequence.earlier_logprobs + sequence.logprobs))
@@ -398,9 +432,7 @@ def encode_attached(stream: int, group: SequenceGroup) -> scheduler_pb2.StreamAt
 
 def is_admitted(group: SequenceGroup) -> bool:
     """Whether the Admitted event of a request has been: it has run, and its prompt's log-probabilities are complete."""
-    if group.request.prompt_logprobs is None:
-        return group.started_at is not None
-    return group.first_token_at is not None
+    return group.announced
 
 
 def encode_admitted(stream: int, group: SequenceGroup) -> scheduler_pb2.StreamAdmitted:

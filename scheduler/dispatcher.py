@@ -85,6 +85,7 @@ class ParkingVerdict(enum.Enum):
     UNKNOWN = "unknown"  # no live, parked or recently finished request has this id
     NOT_LIVE = "not live"  # park: it has ended, or is parked already
     NOT_PARKED = "not parked"  # resume: it runs, or has ended and is not held
+    SEARCHES = "searches"  # park: a beam search has no answer yet that could be kept
     FULL = "full"  # park: the tenant, or everybody together, has parked as many as may be
     ONE_SEQUENCE = "one sequence"  # resume: input or a limit for a request of several sequences
     CONTEXT_FULL = "context full"  # resume: no room for one more token
@@ -175,6 +176,8 @@ class Dispatcher:
         """Accepts a request, or says why not. Raises ValueError for a request that makes no sense at all."""
         if not request.prompt or request.n < 1 or request.max_tokens < 1:
             raise ValueError("a request needs a prompt, n >= 1 and max_tokens >= 1")
+        if request.is_beam_search and request.n > request.beam_width:
+            raise ValueError("a beam search has no more answers than beams")
         if request.request_id in self._groups or self._parking.get(request.request_id) is not None:
             return Submitted(Admission.DUPLICATE, f"request {request.request_id!r} is live")
         group = SequenceGroup(request, self._arrivals, now)
@@ -214,9 +217,10 @@ class Dispatcher:
             scheduler.end_group(group, reason, now)
         else:
             self._unassigned.remove(group)
-            for sequence in group.live:
+            for sequence in group.last_ones_first:
                 sequence.end(reason, now)
-                self._record(Finished(sequence))
+                if sequence.is_answer:
+                    self._record(Finished(sequence))
         return True
 
     def fail(
@@ -235,9 +239,10 @@ class Dispatcher:
         return True
 
     def stop_sequence(self, request_id: str, index: int, num_tokens: int, matched_stop: str, now: int) -> bool:
-        """Ends one sequence at a stop string, keeping num_tokens of its output. False: it is not live, or has fewer."""
+        """Ends one sequence at a stop string, keeping num_tokens of its output. False: it is not live, or has fewer, or
+        is of a beam search, which tells no text before its end."""
         group = self._groups.get(request_id)
-        if group is None or not 0 <= index < len(group.sequences):
+        if group is None or group.search is not None or not 0 <= index < len(group.sequences):
             return False
         sequence = group.sequences[index]
         if sequence.is_finished or not 0 <= num_tokens <= len(sequence.output):
@@ -261,6 +266,8 @@ class Dispatcher:
         group = self._groups.get(request_id)
         if group is None:
             return ParkingVerdict.UNKNOWN if self.find(request_id) is None else ParkingVerdict.NOT_LIVE
+        if group.search is not None:
+            return ParkingVerdict.SEARCHES
         if not self._parking.has_room(group.request.tenant):
             return ParkingVerdict.FULL
         ceiling = self._config.park_ceiling_ns

@@ -20,6 +20,7 @@ class StepOutput:
     sequences: list[Sequence] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)  # parallel to sequences
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in token_ids
+    num_searched: int = 0  # of the tokens, those of beam searches, which are told all at once
 
     def followed_by(self, other: StepOutput) -> StepOutput:
         """This output and the next one, when two results were applied together."""
@@ -29,6 +30,7 @@ class StepOutput:
             self.sequences + other.sequences,
             self.token_ids + other.token_ids,
             self.logprobs | {position + shift: entry for position, entry in other.logprobs.items()},
+            self.num_searched + other.num_searched,
         )
 
 
@@ -47,15 +49,20 @@ class Draft:
     new_sequences: list[NewSequence] = field(default_factory=list)
     append_slots: list[int] = field(default_factory=list)
     append_blocks: list[int] = field(default_factory=list)
+    beam_slots: list[int] = field(default_factory=list)
+    beam_parents: list[int] = field(default_factory=list)
+    beam_tokens: list[int] = field(default_factory=list)
     replace_slots: list[int] = field(default_factory=list)
     replace_indices: list[int] = field(default_factory=list)
     replace_blocks: list[int] = field(default_factory=list)
+    decode_remove: list[int] = field(default_factory=list)
     decode_add: list[int] = field(default_factory=list)
     chunk_slots: list[int] = field(default_factory=list)
     chunk_tokens: list[int] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
     # Remembered until the result:
-    decoding: list[Sequence] = field(default_factory=list)  # the decode set; never changed in place
+    decoding: list[Sequence] = field(default_factory=list)  # the decode set but for beams; never changed in place
+    beams: list[Sequence] = field(default_factory=list)  # in the decode set for this step alone, behind the others
     sampling: list[Sequence] = field(default_factory=list)  # chunks that sample, in plan order
     forked: list[Sequence] = field(default_factory=list)  # rows of forks, in plan order
     chunks: dict[int, Sequence] = field(default_factory=dict)  # by slot
@@ -70,7 +77,14 @@ class Draft:
     @property
     def rows(self) -> list[Sequence]:
         """The sequences behind the rows of the result, in order."""
-        return self.decoding + self.sampling + self.forked if self.sampling else self.decoding
+        if self.sampling or self.beams:
+            return self.decoding + self.beams + self.sampling + self.forked
+        return self.decoding
+
+    @property
+    def searches(self) -> bool:
+        """Some row is a beam."""
+        return bool(self.beams) or (bool(self.sampling) and any(s.group.search is not None for s in self.sampling))
 
     def ignores(self, group: SequenceGroup) -> bool:
         """Nothing that this step brings for the group counts."""
@@ -86,11 +100,15 @@ class Draft:
             swap_in=self.swap_in,
             copies=self.copies,
             new_sequences=self.new_sequences,
+            beam_slots=self.beam_slots,
+            beam_parents=self.beam_parents,
+            beam_tokens=self.beam_tokens,
             append_slots=self.append_slots,
             append_blocks=self.append_blocks,
             replace_slots=self.replace_slots,
             replace_indices=self.replace_indices,
             replace_blocks=self.replace_blocks,
+            decode_remove=self.decode_remove,
             decode_add=self.decode_add,
             chunk_slots=self.chunk_slots,
             chunk_tokens=self.chunk_tokens,

@@ -59,6 +59,11 @@ _PARKING_ERRORS = {
         "REQUEST_NOT_PARKED",
         "the request is neither parked nor held: park it first, or ask with hold_seconds",
     ),
+    ParkingVerdict.SEARCHES: (
+        codec.FAILED_PRECONDITION,
+        "BEAM_SEARCH",
+        "a beam search cannot be parked: it has no answer yet that could be kept",
+    ),
     ParkingVerdict.FULL: (
         codec.RESOURCE_EXHAUSTED,
         "PARK_LIMIT",
@@ -259,11 +264,14 @@ class Engine:
 
     def _check_result(self, result: StepResult) -> None:
         assert self._limits is not None
-        too_large = result.token_ids and max(result.token_ids) >= self._limits.vocab_size
+        vocab_size = self._limits.vocab_size
+        too_large = result.token_ids and max(result.token_ids) >= vocab_size
+        if result.logprobs:  # a beam search chooses among the likeliest
+            too_large = too_large or max(max(one.top_ids, default=0) for one in result.logprobs) >= vocab_size
         if too_large and not result.nonfinite_rows:
             raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
-                f"step {result.step} sampled an id that is not below the vocabulary size {self._limits.vocab_size}",
+                f"step {result.step} sampled an id that is not below the vocabulary size {vocab_size}",
                 reason="BAD_RESULT",
             )
 
@@ -443,7 +451,7 @@ class Engine:
             error = SubmitError(codec.NOT_FOUND, "REQUEST_NOT_FOUND", "no live or recent request has this name")
             self._refuse(session, stream, error)
             return
-        session.check_free(stream, len(group.sequences))
+        session.check_free(stream, group.request.n)
         session.snapshot(codec.encode_attached(stream, group))
         if isinstance(group.failure, Failed):
             session.failed.append(codec.encode_failed(stream, group.failure))
@@ -656,7 +664,7 @@ class Engine:
 
     def _failed(self, event: Failed) -> None:
         group = event.group
-        self.metrics.finished[FinishReason.ERROR.value] += len(group.sequences)
+        self.metrics.finished[FinishReason.ERROR.value] += group.request.n
         for listener in group.listeners:
             listener.session.failed.append(codec.encode_failed(listener.stream, event))
             self._touched[listener.session] = None
@@ -683,8 +691,9 @@ class Engine:
         num_tokens = len(output.token_ids)
         metrics.generation_tokens += num_tokens
         num_first = self._first_tokens(num_tokens)
-        if before and num_tokens > num_first:
-            metrics.inter_token_latency.observe((arrived - before) / NS_PER_S, num_tokens - num_first)
+        following = num_tokens - max(num_first, output.num_searched)
+        if before and following > 0:
+            metrics.inter_token_latency.observe((arrived - before) / NS_PER_S, following)
         metrics.idle_ns[link.worker_id] += timings.idle_ns
         metrics.swap_ns["out"] += timings.swap_out_ns
         metrics.swap_ns["in"] += timings.swap_in_ns
@@ -704,7 +713,7 @@ class Engine:
         for group in self._awaiting_first_token:
             if group.first_token_at is not None:
                 self.metrics.time_to_first_token.observe((group.first_token_at - group.accepted_at) / NS_PER_S)
-                count += len(group.sequences)
+                count += group.request.n
             elif not group.is_finished:
                 waiting.append(group)
         self._awaiting_first_token = waiting

@@ -77,8 +77,8 @@ class Session:
 
     def listen(self, group: SequenceGroup, stream: int) -> Listener:
         """Adds a listener. Raises Refusal when its stream numbers are taken: the gateway has lost count."""
-        numbers = range(stream, stream + len(group.sequences))
-        self.check_free(stream, len(group.sequences))
+        numbers = range(stream, stream + group.request.n)
+        self.check_free(stream, group.request.n)
         listener = Listener(self, group, stream)
         self.listeners[stream] = listener
         self._sequence_streams.update(dict.fromkeys(numbers, listener))
@@ -95,7 +95,7 @@ class Session:
     def forget(self, listener: Listener) -> None:
         """Removes a listener; its numbers count as unknown from now on."""
         del self.listeners[listener.stream]
-        for number in range(listener.stream, listener.stream + len(listener.group.sequences)):
+        for number in range(listener.stream, listener.stream + listener.group.request.n):
             del self._sequence_streams[number]
 
     def sequence(self, stream: int) -> tuple[SequenceGroup, int] | None:

@@ -94,7 +94,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
     for sequence in sequences:
         tokens_in_place = sequence.status in (PREFILLING, RUNNING)
         assert not sequence.has_row or tokens_in_place, f"{sequence} has a row"
-        assert (sequence in decoding) + (sequence in joining) == (sequence.status is RUNNING), f"{sequence} is lost"
+        decodes = sequence.status is RUNNING and sequence.group.search is None
+        assert (sequence in decoding) + (sequence in joining) == decodes, f"{sequence} is lost"
         if sequence.status is WAITING:  # nothing, or what was kept for it while it was parked
             assert sequence.table.on_host or not sequence.table.blocks, f"{sequence} has {sequence.table}"
         else:
@@ -102,6 +103,10 @@ def check_scheduler(scheduler: Scheduler) -> None:
         if sequence.status is PREEMPTED:
             assert not sequence.table.blocks, f"{sequence} has {sequence.table}"
     scheduler.calendar.check_integrity(decoding)
+    assert scheduler.moved_beams.keys() <= scheduler.running.keys(), "beams that do not run are to decode"
+    for group in scheduler.groups:
+        if group.search is not None:
+            check_beams(group)
     rows = [sequence.slot for sequence in sequences if sequence.has_row]
     promised = sum(1 for s in sequences if s.status in (PREFILLING, RUNNING) and not s.has_row)
     assert scheduler.rows_held == len(rows) + len(scheduler.released_slots) + promised, "rows are miscounted"
@@ -119,6 +124,18 @@ def check_scheduler(scheduler: Scheduler) -> None:
         for token in group.request.stop_ids:
             counts[token] = counts.get(token, 0) + 1
     assert counts == scheduler.stop_counts, "stop tokens are miscounted"
+
+
+def check_beams(group: SequenceGroup) -> None:
+    """Raises AssertionError unless every live beam of a search is where the search thinks it is."""
+    assert group.search is not None
+    assert not group.search.is_done, f"{group} is searched through and still here"
+    assert len(set(group.beams)) == len(group.search.beams), f"{group} has {len(group.beams)} beams"
+    for sequence, beam in zip(group.beams, group.search.beams, strict=True):
+        assert sequence.output == beam.tokens, f"{sequence} holds another beam"
+        assert not sequence.table.blocks or sequence.computed <= sequence.num_tokens, f"{sequence} is too far"
+    assert set(group.offers) <= set(group.beams), f"{group} has offers of nobody's"
+    assert len(group.offers) < len(group.beams), f"{group} could go on"
 
 
 def _is_swapped(group: SequenceGroup) -> bool:

@@ -16,6 +16,9 @@ The plan is made one step ahead: results of at most `max_plans_in_flight` plans 
 costs nothing, because lengths advance without knowing tokens; a sequence that turns out to have ended runs once more
 and that token is dropped.
 A steady decode step touches only the sequences that need a block or end in it; the decode calendar knows them.
+
+A beam search needs its result before its next step can be planned: its beams are in the decode set for one step at a
+time, all of them or none, and never hold up anybody else.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+from scheduler import beams
+from scheduler.beams import BeamMove
 from scheduler.block_manager import BlockManager
 from scheduler.block_table import BlockTable, blocks_for
 from scheduler.deadlines import least_ns
@@ -95,6 +101,8 @@ class Scheduler:
         self._emit = emit
         self._decoding_changed = False  # somebody in `decoding` has left
         self.joining: list[Sequence] = []  # join the decode set with the next plan
+        self.moved_beams: dict[SequenceGroup, list[BeamMove]] = {}  # searches whose beams decode in the next plan
+        self._beams_in_set: list[int] = []  # rows of the beams that the last plan had in the decode set
         self.calendar = DecodeCalendar(capacity.block_size)
         self._ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
         self._resumed: set[SequenceGroup] = set()  # since the last preemption
@@ -124,15 +132,17 @@ class Scheduler:
     def why_never(self, group: SequenceGroup) -> str | None:
         """Why this worker could not run a group even if it were alone; None: it could start."""
         request, size = group.request, self.capacity.block_size
-        if request.n > self.max_rows:
-            return f"n is {request.n}, but at most {self.max_rows} sequences run at once"
+        count = request.num_sequences
+        if count > self.max_rows:
+            name = "beam_width" if request.is_beam_search else "n"
+            return f"{name} is {count}, but at most {self.max_rows} sequences run at once"
         prompt = len(request.prompt)
         need = blocks_for(prompt, size)
         if request.max_tokens > 1:  # the first decode step: every sequence has a block of its own to write to
-            need = prompt // size + request.n
+            need = prompt // size + count
         if need > self.capacity.num_blocks:
             return (
-                f"the prompt of {prompt} tokens needs {need} blocks of {size} tokens for {request.n} sequence(s), "
+                f"the prompt of {prompt} tokens needs {need} blocks of {size} tokens for {count} sequence(s), "
                 f"but the KV pool has {self.capacity.num_blocks}"
             )
         return None
@@ -253,8 +263,8 @@ class Scheduler:
 
     def end_group(self, group: SequenceGroup, reason: FinishReason, now: int) -> None:
         """Ends what is left of a group, in whatever state it is."""
-        for sequence in group.live:
-            self._withdraw(sequence, keep_blocks_findable=True)
+        for sequence in group.last_ones_first:
+            self._withdraw(sequence, keep_blocks_findable=group.search is None)
             self._end(sequence, reason, now)
 
     def fail(
@@ -313,7 +323,10 @@ class Scheduler:
         copying = [sequence for sequence in joining if self._must_copy(sequence)]
         # A sequence whose last block is shared needs a copy, except the last one that shares it: counted as one too
         # many per fork at most, which only matters when nothing is left.
-        if len(due) + len(copying) > blocks.num_free:
+        need = len(due) + len(copying)
+        if self.moved_beams:
+            need += sum(beams.blocks_to_write(group, blocks.block_size) for group in self.moved_beams)
+        if need > blocks.num_free:
             self._make_room(self._needs(due, copying), draft, now)
         for sequence in due:
             draft.append_slots.append(sequence.slot)
@@ -326,12 +339,37 @@ class Scheduler:
             self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING] + joining
             self._decoding_changed = False
             draft.decode_add.extend(sequence.slot for sequence in joining)
-        draft.left = self._prefill_budget()
+        if self.moved_beams:
+            self._move_beams(draft)
+        draft.left = self._prefill_budget(len(self.decoding) + len(draft.beams))
 
-    def _prefill_budget(self) -> int:
-        """Tokens that a step may compute beside the decode set: what the budget leaves, and what the target for the
-        time between two tokens leaves."""
-        decodes, target = len(self.decoding), self.config.target_itl_ns
+    def _move_beams(self, draft: Draft) -> None:
+        """All beams of the searches whose last results are in decode in this step: each row becomes its beam, and has
+        a block of its own for the position it will write."""
+        moved, self.moved_beams = self.moved_beams, {}
+        for moves in moved.values():
+            for sequence, parent_slot in moves:
+                if not sequence.has_row:
+                    self._take_row(sequence)
+                draft.beam_slots.append(sequence.slot)
+                draft.beam_parents.append(parent_slot)
+                draft.beam_tokens.append(sequence.output[-1])
+                if sequence.computed % self.capacity.block_size:
+                    self._copy_on_write(sequence, draft)
+                else:
+                    draft.append_slots.append(sequence.slot)
+                    draft.append_blocks.append(self.blocks.append(sequence.table))
+                self._decode_beam(sequence, draft)
+
+    def _decode_beam(self, sequence: Sequence, draft: Draft) -> None:
+        """Has a beam decode in this step."""
+        sequence.computed += 1
+        draft.beams.append(sequence)
+
+    def _prefill_budget(self, decodes: int) -> int:
+        """Tokens that a step may compute beside a decode set of `decodes`: what the budget leaves, and what the target
+        for the time between two tokens leaves."""
+        target = self.config.target_itl_ns
         left = self.token_budget - decodes
         if target and (self.prefilling or self.preempted or self.waiting):
             return self.costs.step_time.chunk_budget(left, target, decodes)
@@ -389,9 +427,11 @@ class Scheduler:
             if kept:
                 draft.add_swap_out(kept)
                 draft.cache_blocks_out = len(kept)
-        if not (self.decoding or draft.chunk_slots or draft.swap_out or draft.swap_in):
+        if not (self.decoding or draft.beams or draft.chunk_slots or draft.swap_out or draft.swap_in):
             self._give_back_released(draft)
             return None
+        if self._beams_in_set or draft.beams:
+            self._exchange_beams(draft)
         step = self.last_step = draft.step
         self.blocks.register(draft.registered)
         draft.decoding = self.decoding
@@ -403,8 +443,14 @@ class Scheduler:
         self.swap_in_blocks_total += len(draft.swap_in)
         self.in_flight.append(draft)
         if self.tenants.is_shared:
-            self.tenants.charge_decodes(self.decoding)
+            self.tenants.charge_decodes(self.decoding + draft.beams)
         return draft.plan(self.epoch)
+
+    def _exchange_beams(self, draft: Draft) -> None:
+        """The beams of the plan before leave the decode set, those of this one join it behind everybody else."""
+        draft.decode_remove = [slot for slot in self._beams_in_set if slot not in draft.release_slots]
+        self._beams_in_set = [sequence.slot for sequence in draft.beams]
+        draft.decode_add.extend(self._beams_in_set)
 
     # ------------------------------------------------------------------ who comes first
 
@@ -455,6 +501,7 @@ class Scheduler:
         live = claimant.live
         rows = self.rows_held - len(self.released_slots) + len(live) - self.max_rows
         need = self._blocks_to_start(claimant) + len(self.calendar.due(draft.step)) + len(self.joining)
+        need += sum(len(group.beams) for group in self.moved_beams)
         blocks = need + max(len(live) - 1, self.watermark_blocks) - self.blocks.num_free
         if rows > 0 or blocks > 0:
             held = rows_by_tenant(s for group in self.running for s in group.live) if self.tenants.is_shared else {}
@@ -501,8 +548,9 @@ class Scheduler:
     def _start(self, group: SequenceGroup, draft: Draft, now: int) -> bool:
         """Gives a waiting or recomputed group its blocks and its first chunk. False: there is no room for all of it.
 
-        A fresh group computes its prompt once, in its first sequence; the others are forked when it is complete. A
-        group that has output computes every sequence, and the others share the full prompt blocks of the first.
+        A fresh group computes its prompt once, in its first sequence; the others are forked when it is complete (those
+        of a beam search when its result is in). A group that has output computes every sequence, and the others share
+        the full prompt blocks of the first; beams share what full blocks of equal tokens they begin with.
         """
         blocks, size = self.blocks, self.capacity.block_size
         live = group.live
@@ -513,10 +561,9 @@ class Scheduler:
         is_fresh = not leader.output
         keys = self._lookup_keys(leader)
         found = blocks.find_prefix(keys)
-        shared = 0 if is_fresh else len(group.request.prompt) // size
+        shares = [] if is_fresh else self._shares(group, live)
         need = blocks_for(known, size) - len(found)
-        if not is_fresh:
-            need += sum(blocks_for(sequence.num_tokens, size) - shared for sequence in others)
+        need += sum(blocks_for(s.num_tokens, size) - shared for s, (_, shared) in zip(others, shares, strict=False))
         # Copy-on-write comes with the next step: no room for it now would be a preemption then.
         soon = len(others) if is_fresh else 0
         if not self._has_room(need + blocks.num_parked(found), soon):
@@ -538,16 +585,18 @@ class Scheduler:
         leader.starts_at = 0
         leader.status = PREFILLING
         for sequence in others:
-            sequence.status = PREFILLING
-            if is_fresh:
-                sequence.computed = known  # when the leader has got there, it is forked
-                sequence.starts_at = NEVER_STARTS
-            else:
-                sequence.table = blocks.fork(leader.table, shared)
-                blocks.extend(sequence.table, sequence.num_tokens)
-                sequence.computed = shared * size
-                sequence.starts_at = 0 if leader.computed >= sequence.computed else NEVER_STARTS
+            sequence.status, sequence.follows = PREFILLING, leader
+            sequence.computed = known  # of a fresh group: when the leader has got there, it is forked
+            sequence.starts_at = NEVER_STARTS
+        for sequence, (followed, shared) in zip(others, shares, strict=False):
+            sequence.follows = followed
+            sequence.table = blocks.fork(followed.table, shared)
+            blocks.extend(sequence.table, sequence.num_tokens)
+            sequence.computed = shared * size
+            if followed.starts_at == 0 and followed.computed >= sequence.computed:
+                sequence.starts_at = 0
         group.lookup_keys = None
+        group.offers.clear()  # every beam will offer again
         group.shares_prefix = bool(found or kept)
         if group.shares_prefix:
             draft.sharers.append(group)
@@ -580,6 +629,13 @@ class Scheduler:
         if leader.status is PREFILLING:
             self.prefilling.append(leader)
         return True
+
+    def _shares(self, group: SequenceGroup, live: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """Of a group that has output: for every sequence but the first whose blocks it shares, and how many."""
+        size = self.capacity.block_size
+        if group.search is not None:
+            return beams.common_beginnings(live, size)
+        return [(live[0], len(group.request.prompt) // size)] * (len(live) - 1)
 
     def _kept_prefix(self, keys: list[bytes]) -> list[bytes]:
         """Keys of blocks in the host tier to copy in, if that is cheaper than computing them."""
@@ -641,20 +697,20 @@ class Scheduler:
             covered = slice(start // size, end // size)
             draft.registered.extend(zip(sequence.table.blocks[covered], keys[covered], strict=False))
         if len(group.sequences) > 1:
-            self._unblock(group, end, draft)
+            self._unblock(sequence, draft)
         if end == known:
             draft.sampling.append(sequence)
             self._after_prefill(sequence, draft)
-            if not sequence.output and len(group.sequences) > 1:
+            if not sequence.output and len(group.sequences) > 1 and group.search is None:
                 for other in group.live:
                     if other is not sequence:
                         self._fork(sequence, other, draft)
 
-    def _unblock(self, group: SequenceGroup, computed: int, draft: Draft) -> None:
-        """Lets the others of a recomputed group start in the next step, when the prompt blocks that they share have
-        been computed in this one."""
-        for other in group.sequences:
-            if other.starts_at == NEVER_STARTS and computed >= other.computed:
+    def _unblock(self, followed: Sequence, draft: Draft) -> None:
+        """Lets the others of a recomputed group start in the next step, when the blocks that they share have been
+        computed in this one."""
+        for other in followed.group.sequences:
+            if other.starts_at == NEVER_STARTS and other.follows is followed and followed.computed >= other.computed:
                 other.starts_at = draft.step + 1
 
     def _fork(self, parent: Sequence, child: Sequence, draft: Draft) -> None:
@@ -669,6 +725,8 @@ class Scheduler:
     def _after_prefill(self, sequence: Sequence, draft: Draft) -> None:
         """All known tokens are computed and one is sampled: the sequence decodes from the next step on, if any."""
         sequence.status = RUNNING
+        if sequence.group.search is not None:
+            return  # the result says how it goes on
         if len(sequence.output) + 1 >= sequence.request.max_tokens:
             self._expect_end(sequence, draft)
         else:
@@ -685,6 +743,7 @@ class Scheduler:
             blocks=sequence.table.blocks.copy(),
             index=sequence.index,
             request=group.request,
+            logprobs=group.request.logprobs if group.search is None else group.search.num_candidates,
             prompt_logprobs=None if group.announced else group.request.prompt_logprobs,
         )
 
@@ -719,7 +778,7 @@ class Scheduler:
 
     def _needs(self, due: Iterable[Sequence], copying: Iterable[Sequence]) -> dict[SequenceGroup, int]:
         """Blocks that each group needs in this step."""
-        needs: dict[SequenceGroup, int] = {}
+        needs = {group: beams.blocks_to_write(group, self.blocks.block_size) for group in self.moved_beams}
         for sequence in due:
             needs[sequence.group] = needs.get(sequence.group, 0) + 1
         last_blocks = set()
@@ -801,6 +860,7 @@ class Scheduler:
     def _set_aside(self, group: SequenceGroup) -> None:
         group.resumable_after = self.last_step
         self.running.pop(group, None)
+        self.moved_beams.pop(group, None)
         if group not in self.preempted:
             insort(self.preempted, group, key=rank)
             self._firsts.clear()
@@ -849,9 +909,13 @@ class Scheduler:
             sequence.status = RUNNING
             self.blocks.extend(sequence.table, sequence.computed + 1)
             draft.new_sequences.append(self._new_row(sequence, sequence.computed))
-            draft.decode_add.append(sequence.slot)
-            self.calendar.enter(sequence, draft.step)
-        self.decoding = self.decoding + live
+            if group.search is not None:
+                self._decode_beam(sequence, draft)
+            else:
+                draft.decode_add.append(sequence.slot)
+                self.calendar.enter(sequence, draft.step)
+        if group.search is None:
+            self.decoding = self.decoding + live
         draft.left -= len(live)
         return True
 
@@ -1001,8 +1065,11 @@ class Scheduler:
         if result.nonfinite_rows or result.out_of_memory_slots:
             self._drop_failed_rows(flight, rows, result, now)
         position_of: dict[int, int] | None = None  # of a row among the accepted ones; None: all are
-        if flight.dropped:
-            kept = [row for row, sequence in enumerate(rows) if sequence not in flight.dropped]
+        searching: list[SequenceGroup] = []
+        if flight.searches:
+            searching = self._take_offers(flight, rows, result)
+        if flight.dropped or flight.searches:
+            kept = [row for row, s in enumerate(rows) if s not in flight.dropped and s.group.search is None]
             position_of = {row: position for position, row in enumerate(kept)}
             rows, tokens = [rows[row] for row in kept], [tokens[row] for row in kept]
         for sequence, token in zip(rows, tokens, strict=True):
@@ -1022,9 +1089,54 @@ class Scheduler:
             if sequence.finish is None and sequence not in flight.dropped:
                 self._withdraw(sequence, keep_blocks_findable=True, keep_kv=sequence.request.hold_ns > 0)
                 self._end(sequence, FinishReason.LENGTH, now)
+        output = StepOutput(True, rows, tokens, logprobs)
+        for group in searching:
+            if len(group.offers) == len(group.beams):
+                output = self._advance_search(group, output, now)
         if self.suspects:
             self._acquit()
-        return StepOutput(True, rows, tokens, logprobs)
+        return output
+
+    def _take_offers(self, flight: Draft, rows: list[Sequence], result: StepResult) -> list[SequenceGroup]:
+        """Notes what the beams of this step have offered; returns their groups."""
+        groups: dict[SequenceGroup, None] = {}
+        for row, offer in zip(result.logprob_rows, result.logprobs, strict=True):
+            sequence = rows[row]
+            if sequence.group.search is not None and sequence not in flight.dropped:
+                sequence.group.offers[sequence] = offer
+                groups[sequence.group] = None
+        return list(groups)
+
+    def _advance_search(self, group: SequenceGroup, output: StepOutput, now: int) -> StepOutput:
+        """Chooses the beams of a search's next step, or ends it and tells its answers."""
+        moves = beams.advance(group, self.blocks)
+        if moves:
+            if group in self.running:
+                self.moved_beams[group] = moves
+            return output
+        search = group.search
+        assert search is not None
+        answers = search.finished[: group.request.n]
+        if group.first_token_at is None:
+            group.first_token_at = now
+        for sequence in group.live:
+            self._withdraw(sequence, keep_blocks_findable=False)
+            sequence.starts_at = 0
+        told = StepOutput()
+        for sequence, answer in zip(group.sequences, answers, strict=False):
+            sequence.output, sequence.logprobs = answer.hypothesis.tokens, answer.hypothesis.logprobs
+            told.logprobs.update(enumerate(sequence.logprobs, len(told.token_ids)))
+            told.sequences.extend([sequence] * len(sequence.output))
+            told.token_ids.extend(sequence.output)
+        self.generation_tokens_total += len(told.token_ids)
+        for sequence in group.last_ones_first:
+            if sequence.is_answer:
+                found = answers[sequence.index]
+                reason = FinishReason.LENGTH if found.stop_token is None else FinishReason.STOP
+                self._end(sequence, reason, now, matched_token_id=found.stop_token, logprob=found.hypothesis.logprob)
+            else:
+                self._end(sequence, FinishReason.LENGTH, now)
+        return output.followed_by(replace(told, num_searched=len(told.token_ids)))
 
     def _check_result(self, flight: Draft, num_rows: int, result: StepResult) -> None:
         """Raises ResultError, before anything has changed, when a result cannot belong to its plan."""
@@ -1036,6 +1148,8 @@ class Scheduler:
         for row in (*result.logprob_rows, *result.nonfinite_rows):
             if not 0 <= row < num_rows:
                 raise ResultError(f"the result of step {step} names row {row} of {num_rows}")
+        if flight.searches:
+            self._check_offers(flight, result)
         for entry in result.prompt_logprobs:
             sequence = flight.chunks.get(entry.slot)
             if sequence is None:
@@ -1044,6 +1158,20 @@ class Scheduler:
             if entry.first_token != expected and not flight.ignores(sequence.group):
                 raise ResultError(
                     f"prompt log-probabilities of slot {entry.slot} begin at {entry.first_token}, not at {expected}"
+                )
+
+    def _check_offers(self, flight: Draft, result: StepResult) -> None:
+        """Raises ResultError unless every beam that could be computed has offered as many tokens as it was asked."""
+        offers = dict(zip(result.logprob_rows, result.logprobs, strict=True))
+        starved = set(result.out_of_memory_slots)
+        for row, sequence in enumerate(flight.rows):
+            search = sequence.group.search
+            if search is None or row in result.nonfinite_rows or sequence.slot in starved or sequence in flight.dropped:
+                continue
+            given = len(offers[row].top_ids) if row in offers else 0
+            if given < search.num_candidates or given != len(offers[row].top_logprobs):
+                raise ResultError(
+                    f"row {row} of step {result.step} is a beam that offers {given} tokens, not {search.num_candidates}"
                 )
 
     def _learn(self, flight: Draft, result: StepResult) -> None:
@@ -1066,7 +1194,7 @@ class Scheduler:
                 sequence.group.prompt_logprobs.extend(entry.logprobs)
         for sequence in flight.sampling + flight.forked:
             if sequence not in flight.dropped:
-                if sequence.group.first_token_at is None:
+                if sequence.group.first_token_at is None and sequence.group.search is None:
                     sequence.group.first_token_at = now
                 self._announce(sequence.group)
 
@@ -1192,13 +1320,17 @@ class Scheduler:
         *,
         matched_stop: str = "",
         matched_token_id: int | None = None,
+        logprob: float | None = None,
     ) -> None:
         """Marks a withdrawn sequence as finished."""
         group = sequence.group
-        sequence.end(reason, now, matched_stop=matched_stop, matched_token_id=matched_token_id)
+        sequence.end(
+            reason, now, matched_stop=matched_stop, matched_token_id=matched_token_id, cumulative_logprob=logprob
+        )
         self.assigned_sequences -= 1
         group.lookup_keys = None  # they may have been this sequence's
-        self._emit(Finished(sequence))
+        if sequence.is_answer:
+            self._emit(Finished(sequence))
         if group.is_finished:
             self._remove_finished(group)
         elif any(other.starts_at == NEVER_STARTS for other in group.live):
@@ -1213,6 +1345,7 @@ class Scheduler:
 
     def _remove_finished(self, group: SequenceGroup) -> None:
         self.running.pop(group, None)
+        self.moved_beams.pop(group, None)
         self._resumed.discard(group)
         queue = self.waiting if group.started_at is None else self.preempted
         if group in queue:

@@ -2,6 +2,8 @@
 
 A request becomes one sequence group with `n` sequences that share the prompt. The group is what is admitted,
 preempted and resumed, all of it or nothing; the sequence is what has tokens, a row on the worker and a block table.
+A beam search has `beam_width` sequences: while it runs each holds a live beam, and from its end on the first n hold the
+answers.
 All times are nanoseconds of a monotonic clock that the caller passes in.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scheduler.block_table import BlockTable
+from scheduler.hypotheses import BeamSearch
 from scheduler.step_plan import TokenLogprobs
 
 PATIENCE_NS = 60_000_000_000
@@ -24,7 +27,9 @@ class Request:
 
     request_id: str  # unique among live requests
     prompt: list[int]  # token ids, at least one
-    n: int = 1  # sequences sampled from the one prompt
+    n: int = 1  # sequences that the client gets: sampled from the one prompt, or the best of a beam search
+    beam_width: int = 1  # above 1: a beam search with so many beams, at least n
+    length_penalty: float = 1.0  # of the beam search
     max_tokens: int = 16  # output tokens at most, at least 1; prompt + max_tokens is within the model's context
     min_tokens: int = 0  # stop_ids do not end a sequence before it has that many output tokens
     stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence; the model's own are merged in by the edge
@@ -36,6 +41,26 @@ class Request:
     logprobs: int | None = None  # top-N asked for per output token; None: none
     prompt_logprobs: int | None = None  # top-N asked for per prompt token; None: none
     payload: object = None  # the edge's own (the Submit message); the core never looks into it
+
+    @property
+    def is_beam_search(self) -> bool:
+        return self.beam_width > 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run: those that the client gets, or all beams."""
+        return self.beam_width if self.is_beam_search else self.n
+
+    def start_beam_search(self) -> BeamSearch:
+        """A beam search at its beginning."""
+        return BeamSearch(
+            width=self.beam_width,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            stop_ids=self.stop_ids,
+            length_penalty=self.length_penalty,
+            top_logprobs=self.logprobs,
+        )
 
 
 class FinishReason(enum.Enum):
@@ -72,7 +97,7 @@ class Finish:
     matched_stop: str = ""  # the stop string, when a gateway found one
     matched_token_id: int | None = None  # the stop token, when one ended it
     usage: Usage = field(default_factory=Usage)
-    cumulative_logprob: float = 0.0  # sum over the output; 0 unless log-probabilities were asked for
+    cumulative_logprob: float = 0.0  # sum over the output; 0 unless known: log-probabilities asked for, or beam search
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +131,7 @@ class Sequence:
         "earlier_logprobs",
         "end_step",
         "finish",
+        "follows",
         "group",
         "has_row",
         "index",
@@ -136,6 +162,7 @@ class Sequence:
         self.computed = 0  # tokens whose KV is planned, the prefix cache's included; not kept up in the decode set
         self.computed_before = 0  # tokens whose KV had been computed before it was taken off a worker
         self.starts_at = 0  # while PREFILLING: first step that may compute it; 0: any
+        self.follows: Sequence | None = None  # while PREFILLING: who computes the first blocks, which it shares
         self.base_step = 0  # in the decode set: step s writes the KV of position s - base_step
         self.end_step = 0  # in the decode set: the step that samples its last token by length; 0: not in the set
 
@@ -157,21 +184,38 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.finish is not None
 
+    @property
+    def is_answer(self) -> bool:
+        """Whether the client gets it: all do but for the further beams of a search."""
+        return self.index < self.group.request.n
+
     def keep_output(self, num_tokens: int) -> None:
         """Drops the output behind its first `num_tokens` tokens."""
         del self.output[num_tokens:]
         del self.logprobs[num_tokens:]
 
     def end(
-        self, reason: FinishReason, now: int, *, matched_stop: str = "", matched_token_id: int | None = None
+        self,
+        reason: FinishReason,
+        now: int,
+        *,
+        matched_stop: str = "",
+        matched_token_id: int | None = None,
+        cumulative_logprob: float | None = None,
     ) -> None:
-        """Marks it finished, and its group too if it was the last one. Blocks and rows are the scheduler's to free."""
+        """Marks it finished, and its group too if it was the last one. Blocks and rows are the scheduler's to free.
+
+        cumulative_logprob is given for an answer of a beam search. A beam that has become none has no output."""
+        if cumulative_logprob is None:
+            if self.group.search is not None:
+                self.output, self.logprobs = [], []
+            cumulative_logprob = sum(entry.logprob for entry in self.earlier_logprobs + self.logprobs)
         self.finish = Finish(
             reason,
             matched_stop,
             matched_token_id,
             self.group.usage(self, now),
-            sum(entry.logprob for entry in self.earlier_logprobs) + sum(entry.logprob for entry in self.logprobs),
+            cumulative_logprob,
         )
         self.status = SequenceStatus.FINISHED
         if all(sequence.finish is not None for sequence in self.group.sequences):
@@ -207,6 +251,7 @@ class SequenceGroup:
         "acquitted_at",
         "announced",
         "arrival",
+        "beams",
         "cache_allowed",
         "cached_tokens",
         "failure",
@@ -218,6 +263,7 @@ class SequenceGroup:
         "listeners",
         "lookup_keys",
         "losses",
+        "offers",
         "parked_epoch",
         "parked_on",
         "preemptions",
@@ -227,6 +273,7 @@ class SequenceGroup:
         "recomputed_tokens",
         "request",
         "resumable_after",
+        "search",
         "sequences",
         "shares_prefix",
         "started_at",
@@ -240,7 +287,10 @@ class SequenceGroup:
         self.rank = _rank(request, arrival, now)
         self.first_prompt_tokens = len(request.prompt)  # of the prompt, those that came with the first turn
         self.given_tokens = len(request.prompt)  # of the prompt, those that are no output of an earlier turn
-        self.sequences = [Sequence(self, index) for index in range(request.n)]
+        self.sequences = [Sequence(self, index) for index in range(request.num_sequences)]
+        self.search = request.start_beam_search() if request.is_beam_search else None
+        self.beams = self.sequences[:1]  # of the search: who holds its live beams, in its order
+        self.offers: dict[Sequence, TokenLogprobs] = {}  # of the search: what beams have offered in this round
         self.listeners: list[Any] = []  # the edge's own
         self.worker_id: str | None = None  # who it is assigned to; None: no worker
         self.failure: object = None  # the Failed event, when the request failed
@@ -313,6 +363,13 @@ class SequenceGroup:
     def live(self) -> list[Sequence]:
         """Sequences that have not finished, in index order."""
         return [sequence for sequence in self.sequences if sequence.finish is None]
+
+    @property
+    def last_ones_first(self) -> list[Sequence]:
+        """The live ones in the order in which to end them: what the client gets comes last, so that the group has
+        finished when the last of that has."""
+        live = self.live
+        return sorted(live, key=lambda sequence: sequence.is_answer) if self.search is not None else live
 
     @property
     def is_finished(self) -> bool:

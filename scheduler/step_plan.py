@@ -2,7 +2,8 @@
 
 They mirror `protos/pagewire/v1/worker.proto` field by field; only `codec.py` knows the wire. Plans of one epoch are
 numbered 1, 2, 3, ...; every plan is to be understood as if the plans before it had completely finished. A plan holds
-no token that a worker has sampled in the same epoch: a decoding row's input is "the token it sampled last".
+no token that a worker has sampled in the same epoch: a decoding row's input is "the token it sampled last". Beams are
+the exception: a beam search chooses their tokens from results, so its next step is planned when they are in.
 
 Nobody changes a list inside a plan once `schedule()` has returned it.
 """
@@ -55,7 +56,8 @@ class NewSequence:
     computed_tokens: int  # how many of token_ids have their KV in the blocks; below len(token_ids)
     blocks: list[int]  # the row's block table
     index: int  # of the sequence in its request; keys the random draw together with seed and position
-    request: Request  # for the codec: sampling parameters (in payload), logprobs, min_tokens, stop_ids
+    request: Request  # for the codec: sampling parameters (in payload), min_tokens, stop_ids
+    logprobs: int | None = None  # as in the request; of a beam the tokens that it is to offer
     prompt_logprobs: int | None = None  # as in the request, None once they are complete
 
 
@@ -81,6 +83,9 @@ class StepPlan:
     new_sequences: list[NewSequence] = field(default_factory=list)  # rows filled whole
     append_slots: list[int] = field(default_factory=list)  # pairs with append_blocks: the row's table grows
     append_blocks: list[int] = field(default_factory=list)
+    beam_slots: list[int] = field(default_factory=list)  # triples: the row continues a parent's beam with a token
+    beam_parents: list[int] = field(default_factory=list)  # slots; all rows are read before the first is written
+    beam_tokens: list[int] = field(default_factory=list)
     replace_slots: list[int] = field(default_factory=list)  # triples: one entry of the row's table changes
     replace_indices: list[int] = field(default_factory=list)
     replace_blocks: list[int] = field(default_factory=list)

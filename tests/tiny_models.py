@@ -9,7 +9,9 @@ Weights are drawn wide (see `INITIALIZER_RANGE`), so that the best token leads c
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,6 +285,55 @@ def reference(folder: Path, prompt_ids: list[int], max_new_tokens: int, *, ignor
         answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
     best = torch.cat(answer.logits).topk(2, dim=-1).values
     return Reference(answer.sequences[0, len(prompt_ids) :].tolist(), (best[:, 0] - best[:, 1]).tolist())
+
+
+@dataclass(frozen=True)
+class ReferenceBeam:
+    """One hypothesis of transformers' beam search."""
+
+    token_ids: list[int]
+    score: float
+    """Log-probability over length ** length_penalty."""
+
+
+def reference_beams(
+    folder: Path,
+    prompt_ids: list[int],
+    *,
+    width: int,
+    n: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    length_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+) -> list[ReferenceBeam]:
+    """The n best hypotheses by transformers' `generate(num_beams=width)` in float32 on the CPU, best first.
+
+    Fails where scores are so close that rounding could decide.
+    """
+    model = reference_model(folder)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=width,
+        num_return_sequences=width,
+        length_penalty=length_penalty,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens or None,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=PAD,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    with torch.inference_mode(), _quiet():
+        prompt = torch.tensor([prompt_ids])
+        answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    scores = answer.sequences_scores.tolist()
+    for better, worse in itertools.pairwise(scores):
+        assert better - worse > MIN_GAP * abs(worse), f"near-tie of beams: choose another prompt or seed ({scores})"
+    lengths = (answer.beam_indices >= 0).sum(dim=1).tolist()
+    rows = zip(answer.sequences.tolist(), lengths, scores, strict=True)
+    start = len(prompt_ids)
+    return [ReferenceBeam(row[start : start + length], score) for row, length, score in rows][:n]
 
 
 def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:

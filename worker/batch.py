@@ -26,7 +26,7 @@ from worker.sampling_state import SamplingState, Slots
 from worker.shared_prefix import Prefix
 from worker.shared_prefix import largest as largest_prefix
 from worker.step import Fork, NewSequence, PlanError
-from worker.upload import Upload
+from worker.upload import Placed, Upload
 
 NO_PROMPT_LOGPROBS = -1
 
@@ -195,6 +195,30 @@ class Batch:
         values = upload.put(np.array(columns, dtype=np.int64).T)
         upload.then(lambda: self.tokens.index_copy_(1, slots.tensor, values.tensor.view(3, count)))
         self.sampling.fill(sequences, upload)
+
+    def continue_beams(
+        self, slots: Sequence[int], parents: Sequence[int], tokens: Sequence[int], upload: Upload
+    ) -> None:
+        """Makes row slots[i] a copy of row parents[i] as it was, whose last token is tokens[i] instead."""
+        _check_pairs("beam", slots, parents)
+        _check_pairs("beam", slots, tokens)
+        if not slots:
+            return
+        rows, sources = np.asarray(slots, dtype=np.int64), self._occupied(parents, "beam_parents")
+        if len(set(slots)) != len(slots) or ((rows < 0) | (rows >= self.max_slots)).any():
+            raise PlanError(f"beam_slots: one of {list(slots)} appears twice or is no row")
+        if (self.known[sources] != self.computed[sources] + 1).any():
+            raise PlanError(f"beam_parents: one of {list(parents)} has tokens that are not computed yet")
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            raise PlanError(f"beam_tokens: a token id beyond the vocabulary of {self.vocab_size}")
+        self._copy_rows(rows, sources)
+        self._decode_changed |= bool(self.in_decode[rows].any())
+        for slot in slots:
+            self._given.pop(slot, None)
+        targets, placed, chosen = upload.put(rows), upload.put(sources), upload.put(tokens)
+        self._copy_on_device(placed, targets, upload)
+        upload.then(lambda: self.tokens[LAST].index_copy_(0, targets.tensor, chosen.tensor))
+        self.sampling.copy(parents, slots, placed, targets, upload)
 
     def append_blocks(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         """Appends blocks[i] to the block table of row slots[i], in order; a row may occur several times."""
@@ -400,19 +424,24 @@ class Batch:
             if fork.parent_slot not in parents:
                 raise PlanError(f"fork of slot {fork.parent_slot}, whose last chunk is not in this plan")
             self._check_empty(fork.slot)
-            for array in (self.known, self.computed, self.prompt_tokens, self.table_lens):
-                array[fork.slot] = array[fork.parent_slot]
-            self.tables[fork.slot] = self.tables[fork.parent_slot]
-            self.prompt_logprobs[fork.slot] = NO_PROMPT_LOGPROBS
-        slots = [fork.slot for fork in forks]
-        sources, targets = upload.put([fork.parent_slot for fork in forks]), upload.put(slots)
+        slots, sources = [fork.slot for fork in forks], [fork.parent_slot for fork in forks]
+        self._copy_rows(np.array(slots), np.array(sources))
+        placed, targets = upload.put(sources), upload.put(slots)
+        self._copy_on_device(placed, targets, upload)
+        self.sampling.fork(forks, placed, targets, upload)
 
+    def _copy_rows(self, slots: Slots, parents: Slots) -> None:
+        """On the host: rows become copies of their parents, which are all read before."""
+        for array in (self.known, self.computed, self.prompt_tokens, self.table_lens, self.tables):
+            array[slots] = array[parents]
+        self.prompt_logprobs[slots] = NO_PROMPT_LOGPROBS
+
+    def _copy_on_device(self, parents: Placed, slots: Placed, upload: Upload) -> None:
         def copy_rows() -> None:
-            self.block_tables.index_copy_(0, targets.tensor, self.block_tables.index_select(0, sources.tensor))
-            self.tokens.index_copy_(1, targets.tensor, self.tokens.index_select(1, sources.tensor))
+            self.block_tables.index_copy_(0, slots.tensor, self.block_tables.index_select(0, parents.tensor))
+            self.tokens.index_copy_(1, slots.tensor, self.tokens.index_select(1, parents.tensor))
 
         upload.then(copy_rows)
-        self.sampling.fork(forks, sources, targets, upload)
 
     def _edit(self, rows: Slots, columns: Slots, blocks: Slots) -> None:
         """Changes entries of block tables, on the host at once and on the device with the next upload."""

@@ -292,6 +292,7 @@ class Executor:
         batch.release(plan.release_slots)
         moves = self.swapper.stage(plan.swap_out, plan.swap_in, plan.copies, upload)
         batch.add(plan.new_sequences, upload)
+        batch.continue_beams(plan.beam_slots, plan.beam_parents, plan.beam_tokens, upload)
         batch.append_blocks(plan.append_slots, plan.append_blocks)
         batch.replace_blocks(plan.replace_slots, plan.replace_indices, plan.replace_blocks)
         batch.change_decode_set(plan.decode_remove, plan.decode_add)

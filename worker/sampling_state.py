@@ -87,7 +87,15 @@ class SamplingState:
 
     def fork(self, forks: Sequence[Fork], sources: Placed, targets: Placed, upload: Upload) -> None:
         """Copies rows of parents; sources and targets are the forks' parents and slots. Each gets its own index."""
-        parents, slots = [fork.parent_slot for fork in forks], [fork.slot for fork in forks]
+        self.copy([fork.parent_slot for fork in forks], [fork.slot for fork in forks], sources, targets, upload)
+        indices = upload.put([fork.index for fork in forks])
+        upload.then(lambda: self.numbers[INDEX].index_copy_(0, targets.tensor, indices.tensor))
+
+    def copy(
+        self, parents: Sequence[int], slots: Sequence[int], sources: Placed, targets: Placed, upload: Upload
+    ) -> None:
+        """Makes rows copies of their parents, which are all read before; sources and targets are the same, placed."""
+        parents, slots = list(parents), list(slots)
         for array in (self.random, self.penalised, self.biased, self.min_tokens, self.logprobs):
             array[slots] = array[parents]
         for parent, slot in zip(parents, slots, strict=True):
@@ -95,14 +103,12 @@ class SamplingState:
                 self.bias[slot] = self.bias[parent]
             if parent in self.stop_ids:
                 self.stop_ids[slot] = self.stop_ids[parent]
-        indices = upload.put([fork.index for fork in forks])
         counted = [self.prompt_seen, self.output_counts] if self.penalised[slots].any() else []
 
         def copy_rows() -> None:
             source, target = sources.tensor, targets.tensor
             for table in (self.numbers, self.shares, self.penalties):
                 table.index_copy_(1, target, table.index_select(1, source))
-            self.numbers[INDEX].index_copy_(0, target, indices.tensor)
             for rows in counted:
                 assert rows is not None
                 rows.index_copy_(0, target, rows.index_select(0, source))

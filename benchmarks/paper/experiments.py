@@ -233,7 +233,7 @@ def sharing() -> Result:
 
             outcome = simulate(PAGEWIRE, A100_OPT_13B, load.arrivals(rate, seconds, n=n), observer=observe)
             saved_by_n[str(n)] = {"percent": round(100 * saved / total, 1), "preemptions": outcome.preemptions}
-        ours[load.name] = {"parallel": saved_by_n, "beam": "pending: beam search is not in the engine yet"}
+        ours[load.name] = {"parallel": saved_by_n, "beam": "pending: the simulated loads have no beam searches yet"}
     over_oracle = {
         str(n): round(
             find_sustained(PAGEWIRE, A100_OPT_13B, ALPACA_LIKE, 30.0 / n, n=n)

@@ -135,7 +135,9 @@ def completion(data: dict[str, Any], model: ModelLimits, caller: Caller) -> Ask:
         fields.wrong("add_special_tokens", "must be true here: send token ids to decide about special tokens")
     n = fields.integer("n")
     best_of = fields.integer("best_of")
-    if best_of is not None and best_of != (n or 1):
+    if best_of is not None and common.sampling.beam_width:
+        common.sampling.beam_width = best_of  # vLLM's old way to name a width beyond n
+    elif best_of is not None and best_of != (n or 1):
         fields.wrong("best_of", "must be equal to n: choosing among more samples is not supported")
     echo = fields.flag("echo")
     logprobs = fields.integer("logprobs")
@@ -242,6 +244,8 @@ def read_common(fields: Fields, caller: Caller) -> inference_pb2.GenerateRequest
         sampling.seed = seed % (UINT64_MAX + 1)
     if fields.flag("use_beam_search"):
         sampling.beam_width = max(1, sampling.n)
+        if not sampling.HasField("temperature"):
+            sampling.temperature = 0.0
     for token_id, bias in fields.biases("logit_bias").items():
         sampling.logit_bias[token_id] = bias
     stop.min_tokens = fields.integer("min_tokens") or 0

@@ -118,7 +118,7 @@ class Span:
 
     def child(self, name: str, *, start_ns: int | None = None, **about: Attribute) -> Span:
         """Begins a span inside this one."""
-        return self._tracer.start(name, self.traceparent, start_ns=start_ns, **about)
+        return self._tracer.start(name, self.traceparent, start_ns=start_ns, served=False, **about)
 
     def set(self, **about: Attribute) -> None:
         """Adds attributes."""

@@ -11,10 +11,11 @@ index. `undisturbed_output` is the same function without any memory, so every ru
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scheduler.dispatcher import WorkerCapacity
+from scheduler.hypotheses import FinishedHypothesis
 from scheduler.sequence import FinishReason, Request
 from scheduler.step_plan import (
     BlockMoves,
@@ -75,6 +76,31 @@ def undisturbed_output(request: Request, index: int) -> tuple[list[int], FinishR
         history = extend_history(history, token)
 
 
+def offer(history: int, count: int) -> TokenLogprobs:
+    """The `count` likeliest tokens after a history, for a beam."""
+    ids = [(history + 7 * place) % VOCABULARY for place in range(count)]
+    logprobs = [-0.1 - place / 4 - (history >> (place + 6)) % 100 / 401 for place in range(count)]
+    return TokenLogprobs(0.0, 1, ids, logprobs)
+
+
+def undisturbed_beams(request: Request, block_size: int = 1) -> tuple[list[FinishedHypothesis], int]:
+    """The answers of a beam search when nothing interferes, and the most blocks that it needs at a time."""
+    search, most = request.start_beam_search(), 0
+    while not search.is_done:
+        offers = []
+        beginnings = set()
+        for beam in search.beams:
+            history = START
+            for position, token in enumerate(request.prompt + beam.tokens, 1):
+                history = extend_history(history, token)
+                if position % block_size == 0 and position < len(request.prompt) + len(beam.tokens):
+                    beginnings.add((position, history))
+            offers.append(offer(history, search.num_candidates))
+        most = max(most, len(beginnings) + len(search.beams))
+        search.advance(offers)
+    return search.finished, most
+
+
 def logprob_of(token: int) -> TokenLogprobs:
     return TokenLogprobs(-0.5, token, [token], [-0.5])
 
@@ -90,6 +116,7 @@ class Row:
     computed: int
     blocks: list[int]
     prompt_logprobs: int | None
+    logprobs: int | None
     histories: list[int] = field(default_factory=list)  # of every known token; what its KV slot must hold
 
     def __post_init__(self) -> None:
@@ -171,12 +198,33 @@ class SimulatedWorker:
                 new.computed_tokens,
                 list(new.blocks),
                 new.prompt_logprobs,
+                new.logprobs,
             )
+        self._continue_beams(plan)
         for slot, block in zip(plan.append_slots, plan.append_blocks, strict=True):
             self.rows[slot].blocks.append(block)
         replacements = zip(plan.replace_slots, plan.replace_indices, plan.replace_blocks, strict=True)
         for slot, index, block in replacements:
             self.rows[slot].blocks[index] = block
+
+    def _continue_beams(self, plan: StepPlan) -> None:
+        assert len(set(plan.beam_slots)) == len(plan.beam_slots), "a row becomes two beams"
+        beams = {}
+        for slot, parent_slot, token in zip(plan.beam_slots, plan.beam_parents, plan.beam_tokens, strict=True):
+            parent = self.rows[parent_slot]
+            assert parent.computed == len(parent.tokens) - 1, f"slot {parent_slot} has not sampled"
+            assert parent.request.is_beam_search
+            row = beams[slot] = replace(
+                parent,
+                tokens=parent.tokens[:-1],
+                blocks=parent.blocks.copy(),
+                prompt_logprobs=None,
+                histories=parent.histories[:-1],
+            )
+            row.add(token)
+        for slot, row in beams.items():
+            assert slot not in self.rows or self.rows[slot].request is row.request, f"slot {slot} is another request's"
+            self.rows[slot] = row
 
     def _change_decode_set(self, plan: StepPlan) -> None:
         for slot in plan.decode_remove:
@@ -225,6 +273,7 @@ class SimulatedWorker:
                 parent.computed,
                 parent.blocks.copy(),
                 None,
+                parent.logprobs,
                 parent.histories.copy(),
             )
             sampling.append(fork.slot)
@@ -238,15 +287,20 @@ class SimulatedWorker:
             tokens.append(token)
             if not finite:
                 nonfinite.append(row_number)
+        offers = {
+            row_number: self._offer(self.rows[slot], is_spoilt=slot in spoilt)
+            for row_number, slot in enumerate(sampling)
+            if self.rows[slot].request.is_beam_search
+        }
         for slot, token in zip(sampling, tokens, strict=True):
             self.rows[slot].add(token)
-        with_logprobs = [row for row, slot in enumerate(sampling) if self.rows[slot].request.logprobs is not None]
+        with_logprobs = [row for row, slot in enumerate(sampling) if self.rows[slot].logprobs is not None]
         return StepResult(
             epoch=plan.epoch,
             step=plan.step,
             token_ids=tokens,
             logprob_rows=with_logprobs,
-            logprobs=[logprob_of(tokens[row]) for row in with_logprobs],
+            logprobs=[offers.get(row) or logprob_of(tokens[row]) for row in with_logprobs],
             prompt_logprobs=prompt_logprobs,
             nonfinite_rows=nonfinite,
             timings=StepTimings(
@@ -301,12 +355,20 @@ class SimulatedWorker:
         first = row.computed + 1
         return PromptLogprobs(slot, first, [logprob_of(token) for token in row.tokens[first : last + 1]])
 
-    def _sample(self, row: Row) -> tuple[int, bool]:
+    def _last_history(self, row: Row) -> int:
         size, position = self.capacity.block_size, row.computed - 1
         history = self.kv[row.blocks[position // size]][position % size]
+        assert history is not None
+        return history
+
+    def _offer(self, row: Row, *, is_spoilt: bool) -> TokenLogprobs:
+        assert row.logprobs is not None
+        return offer(0 if is_spoilt else self._last_history(row), row.logprobs)
+
+    def _sample(self, row: Row) -> tuple[int, bool]:
+        history = self._last_history(row)
         behaviour = row.request.payload
         assert isinstance(behaviour, Behaviour)
         num_output = len(row.tokens) - row.num_prompt
-        assert history is not None
         token = choose_token(row.request, row.index, history, num_output)
         return token, behaviour.nonfinite_at is None or num_output < behaviour.nonfinite_at

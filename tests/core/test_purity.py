@@ -12,6 +12,7 @@ import scheduler
 
 FOLDER = Path(scheduler.__file__).parent
 CORE = {
+    "beams",
     "block_manager",
     "block_picture",
     "block_pool",
@@ -24,6 +25,7 @@ CORE = {
     "events",
     "fairness",
     "host_tier",
+    "hypotheses",
     "inspection",
     "loads",
     "parking",

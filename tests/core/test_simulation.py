@@ -26,9 +26,16 @@ from scheduler.dispatcher import (
     TransferRates,
     WorkerCapacity,
 )
-from scheduler.sequence import Request, Sequence, SequenceGroup
+from scheduler.sequence import Finish, Request, Sequence, SequenceGroup
 from scheduler.step_plan import StepPlan, StepResult
-from tests.core.simulated_worker import Behaviour, SimulatedWorker, WorkerDiedError, logprob_of, undisturbed_output
+from tests.core.simulated_worker import (
+    Behaviour,
+    SimulatedWorker,
+    WorkerDiedError,
+    logprob_of,
+    undisturbed_beams,
+    undisturbed_output,
+)
 
 SEEDS_PER_TEST = 300
 NUM_TESTS = 8
@@ -175,11 +182,14 @@ class Simulation:
         prompt = prompt + [dice.randrange(60) for _ in range(dice.randint(0 if prompt else 1, 8))]
         faulty = self.has_faulty_requests and dice.random() < 0.3
         deadly = self.has_deadly_requests and dice.random() < 0.2
+        beam_width, n = dice.choice([1, 1, 1, 1, 2, 3, 4]), dice.choice([1, 1, 1, 2, 3])
         request = Request(
             request_id=f"request-{len(self.groups)}",
             prompt=prompt,
-            n=(n := dice.choice([1, 1, 1, 2, 3])),
-            hold_ns=dice.choice([0, 30, 10**12]) if n == 1 and self.parking else 0,
+            n=(n := min(n, beam_width) if beam_width > 1 else n),
+            beam_width=beam_width,
+            length_penalty=dice.choice([1.0, 1.0, 0.0, -1.0, 2.0]),
+            hold_ns=dice.choice([0, 30, 10**12]) if n == 1 and beam_width <= 1 and self.parking else 0,
             max_tokens=dice.choice([1, 2, 3, 8, 20, 30]),
             min_tokens=dice.choice([0, 0, 2]),
             stop_ids=frozenset(dice.sample(range(64), dice.choice([0, 0, 1, 4]))),
@@ -387,7 +397,8 @@ class Simulation:
             assert not self.ends[sequence], f"{sequence} got a token after its end"
             self.streams[sequence].append(token)
         for position, entry in output.logprobs.items():
-            assert entry == logprob_of(output.token_ids[position])
+            if not output.sequences[position].request.is_beam_search:
+                assert entry == logprob_of(output.token_ids[position])
         for event in self.dispatcher.take_events():
             if isinstance(event, Admitted):
                 self.admitted[event.group] += 1
@@ -402,7 +413,11 @@ class Simulation:
         for group in self.groups:
             assert self.dispatcher.find(group.request.request_id) is group
             for sequence in group.sequences:
-                self.check_sequence(sequence)
+                if sequence.is_answer:
+                    (self.check_answer if group.request.is_beam_search else self.check_sequence)(sequence)
+                else:
+                    assert sequence.is_finished
+                    assert not self.streams[sequence], f"{sequence} is told"
             assert self.admitted[group] <= 1
             if any(sequence.output for sequence in group.sequences):
                 assert self.admitted[group] == 1
@@ -436,6 +451,29 @@ class Simulation:
             assert finish.matched_token_id == (output[-1] if reason is FinishReason.STOP else None)
         if sequence.request.logprobs is not None:
             assert sequence.logprobs == [logprob_of(token) for token in output]
+        self.count_end(finish)
+
+    def check_answer(self, sequence: Sequence) -> None:
+        """An answer of a beam search: all of it or nothing."""
+        finish, output = sequence.finish, sequence.output
+        assert finish is not None
+        assert self.ends[sequence] == 1, f"{sequence} ended {self.ends[sequence]} times"
+        assert self.streams[sequence] == output
+        assert finish.usage.completion_tokens == len(output)
+        if finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            expected = undisturbed_beams(sequence.request)[0][sequence.index]
+            assert output == expected.hypothesis.tokens
+            assert sequence.logprobs == expected.hypothesis.logprobs
+            assert finish.cumulative_logprob == expected.hypothesis.logprob
+            assert finish.matched_token_id == expected.stop_token
+            assert (finish.reason is FinishReason.STOP) == (expected.stop_token is not None)
+            self.statistics["answers of beam searches"] += 1
+            self.statistics["preempted beam searches"] += finish.usage.preemptions > 0
+        else:
+            assert not output
+        self.count_end(finish)
+
+    def count_end(self, finish: Finish) -> None:
         self.statistics[finish.reason.value] += 1
         self.statistics["preemptions"] += finish.usage.preemptions
         assert finish.usage.preemptions <= self.config.max_preemptions
@@ -470,7 +508,9 @@ class Simulation:
             size, shared = self.block_size, len(request.prompt) // self.block_size
             longest = [len(request.prompt) + len(undisturbed_output(request, i)[0]) for i in range(request.n)]
             need = shared + sum(-(-(length + 1) // size) - shared for length in longest)
-            slots_short = request.n > min(self.config.max_num_seqs, self.config.token_budget, 4)
+            slots_short = request.num_sequences > min(self.config.max_num_seqs, self.config.token_budget, 4)
+            if request.is_beam_search:
+                need = undisturbed_beams(request, size)[1]
             assert need > max(2, self.pool_tokens // size) or slots_short
 
     def note_loads(self, worker_id: str) -> None:
@@ -504,6 +544,8 @@ def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part:
         "length",
         "aborted",
         "stopped by text",
+        "answers of beam searches",
+        "preempted beam searches",
         "lost workers",
         "NONFINITE_LOGITS",
         "OUT_OF_MEMORY",

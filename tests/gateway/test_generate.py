@@ -293,6 +293,7 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(world: World, m
 
 
 NAN = inference_pb2.SamplingParams(temperature=float("nan"))
+TOO_FEW_BEAMS = inference_pb2.SamplingParams(beam_width=2, n=3)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ NAN = inference_pb2.SamplingParams(temperature=float("nan"))
         (ask([5] * CONTEXT), "INVALID_ARGUMENT", "PROMPT_TOO_LONG", "prompt.token_ids"),
         (ask("a b " * CONTEXT), "INVALID_ARGUMENT", "PROMPT_TOO_LONG", "prompt.text"),
         (ask(model="another"), "NOT_FOUND", "MODEL_NOT_FOUND", None),
-        (ask(sampling=inference_pb2.SamplingParams(beam_width=2)), "UNIMPLEMENTED", "BEAM_SEARCH_NOT_BUILT", None),
+        (ask(sampling=TOO_FEW_BEAMS), "INVALID_ARGUMENT", "INVALID_FIELD", "sampling.n"),
     ],
     ids=["nan", "vocabulary", "long ids", "long text", "model", "beams"],
 )  # fmt: skip

@@ -154,6 +154,9 @@ def test_names_of_128_printable_characters_are_taken() -> None:
         (stop(min_tokens=6, max_tokens=5), "stop.min_tokens"),
         (sampling(beam_width=4, temperature=0.5), "sampling.temperature"),
         (sampling(beam_width=4, n=5), "sampling.n"),
+        (sampling(beam_width=4, presence_penalty=0.5), "sampling.presence_penalty"),
+        (sampling(beam_width=4, repetition_penalty=0.5), "sampling.repetition_penalty"),
+        (sampling(beam_width=4, logit_bias={5: 1.0}), "sampling.logit_bias"),
         (stop(stop=[""]), "stop.stop[0]"),
         (stop(stop=["ok", "x" * 257]), "stop.stop[1]"),
     ],
@@ -162,10 +165,10 @@ def test_fields_that_contradict_each_other_are_refused(message: Any, path: str) 
     assert paths(message) == [path]
 
 
-def test_beams_without_contradiction_pass_so_that_they_can_be_answered_as_not_built() -> None:
-    resolved = validate(sampling(beam_width=4, n=4), MODEL, has_tokenizer=True)
+def test_an_unset_temperature_of_a_beam_search_is_zero_and_penalties_that_change_nothing_pass() -> None:
+    message = sampling(beam_width=4, n=4, repetition_penalty=1.0, frequency_penalty=0.0)
+    resolved = validate(message, MODEL, has_tokenizer=True)
     assert isinstance(resolved, ResolvedRequest)
-    assert validator.beam_search_wanted(resolved.sampling)
     assert resolved.sampling.temperature == 0.0
 
 

@@ -46,6 +46,7 @@ def test_every_field_of_a_plan_arrives() -> None:
         blocks=[11, 12],
         index=1,
         request=request,
+        logprobs=0,
         prompt_logprobs=5,
     )
     plan = StepPlan(
@@ -56,6 +57,9 @@ def test_every_field_of_a_plan_arrives() -> None:
         swap_in=BlockMoves([3], [4]),
         copies=BlockMoves([5, 6], [7, 8]),
         new_sequences=[row],
+        beam_slots=[9, 4],
+        beam_parents=[4, 4],
+        beam_tokens=[31, 32],
         append_slots=[2],
         append_blocks=[20],
         replace_slots=[3],
@@ -89,6 +93,9 @@ def test_every_field_of_a_plan_arrives() -> None:
                 stop_token_ids=[2, 9],
             )
         ],
+        beam_slots=[9, 4],
+        beam_parents=[4, 4],
+        beam_tokens=[31, 32],
         append_slots=[2],
         append_blocks=[20],
         replace_slots=[3],

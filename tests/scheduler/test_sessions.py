@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import grpc
 import pytest
@@ -310,7 +311,21 @@ async def test_before_any_worker_has_joined_requests_are_refused() -> None:
         ({"request_id": "x" * 129}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
         ({"sampling": {"temperature": 0.5}}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
         ({"sampling": {"temperature": 0, "n": 1_000_000}}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
-        ({"sampling": {"temperature": 0, "beam_width": 2}}, grpc.StatusCode.UNIMPLEMENTED, "BEAM_SEARCH_NOT_BUILT"),
+        *(
+            (
+                {"sampling": {"temperature": 0, "beam_width": 2} | wrong},
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "INVALID_SUBMIT",
+            )
+            for wrong in (
+                {"temperature": 0.5, "seed": 1},
+                {"n": 3},
+                {"beam_width": VOCAB_SIZE + 1},
+                {"length_penalty": math.inf},
+                {"presence_penalty": 1},
+                {"logit_bias": {5: 1.0}},
+            )
+        ),
         ({"stop": {"max_tokens": 0}}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
         ({"stop": {"max_tokens": 1, "stop_token_ids": [5000]}}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SUBMIT"),
     ],

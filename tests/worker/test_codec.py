@@ -31,6 +31,9 @@ def test_every_field_of_a_plan_arrives() -> None:
                 stop_token_ids=[11],
             )
         ],
+        beam_slots=[12],
+        beam_parents=[13],
+        beam_tokens=[14],
         append_slots=[2],
         append_blocks=[3],
         replace_slots=[4],
@@ -65,6 +68,9 @@ def test_every_field_of_a_plan_arrives() -> None:
                 stop_token_ids=[11],
             )
         ],
+        beam_slots=[12],
+        beam_parents=[13],
+        beam_tokens=[14],
         append_slots=[2],
         append_blocks=[3],
         replace_slots=[4],

@@ -470,3 +470,59 @@ def test_a_result_is_computed_once_and_remembered() -> None:
     launched = executor.launch(StepPlan(epoch=1, step=3))
     assert launched.result() is launched.result()
     assert len(launched.result().token_ids) == 1
+
+
+def test_rows_that_continue_beams_are_copies_of_their_parents_with_the_chosen_tokens() -> None:
+    model = ToyModel()
+    _, steps = start(model)
+    asked = new(2, PROMPT, [0, 1, 2], logprobs=5)
+    offers = steps.run(new_sequences=[asked], chunk_slots=[2], chunk_tokens=[10]).logprobs
+    expected = model.dense_logits(PROMPT)[-1].log_softmax(-1).topk(5)
+    assert list(offers[0].top_ids) == expected.indices.tolist()
+    assert list(offers[0].top_logprobs) == pytest.approx(expected.values.tolist(), abs=1e-5)
+    # Three beams; rows 2 and 4 share block 2, which is copied for row 4 and for row 0.
+    steps.run(
+        beam_slots=[2, 4, 0],
+        beam_parents=[2, 2, 2],
+        beam_tokens=[7, 8, 9],
+        copies=BlockMoves([2, 2], [3, 4]),
+        replace_slots=[4, 0],
+        replace_indices=[2, 2],
+        replace_blocks=[3, 4],
+        decode_add=[2, 4, 0],
+    )
+    # The first row's beam dies, the two others change places, and one of them has a second child.
+    result = steps.run(
+        decode_remove=[2, 4, 0],
+        beam_slots=[0, 4, 2],
+        beam_parents=[4, 0, 0],
+        beam_tokens=[11, 12, 13],
+        copies=BlockMoves([4], [5]),
+        replace_slots=[2],
+        replace_indices=[2],
+        replace_blocks=[5],
+        decode_add=[0, 4, 2],
+    )
+    for offer, tokens in zip(result.logprobs, ([8, 11], [9, 12], [9, 13]), strict=True):
+        expected = model.dense_logits(PROMPT + tokens)[-1].log_softmax(-1).topk(5)
+        assert list(offer.top_ids) == expected.indices.tolist()
+        assert list(offer.top_logprobs) == pytest.approx(expected.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"beam_slots": [0], "beam_parents": [1], "beam_tokens": [5]}, "rows in use"),
+        ({"beam_slots": [1, 1], "beam_parents": [0, 0], "beam_tokens": [5, 6]}, "appears twice"),
+        ({"beam_slots": [8], "beam_parents": [0], "beam_tokens": [5]}, "is no row"),
+        ({"beam_slots": [1], "beam_parents": [0], "beam_tokens": [VOCAB]}, "beyond the vocabulary"),
+        ({"beam_slots": [1], "beam_parents": [3], "beam_tokens": [5]}, "not computed yet"),
+        ({"beam_slots": [1], "beam_parents": [0]}, "lists of"),
+    ],
+)
+def test_beams_that_contradict_the_rows_are_refused(fields: dict[str, Any], message: str) -> None:
+    _, steps = start(ToyModel())
+    both = [new(0, PROMPT, [0, 1, 2]), new(3, PROMPT, [3, 4, 5])]
+    steps.run(new_sequences=both, chunk_slots=[0, 3], chunk_tokens=[10, 4])
+    with pytest.raises(PlanError, match=message):
+        steps.run(**fields)

@@ -175,11 +175,10 @@ PROMPTS = [
     Bad(request(model="other"), {"prompt": [5], "model": "other"}, "", "model", "MODEL_NOT_FOUND"),
     Bad(request(model="../etc\x00"), {"prompt": [5], "model": "../etc\x00"}, "", "model", "MODEL_NOT_FOUND"),
     Bad(
-        request(sampling=inference_pb2.SamplingParams(n=2, beam_width=2)),
-        {"prompt": [5], "n": 2, "use_beam_search": True},
-        "",
-        None,
-        "BEAM_SEARCH_NOT_BUILT",
+        request(sampling=inference_pb2.SamplingParams(n=2, beam_width=2, temperature=0.5)),
+        {"prompt": [5], "n": 2, "use_beam_search": True, "temperature": 0.5},
+        "sampling.temperature",
+        "temperature",
     ),
 ]
 
