@@ -455,7 +455,7 @@ def test_why_a_service_does_not_answer_decides_the_mend(code: grpc.StatusCode, r
 
 async def test_a_real_scheduler_is_asked_and_one_that_is_gone_is_bad(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/scheduler.sock"
-    async with pool(listen=address) as made:
+    async with pool(listen=address, heartbeat_timeout_s=600.0) as made:
         await made.worker()
         found = by_name(await asyncio.to_thread(lambda: list(service.check_service(address))))
         assert (found["service"].state, found["worker w1"].state) == ("ok", "ok")

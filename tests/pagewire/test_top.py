@@ -19,6 +19,8 @@ from tests.pagewire.terminals import ROOT, terminal
 from tests.scheduler.peers import pool
 
 SECOND = 1_000_000_000
+PATIENT = {"heartbeat_timeout_s": 600.0, "step_timeout_s": 600.0, "stall_s": 600.0}
+"""Nobody beats for the worker, however slow the machine is."""
 
 
 def answers(at_s: float = 10.0, *, epoch: int = 7, steps: int = 100, output: int = 40, requests: int = 1) -> Answers:
@@ -137,7 +139,7 @@ def test_a_clients_name_cannot_rewrite_the_terminal_or_be_taken_for_markup() -> 
 
 
 async def test_one_json_object_for_scripts_and_one_picture_for_reports() -> None:
-    async with pool() as made:
+    async with pool(**PATIENT) as made:
         worker, gateway = await made.worker(), await made.gateway()
         await gateway.submit(0, [11, 12, 13], max_tokens=100, tenant="team")
         await worker.step()
@@ -163,7 +165,7 @@ async def test_one_json_object_for_scripts_and_one_picture_for_reports() -> None
 
 
 async def test_the_live_view_sorts_pauses_follows_the_size_and_leaves_the_terminal_as_it_was() -> None:
-    async with pool() as made:
+    async with pool(**PATIENT) as made:
         worker, gateway = await made.worker(), await made.gateway()
         address = made.serving.addresses[0]
         async with terminal("top", "--address", address, "--interval", "0.1") as screen:
@@ -197,7 +199,7 @@ async def test_the_live_view_says_that_the_service_has_gone_and_finds_it_again(t
         async with pool(listen=address):
             await screen.until("no worker has joined")
         await screen.until("(these figures are")
-        async with pool(listen=address) as made:
+        async with pool(listen=address, **PATIENT) as made:
             await made.worker()
             await screen.until("no live requests")
             screen.type("\x03")
