@@ -10,7 +10,7 @@ import pytest
 from pagewire.v1 import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler import codec
 from scheduler.codec import ModelLimits, SubmitError
-from scheduler.sequence import Request
+from scheduler.sequence import Request, SequenceStatus
 from scheduler.step_plan import (
     BlockMoves,
     Fork,
@@ -221,3 +221,7 @@ def test_the_edges_of_every_range_are_taken() -> None:
     widest = sampling(temperature=0.0, top_p=1.0, min_p=1.0, repetition_penalty=0.01, n=4096, logit_bias={99: -100.0})
     output = inference_pb2.OutputOptions(logprobs=100, prompt_logprobs=100)
     assert codec.decode_submit(submit(sampling=widest, output=output), LIMITS, now=0).n == 4096
+
+
+def test_every_status_of_a_live_sequence_has_a_state_of_its_request() -> None:
+    assert codec._REQUEST_STATES.keys() == set(SequenceStatus) - {SequenceStatus.FINISHED}
