@@ -44,6 +44,7 @@ def test_every_field_of_a_plan_arrives() -> None:
         chunk_slots=[9],
         chunk_tokens=[10],
         forks=[worker_pb2.Fork(parent_slot=1, slot=2, index=3)],
+        traceparents=["trace"],
     )
     block_moves = step.BlockMoves([1, 2], [3, 4])
     assert plan_from_wire(wire) == step.StepPlan(
@@ -81,6 +82,7 @@ def test_every_field_of_a_plan_arrives() -> None:
         chunk_slots=[9],
         chunk_tokens=[10],
         forks=[step.Fork(1, 2, 3)],
+        traceparents=["trace"],
     )
 
 
