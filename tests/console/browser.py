@@ -26,7 +26,7 @@ FLAGS = [
     "--disable-dev-shm-usage",
 ]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c", "Control": "\ue009", "End": "\ue010", "Home": "\ue011"}
 KEYS |= {"ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015"}
 
@@ -81,7 +81,7 @@ class Browser:
         deadline = time.monotonic() + limit_s
         while not (value := condition()):
             assert time.monotonic() < deadline, f"never so: {what}\nconsole: {self.log()}"
-            time.sleep(0.03)
+            time.sleep(0.1)
         return value
 
     def press(self, *keys: str, holding: str | None = None) -> None:
