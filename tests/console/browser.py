@@ -128,6 +128,12 @@ class Browser:
         entries = self._call("POST", "/se/log", {"type": "browser"})
         return [f"{entry['level']}: {entry['message']}" for entry in entries]
 
+    def leave(self) -> None:
+        """Goes to an empty page. Raises AssertionError if anything has gone wrong in the one before."""
+        problems = [line for line in self.log() if not line.startswith(("DEBUG", "INFO"))]
+        self.open("about:blank")
+        assert not problems, problems
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
 
