@@ -15,8 +15,8 @@ ROLES = ("gateway", "scheduler", "worker")
 OUR_PACKAGES = (*ROLES, "kernels", "pagewire")
 
 SCHEDULER_EDGES = {
-    "block_watch",
     "__init__",
+    "block_watch",
     "codec",
     "config",
     "control",

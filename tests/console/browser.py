@@ -26,7 +26,7 @@ FLAGS = [
     "--disable-dev-shm-usage",
 ]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c", "Control": "\ue009", "End": "\ue010", "Home": "\ue011"}
 KEYS |= {"ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015"}
 
@@ -81,7 +81,7 @@ class Browser:
         deadline = time.monotonic() + limit_s
         while not (value := condition()):
             assert time.monotonic() < deadline, f"never so: {what}\nconsole: {self.log()}"
-            time.sleep(0.03)
+            time.sleep(0.1)
         return value
 
     def press(self, *keys: str, holding: str | None = None) -> None:
@@ -127,6 +127,12 @@ class Browser:
         """What the page has written to its console, and errors, since the last call."""
         entries = self._call("POST", "/se/log", {"type": "browser"})
         return [f"{entry['level']}: {entry['message']}" for entry in entries]
+
+    def leave(self) -> None:
+        """Goes to an empty page. Raises AssertionError if anything has gone wrong in the one before."""
+        problems = [line for line in self.log() if not line.startswith(("DEBUG", "INFO"))]
+        self.open("about:blank")
+        assert not problems, problems
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))

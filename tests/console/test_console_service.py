@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -60,7 +62,7 @@ def test_a_running_requests_blocks_are_on_the_page_and_its_row_too(up: service.S
     assert page.until("return document.querySelector('#block').textContent").startswith(f"Block 0: {name}, sequence 0")
     thread.join()
     page.until("return !document.querySelector('#requests tbody tr')")
-    assert "cached" in page.text(".figures")
+    page.until("return /^0 of 300 used .* cached/.test(document.querySelector('.figures').textContent)")
 
 
 def test_the_prompt_box_streams_tokens(up: service.Service, page: Browser) -> None:
@@ -80,3 +82,18 @@ def test_the_prompt_box_streams_tokens(up: service.Service, page: Browser) -> No
     seen = page.run("return seen")
     assert len(seen) > 5, "the answer came in pieces"
     assert page.text("#answer") == seen[-1] != ""
+
+
+def test_a_restarted_scheduler_and_gateway_are_waited_for_by_the_page(up: service.Service, page: Browser) -> None:
+    page.open(f"http://{up.ready['http']}/console")
+    page.until("return document.querySelector('#connection').dataset.state === 'live'")
+    for pid, words in ((up.ready["pids"]["scheduler"], "scheduler"), (up.ready["pids"]["gateways"][0], "gateway")):
+        page.run(
+            "window.said = []; window.watching = new MutationObserver(() => said.push(document.querySelector("
+            "'#connection').textContent)); watching.observe(document.querySelector('#connection'), {childList: true})"
+        )
+        os.kill(pid, signal.SIGKILL)
+        page.until("return said.some((text) => text.includes(arguments[0]))", words)
+        page.until("return said.at(-1) === 'Live' && document.querySelector('.pool')")
+        page.run("watching.disconnect()")
+    assert all("console/events" in line or "v1/models" in line for line in page.log()), "nothing but lost connections"

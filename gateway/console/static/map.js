@@ -3,7 +3,7 @@
 import { CACHED, FIRST_OWNER, FREE, PINNED } from "./model.js";
 
 const SIZES = [22, 18, 15, 12, 10, 9, 8, 7, 6, 5, 4, 3, 2];
-const TALLEST = { kv_pool: 420, host_arena: 150 };
+const TALLEST = { kv_pool: 480, host_arena: 150 };
 const NAMES = { kv_pool: "GPU memory", host_arena: "Host memory" };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -20,7 +20,7 @@ export function hueOf(requestId) {
 
 export function colourOf(requestId, index = 0) {
   const light = (dark.matches ? 58 : 50) + ((index * 7) % 21) - (index ? 7 : 0);
-  return `hsl(${hueOf(requestId).toFixed(1)} ${dark.matches ? 62 : 68}% ${light}%)`;
+  return `hsl(${hueOf(requestId).toFixed(1)} ${dark.matches ? 55 : 60}% ${light}%)`;
 }
 
 export class BlockMap {
@@ -127,15 +127,20 @@ export class BlockMap {
       context.fillRect(x, y, side, side);
       const count = pool.references[block];
       if (count > 1) {
-        context.fillStyle = this.mark;
+        const mark = size >= 15 ? side - 4 : Math.max(1, Math.round(size / 3));
+        const left = x + (side - mark) / 2, top = y + (side - mark) / 2;
         if (size >= 15) {
-          context.font = `600 ${size - 7}px system-ui, sans-serif`;
+          // White on a dark ground: readable on every hue.
+          context.fillStyle = "rgb(0 0 0 / 0.6)";
+          context.fillRect(left, top, mark, mark);
+          context.fillStyle = this.mark;
+          context.font = `600 ${mark - 3}px system-ui, sans-serif`;
           context.textAlign = "center";
           context.textBaseline = "middle";
-          context.fillText(count > 9 ? "9+" : count, x + side / 2, y + side / 2 + 0.5);
+          context.fillText(count > 9 ? "+" : count, x + side / 2, y + side / 2 + 0.5);
         } else {
-          const dot = Math.max(1, Math.round(size / 3));
-          context.fillRect(x + (side - dot) / 2, y + (side - dot) / 2, dot, dot);
+          context.fillStyle = this.mark;
+          context.fillRect(left, top, mark, mark);
         }
       }
     }
