@@ -84,8 +84,6 @@ class SchedulerSettings(RoleSettings):
     record: Path | None = None
     """File to record the whole run in: prompts, step plans and step results, for `pagewire replay`. An existing file is
     kept, and another name taken. Unset, because it holds what users write."""
-    record_dir: Path | None = None
-    """Folder in which ControlService.RecordPlans may make recordings. Unset: it refuses."""
 
     session_backlog_tokens: int = Field(default=4_000_000, ge=1024)
     """Tokens (and attached snapshots' tokens) that may wait for one gateway's credit before its session is ended. Its
@@ -109,13 +107,6 @@ class SchedulerSettings(RoleSettings):
     def _a_file_in_a_folder(cls, value: Path | None) -> Path | None:
         if value is not None and (value.is_dir() or not value.parent.is_dir()):
             raise ValueError("a file in an existing folder is needed")
-        return value
-
-    @field_validator("record_dir")
-    @classmethod
-    def _an_existing_folder(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_dir():
-            raise ValueError("an existing folder is needed")
         return value
 
     @property

@@ -175,7 +175,7 @@ class RecordedDispatcher(Dispatcher):
 
     def remove_worker(self, worker_id: str, now: int) -> None:
         if self.recorder is not None and worker_id in self.workers():
-            left = recording_pb2.RecordedWorkerLeft(worker_id=worker_id, is_lost=True)
+            left = recording_pb2.RecordedWorkerLeft(worker_id=worker_id)
             self.recorder.add(now, lambda event: event.worker_left.CopyFrom(left))
         super().remove_worker(worker_id, now)
 

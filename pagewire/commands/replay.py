@@ -1,4 +1,4 @@
-"""`pagewire replay`: runs a recording again, on a worker or through the scheduler's core, and compares."""
+"""`pagewire replay`: executes a recording again on a worker and compares."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command() -> Callable[..., None]:
 
 
 def replay(
-    file: Annotated[Path, typer.Argument(help="A recording, made with --record or ControlService.RecordPlans.")],
+    file: Annotated[Path, typer.Argument(help="A recording, made with --record.")],
     model: Annotated[
         str, typer.Option(help="Directory or hub id of the recorded model. Default: found by its recorded name.")
     ] = "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -69,6 +70,13 @@ class ReplayingWorker:
         self.address = address
         self.introduction = introduction
         self.stopped = False
+        self.call: grpc.Call | None = None
+
+    def stop(self) -> None:
+        """Ends `run`. A join that reaches a server while that stops is never answered: it has to be cancelled."""
+        self.stopped = True
+        if self.call is not None:
+            self.call.cancel()
 
     def run(self) -> None:
         while not self.stopped:
@@ -76,14 +84,18 @@ class ReplayingWorker:
                 self.serve(worker_pb2_grpc.WorkerServiceStub(channel))
 
     def serve(self, stub: worker_pb2_grpc.WorkerServiceStub) -> None:
-        import queue
-
         outgoing: queue.Queue[worker_pb2.JoinRequest] = queue.Queue()
         outgoing.put(worker_pb2.JoinRequest(hello=self.introduction))
         rows = FakeWorker(None, self.introduction.worker_id)  # type: ignore[arg-type]
-        for response in stub.Join(iter(outgoing.get, None)):
-            if response.WhichOneof("message") == "step_plan":
-                outgoing.put(worker_pb2.JoinRequest(step_result=rows.execute(response.step_plan)))
+        try:
+            self.call = responses = stub.Join(iter(outgoing.get, None))
+            if self.stopped:
+                responses.cancel()
+            for response in responses:
+                if response.WhichOneof("message") == "step_plan":
+                    outgoing.put(worker_pb2.JoinRequest(step_result=rows.execute(response.step_plan)))
+        finally:
+            outgoing.put(None)  # gRPC's thread waits there
 
 
 async def replay_on_fake_worker(path: Path, **changes: object) -> list[EpochReport]:
@@ -96,7 +108,7 @@ async def replay_on_fake_worker(path: Path, **changes: object) -> list[EpochRepo
     try:
         return await asyncio.to_thread(replay, recording, epochs, server, tolerance=1e-3)
     finally:
-        worker.stopped = True
+        worker.stop()
         await asyncio.to_thread(server.stop)
         await running
 

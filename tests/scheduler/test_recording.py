@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -166,8 +167,6 @@ def test_a_file_without_its_end_says_that_the_scheduler_ended_abruptly(recorded:
 
 
 def test_a_disk_that_is_too_slow_ends_the_recording_and_the_file_says_so(tmp_path: Path) -> None:
-    import threading
-
     path, may_write = tmp_path / "run.rec", threading.Event()
     recorder = Recorder(path, SchedulerConfig(), {}, max_buffered=5)
 
