@@ -39,7 +39,15 @@ def _scheduler() -> Collector:
     from scheduler.metrics import Metrics, SchedulerCollector
 
     idle = Loads(
-        workers=[], waiting=0, unassigned=0, running=0, swapped=0, preempted=0, retained=0, stale_results_total=0
+        workers=[],
+        waiting=0,
+        unassigned=0,
+        running=0,
+        swapped=0,
+        preempted=0,
+        retained=0,
+        parked=0,
+        stale_results_total=0,
     )
     return SchedulerCollector(Metrics(), lambda: idle)
 
