@@ -20,7 +20,7 @@ import grpc.aio
 
 from pagewire import errors
 from pagewire.client import CANCEL_LIMIT_S, CONNECT_LIMIT_S, DEFAULT_ADDRESS, DEFAULT_RESUME_S
-from pagewire.requests import Message, Options, Prompt, chat_prompt, generate_request
+from pagewire.requests import Message, Options, Prompt, chat_prompt, continue_request, generate_request
 from pagewire.resume import NS_PER_S, Call, StreamState, ended_early
 from pagewire.runtime.channel import client_options
 from pagewire.runtime.rich_status import StatusDetails, decode
@@ -86,6 +86,28 @@ class AsyncClient:
         request.sampling.n = n
         return self._stream(request, timeout, Call.ATTACH)
 
+    async def park(self, request_id: str, *, ttl_seconds: int = 0) -> dict[int, int]:
+        """Takes a live request off the worker; as `Client.park`."""
+        request = inference_pb2.ParkRequest(request_id=request_id, ttl_seconds=ttl_seconds)
+        answer = await self._unary(self._stub.Park, request)
+        return {position.index: position.first_token for position in answer.positions}
+
+    def continue_request(
+        self,
+        request_id: str,
+        more: Prompt | None = None,
+        *,
+        max_tokens: int | None = None,
+        hold_seconds: int | None = None,
+        timeout: float | None = None,
+        n: int = 1,
+    ) -> AsyncGenerator[Piece]:
+        """Takes a parked or held request up again; as `Client.continue_request`, from the first iteration on."""
+        resumed = continue_request(request_id, more, max_tokens, hold_seconds)
+        request = inference_pb2.GenerateRequest(request_id=request_id)
+        request.sampling.n = n
+        return self._stream(request, timeout, Call.CONTINUE, resumed)
+
     async def cancel(self, request_id: str) -> bool:
         """Ends a request in whatever state it is. False: no live request has that id."""
         return bool((await self._unary(self._stub.Cancel, inference_pb2.CancelRequest(request_id=request_id))).found)
@@ -134,10 +156,14 @@ class AsyncClient:
         self._connected = True
 
     async def _stream(
-        self, request: inference_pb2.GenerateRequest, timeout: float | None, first_call: Call
+        self,
+        request: inference_pb2.GenerateRequest,
+        timeout: float | None,
+        first_call: Call,
+        resumed: inference_pb2.ContinueRequest | None = None,
     ) -> AsyncGenerator[Piece]:
         await self._connect()
-        state = StreamState(request, self._resume_ns, self._on_break)
+        state = StreamState(request, self._resume_ns, self._on_break, resumed)
         state.next_call = first_call
         deadline_ns = None if timeout is None else time.monotonic_ns() + int(timeout * NS_PER_S)
         call: Any = None
@@ -166,10 +192,12 @@ class AsyncClient:
                 await asyncio.sleep(delay_ns / NS_PER_S)
         finally:
             if not state.done and not given_up:
-                await self._abandon(call, state, cancel=first_call is Call.GENERATE)
+                await self._abandon(call, state, cancel=first_call is not Call.ATTACH)
 
     def _start(self, state: StreamState, deadline_ns: int | None) -> Any:
         timeout = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / NS_PER_S)
+        if state.next_call is Call.CONTINUE:
+            return self._stub.Continue(state.resumed, timeout=timeout, metadata=state.metadata())
         if state.next_call is Call.GENERATE:
             return self._stub.Generate(state.request, timeout=timeout, metadata=state.metadata())
         return self._stub.Attach(state.attach_request(), timeout=timeout, metadata=state.metadata())

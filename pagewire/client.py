@@ -21,7 +21,7 @@ from typing import Any, Unpack
 import grpc
 
 from pagewire import errors
-from pagewire.requests import Message, Options, Prompt, chat_prompt, generate_request
+from pagewire.requests import Message, Options, Prompt, chat_prompt, continue_request, generate_request
 from pagewire.resume import NS_PER_S, Call, StreamState, ended_early
 from pagewire.runtime.channel import client_options
 from pagewire.runtime.rich_status import StatusDetails, decode
@@ -105,6 +105,40 @@ class Client:
         self._connect()
         return Stream(self._stub, StreamState(request, self._resume_ns, self._on_break), timeout, Call.ATTACH)
 
+    def park(self, request_id: str, *, ttl_seconds: int = 0) -> dict[int, int]:
+        """Takes a live request off the worker until `continue_request`; its streams end with reason "parked".
+
+        Args:
+            request_id: of a live request.
+            ttl_seconds: for how long it stays parked; then it is cancelled. 0: the server's ceiling.
+
+        Returns:
+            The position of the next output token, by sequence.
+        """
+        answer = self._unary(self._stub.Park, inference_pb2.ParkRequest(request_id=request_id, ttl_seconds=ttl_seconds))
+        return {position.index: position.first_token for position in answer.positions}
+
+    def continue_request(
+        self,
+        request_id: str,
+        more: Prompt | None = None,
+        *,
+        max_tokens: int | None = None,
+        hold_seconds: int | None = None,
+        timeout: float | None = None,
+        n: int = 1,
+    ) -> Stream:
+        """Takes a parked or held request up again, behind `more` (text or token ids) if that is given.
+
+        The stream begins at the next output token. `n` is the number of sequences that go on.
+        """
+        resumed = continue_request(request_id, more, max_tokens, hold_seconds)
+        request = inference_pb2.GenerateRequest(request_id=request_id)
+        request.sampling.n = n
+        self._connect()
+        state = StreamState(request, self._resume_ns, self._on_break, resumed)
+        return Stream(self._stub, state, timeout, Call.CONTINUE)
+
     def cancel(self, request_id: str) -> bool:
         """Ends a request in whatever state it is. False: no live request has that id."""
         request = inference_pb2.CancelRequest(request_id=request_id)
@@ -170,7 +204,7 @@ class Stream:
         self._stub = stub
         self._state = state
         self._deadline_ns = None if timeout is None else time.monotonic_ns() + int(timeout * NS_PER_S)
-        self._cancel_on_close = first_call is Call.GENERATE
+        self._cancel_on_close = first_call is not Call.ATTACH
         self._closed = False
         self._prompt: PromptInfo | None = None
         state.next_call = first_call
@@ -260,6 +294,8 @@ class Stream:
         timeout = None
         if self._deadline_ns is not None:
             timeout = max(0.0, (self._deadline_ns - time.monotonic_ns()) / NS_PER_S)
+        if self._state.next_call is Call.CONTINUE:
+            return self._stub.Continue(self._state.resumed, timeout=timeout, metadata=self._state.metadata())
         if self._state.next_call is Call.GENERATE:
             return self._stub.Generate(self._state.request, timeout=timeout, metadata=self._state.metadata())
         return self._stub.Attach(self._state.attach_request(), timeout=timeout, metadata=self._state.metadata())

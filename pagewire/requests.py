@@ -53,6 +53,8 @@ class Options(TypedDict, total=False):
     token_ids_only: bool
     priority: int
     tenant: str
+    hold_seconds: int
+    """Keeps the KV for so long after a finish by STOP or LENGTH, for `continue_request`."""
 
 
 _SAMPLING = (
@@ -71,7 +73,7 @@ _SAMPLING = (
 )
 _STOP = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop")
 _OUTPUT = ("echo", "logprobs", "prompt_logprobs", "token_ids_only")
-_REQUEST = ("model", "request_id", "priority", "tenant")
+_REQUEST = ("model", "request_id", "priority", "tenant", "hold_seconds")
 
 
 def generate_request(prompt: Prompt | Sequence[Message], options: Options) -> inference_pb2.GenerateRequest:
@@ -105,6 +107,20 @@ def generate_request(prompt: Prompt | Sequence[Message], options: Options) -> in
         request.chat.CopyFrom(chat_prompt(prompt))  # type: ignore[arg-type]
     else:
         request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
+    return request
+
+
+def continue_request(
+    request_id: str, more: Prompt | None, max_tokens: int | None, hold_seconds: int | None
+) -> inference_pb2.ContinueRequest:
+    """Builds the request that takes a parked or held one up again, behind `more` if that is given."""
+    given = {"request_id": request_id, "max_tokens": max_tokens, "hold_seconds": hold_seconds}
+    values = {name: value for name, value in given.items() if value is not None}
+    request = _message(inference_pb2.ContinueRequest, values)
+    if isinstance(more, str):
+        request.text = _text("the input", more)
+    elif more is not None:
+        request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=more))
     return request
 
 

@@ -30,6 +30,7 @@ class Call(enum.Enum):
 
     GENERATE = "Generate"
     ATTACH = "Attach"
+    CONTINUE = "Continue"
 
 
 class StreamState:
@@ -39,6 +40,7 @@ class StreamState:
         request: is given a request id if it has none.
         resume_ns: how long to try without any progress before the break is raised; 0: never resume.
         on_break: called once per break, when the stream begins to try to go on.
+        resumed: the request is continued by this; its first response then says from which position on.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class StreamState:
         request: inference_pb2.GenerateRequest,
         resume_ns: int,
         on_break: Callable[[], None] | None = None,
+        resumed: inference_pb2.ContinueRequest | None = None,
     ) -> None:
+        self.resumed = resumed
         if not request.request_id:
             request.request_id = uuid.uuid4().hex
         self.request = request
@@ -103,7 +107,8 @@ class StreamState:
         self._broken_since, self._attempts = None, 0
         if response.index in self._finished:
             return None
-        expected = self._positions.get(response.index, 0)
+        begins = response.first_token if self.resumed is not None else 0
+        expected = self._positions.get(response.index, begins)
         if response.first_token != expected:
             raise errors.StreamError(
                 f"{self.request_id}: sequence {response.index} went on at token {response.first_token}, not {expected}"
@@ -126,6 +131,8 @@ class StreamState:
             StreamError: the server has forgotten a request of which tokens had arrived.
         """
         arrived = bool(self._positions)
+        if self.resumed is not None and not arrived:
+            raise errors.from_details(details)  # nobody knows from which position on to attach
         resuming = self._broken_since is not None
         if self.detached and resuming and details.code is grpc.StatusCode.ALREADY_EXISTS:
             # The first attempt got through after all.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pagewire.v1 import inference_pb2
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error", "unspecified"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error", "parked", "unspecified"]
 _PREFIX = "FINISH_REASON_"
 
 

@@ -241,7 +241,8 @@ class Simulation:
             assert was_live
             assert group.is_finished
         else:
-            assert verdict is (ParkingVerdict.FULL if was_live else ParkingVerdict.NOT_LIVE)
+            refusal = ParkingVerdict.FULL if group.search is None else ParkingVerdict.SEARCHES
+            assert verdict is (refusal if was_live else ParkingVerdict.NOT_LIVE)
         self.dispatcher.check_integrity()
         self.collect(StepOutput())
         assert delivered == [len(self.streams[sequence]) for sequence in group.sequences]

@@ -12,6 +12,8 @@ import grpc
 import pytest
 from transformers import AutoTokenizer
 
+from pagewire.aio import AsyncClient
+from pagewire.client import Client
 from pagewire.runtime.rich_status import decode
 from pagewire.v1 import control_pb2, inference_pb2, inference_pb2_grpc
 from tests import tiny_models
@@ -155,8 +157,36 @@ async def test_what_is_continued_equals_one_uninterrupted_request(tmp_path: Path
         await check_plain(channel, model, has_arena=has_arena)
         if has_arena:
             await check_refusals(channel, model)
+            await check_clients(up.address, model)
         await check_chat_and_lost_worker(up, channel, model)
         await service.wait_until_idle(channel)
+
+
+async def check_clients(address: str, model: Path) -> None:
+    """Both Python clients hold, park and continue."""
+    prompt, more = some_tokens(6, 5), some_tokens(7, 3)
+    options: Any = {"temperature": 0, "ignore_eos": True}
+
+    def with_sync_client() -> list[int]:
+        with Client(address) as client:
+            held = client.generate(prompt, max_tokens=4, request_id="sync", hold_seconds=60, **options)
+            tokens = [token for piece in held for token in piece.token_ids]
+            resumed = client.continue_request("sync", more, max_tokens=5)
+            return tokens + [token for piece in resumed for token in piece.token_ids]
+
+    first = tiny_models.reference_greedy(model, prompt, 4)
+    expected = first + tiny_models.reference_greedy(model, prompt + first + more, 5)
+    assert await asyncio.to_thread(with_sync_client) == expected
+    async with AsyncClient(address) as client:
+        parked: list[int] = []
+        next_positions = {}
+        async for piece in client.generate(prompt, max_tokens=200, request_id="aio", **options):
+            parked += piece.token_ids
+            if not next_positions:
+                next_positions = await client.park("aio")
+        assert next_positions == {0: len(parked)}
+        resumed = [token async for piece in client.continue_request("aio") for token in piece.token_ids]
+        assert parked + resumed == tiny_models.reference_greedy(model, prompt, 200)
 
 
 async def check_refusals(channel: grpc.aio.Channel, model: Path) -> None:
