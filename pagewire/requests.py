@@ -37,9 +37,11 @@ class Options(TypedDict, total=False):
     seed: int
     """Makes sampling reproducible."""
     n: int
-    """Sequences sampled from the one prompt."""
+    """Sequences sampled from the one prompt; of a beam search, how many of the best answers to return."""
     beam_width: int
+    """Above 1: a beam search with so many beams, whose answers come when it ends, best first."""
     length_penalty: float
+    """Of a beam search: the exponent on the length by which log-probabilities are divided; default 1."""
     logit_bias: Mapping[int, float]
     stop: str | Sequence[str]
     """Stop strings; a single one may be given as it is."""

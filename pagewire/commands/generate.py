@@ -27,6 +27,8 @@ def generate(
     top_p: o.TopP = None,
     top_k: o.TopK = None,
     seed: o.Seed = None,
+    beam_width: o.BeamWidth = None,
+    length_penalty: o.LengthPenalty = None,
     stop: o.Stop = None,
     timeout: o.Timeout = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the text only, not what it cost.")] = False,
@@ -39,7 +41,15 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     given = o.sampling(
-        model=model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+        beam_width=beam_width,
+        length_penalty=length_penalty,
     )
     with errors_as_one_line("generate"), Client(address, on_break=tell_break) as client:
         _text, finish = show(lambda: client.generate(prompt, timeout=timeout, **given), Console())

@@ -21,6 +21,10 @@ Temperature = Annotated[
 TopP = Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")]
 TopK = Annotated[int | None, typer.Option(min=0, help="Keep this many of the most likely tokens.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Makes the answer reproducible.")]
+BeamWidth = Annotated[
+    int | None, typer.Option(min=1, help="Search for the likeliest answer with this many beams; it comes at once.")
+]
+LengthPenalty = Annotated[float | None, typer.Option(help="Of a beam search: above 0 favours longer answers.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text. May be given several times.")]
 Timeout = Annotated[float | None, typer.Option(min=0.0, help="Seconds for the whole answer. Default: no limit.")]
 
@@ -37,9 +41,15 @@ def sampling(
     top_k: int | None,
     seed: int | None,
     stop: list[str] | None,
+    beam_width: int | None = None,
+    length_penalty: float | None = None,
 ) -> Options:
     """What was given, as the client's options."""
     options: Options = {"model": model, "max_tokens": max_tokens}
+    if beam_width is not None:
+        options["beam_width"] = beam_width
+    if length_penalty is not None:
+        options["length_penalty"] = length_penalty
     if temperature is not None:
         options["temperature"] = temperature
     if top_p is not None:

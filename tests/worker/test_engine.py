@@ -206,3 +206,47 @@ def test_a_swap_round_trip_beside_decode_keeps_every_bit_and_every_token(model: 
     torch.testing.assert_close(pool[back][:whole], before[:whole], atol=0, rtol=0, equal_nan=True)
     assert results[3].timings.swap_out_ns > 0
     assert results[5].timings.swap_in_ns > 0
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_beams_offer_what_transformers_finds_likeliest_and_change_no_row_beside_them(
+    model: Path, device: torch.device, graphs: bool
+) -> None:
+    steps = Steps(make(model, device, graphs=graphs))
+    prompt, other = PROMPTS[0], PROMPTS[1]
+    steps.run(
+        new_sequences=[new(0, prompt, logprobs=4), new(1, other)],
+        chunk_slots=[0, 1],
+        chunk_tokens=[len(prompt), len(other)],
+    )
+    # Positions 10 and 11 are in block 2 of each row: two children copy it, one keeps it.
+    steps.run(
+        beam_slots=[0, 2, 3],
+        beam_parents=[0, 0, 0],
+        beam_tokens=[50, 60, 70],
+        copies=BlockMoves([2, 2], [42, 62]),
+        replace_slots=[2, 3],
+        replace_indices=[2, 2],
+        replace_blocks=[42, 62],
+        decode_add=[1, 0, 2, 3],
+    )
+    steps.run(decode_remove=[0, 2, 3])
+    steps.run(
+        beam_slots=[0, 3, 2],
+        beam_parents=[2, 3, 2],
+        beam_tokens=[80, 90, 100],
+        copies=BlockMoves([42], [110]),
+        replace_slots=[0],
+        replace_indices=[2],
+        replace_blocks=[110],
+        decode_add=[0, 3, 2],
+    )
+    results = steps.finish()
+    found = [(row, entry) for at in (0, 1, 3) for row, entry in enumerate(results[at].logprobs)]
+    beams = [[], [50], [60], [70], [60, 80], [70, 90], [60, 100]]
+    for (_, entry), beam in zip(found, beams, strict=True):
+        expected = tiny_models.reference_logits(model, prompt + beam)[-1].log_softmax(-1).topk(4)
+        assert list(entry.top_ids) == expected.indices.tolist()
+        assert list(entry.top_logprobs) == pytest.approx(expected.values.tolist(), abs=1e-3)
+    tokens = [results[0].token_ids[1], *(result.token_ids[0] for result in results[1:])]
+    assert tokens == tiny_models.reference_greedy(model, other, 4)
