@@ -59,8 +59,8 @@ def check_against(watcher: Watcher, schedulers: list[Scheduler]) -> None:
         blocks = scheduler.blocks
         for on_host, pool in ((False, blocks.pool), (True, blocks.host)):
             holders: dict[int, list] = {}
-            for group in scheduler.groups:
-                for sequence in group.live:
+            for group in [*scheduler.groups, *scheduler.parked]:
+                for sequence in group.sequences:
                     if sequence.table.on_host == on_host:
                         for block in sequence.table.blocks:
                             holders.setdefault(block, []).append(sequence)
