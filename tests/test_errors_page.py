@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,15 @@ def documented(section: str) -> list[str]:
     return re.findall(r"^\| `([A-Z_]+)` \|", part, re.MULTILINE)
 
 
-def calls() -> Iterator[ast.Call]:
-    """Every call in the scheduler, which says its reasons as text."""
+def nodes() -> Iterator[ast.AST]:
+    """All of the scheduler's source, which says its reasons as text."""
     for path in sorted((ROOT / "scheduler").glob("*.py")):
-        yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        yield from ast.walk(ast.parse(path.read_text()))
+
+
+def calls() -> Iterator[ast.Call]:
+    """Every call in the scheduler."""
+    return (node for node in nodes() if isinstance(node, ast.Call))
 
 
 def texts(nodes: list[ast.expr]) -> list[str]:
@@ -39,10 +45,11 @@ def is_code(node: ast.expr) -> bool:
 
 
 def of_requests() -> set[str]:
-    """Reasons that end a request: they stand behind a status code in what is raised or emitted."""
+    """Reasons that end a request: they stand behind a status code in what is raised or emitted, or in a table of it."""
     found = {str(reason) for reason in Reason}
-    for call in calls():
-        for before, after in zip(call.args, call.args[1:], strict=False):
+    for node in nodes():
+        parts = node.args if isinstance(node, ast.Call) else node.elts if isinstance(node, ast.Tuple) else []
+        for before, after in pairwise(parts):
             found.update(texts([after]) if is_code(before) else [])
     return found
 
