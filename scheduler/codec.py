@@ -263,7 +263,7 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
     num_sequences = max(1, sampling.n)
     if num_sequences > MAX_SEQUENCES:
         raise _invalid(f"sampling.n must be at most {MAX_SEQUENCES}")
-    if message.hold_seconds and num_sequences > 1:
+    if message.hold_seconds and max(num_sequences, sampling.beam_width) > 1:
         raise _invalid("hold_seconds needs a request of one sequence")
     if not sampling.HasField("temperature"):
         raise _invalid("sampling.temperature must be set")

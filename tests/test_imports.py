@@ -25,6 +25,7 @@ SCHEDULER_EDGES = {
     "fanout",
     "gateway_link",
     "metrics",
+    "recorder",
     "server",
     "traces",
     "worker_link",
@@ -61,7 +62,13 @@ FORBIDDEN_LIBRARIES = {
     "kernels": {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "transformers", "pagewire"},
 }
 
-ALLOWED_OF_PAGEWIRE = ("pagewire.v1", "pagewire.runtime", "pagewire.__version__", "pagewire.bundled")
+ALLOWED_OF_PAGEWIRE = (
+    "pagewire.v1",
+    "pagewire.runtime",
+    "pagewire.recording",
+    "pagewire.__version__",
+    "pagewire.bundled",
+)
 """What a role may take from `pagewire`: generated stubs, shared toolkit, version, the shipped model's path."""
 
 
