@@ -52,11 +52,15 @@ share of the limit on their own card. [limit.json](../benchmarks/results/h100/li
 same service with a device that takes exactly the time of weights, arithmetic and KV.
 
 """
-H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here. A step with a
-chunk is launched kernel by kernel, which takes the host about 8 ms whatever the chunk: a target from token to token
-(`--target-itl-ms 12`, [online_target_12ms.json](../benchmarks/results/h100/online_target_12ms.json)) only makes more of
-them, and first tokens wait (p99 298 ms at 30 requests/s). `--chunk-graphs` replays such steps as graphs; it has not
-been on a GPU yet.
+H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here (6.9 ms for 22
+streams). Steps with up to 1,024 prompt tokens are graphs. First without a target from token to token, then with
+`--target-itl-ms 9` at 10 and 12 at 30 requests/s, which cuts prompts so that a step keeps to it
+([how](decisions/0048-steps-with-chunks-cost-what-their-size-costs.md)).
+
+"""
+H100_PRESSURE = """300 requests at 30/s, which hold about 2,000 blocks at once, on pools of 1,333, 1,000 and 500 blocks:
+1.5, 2 and 4 times overcommitted. `auto` chooses by predicted cost for each victim. Means of streams are of the time
+from token to token within one request.
 
 """
 H100_KERNELS = "Shares of what the card copies (decode) or multiplies (prefill).\n\n"
@@ -102,6 +106,12 @@ def render(results: dict[str, Content]) -> str:
         parts.append(source("h100/offline", results["h100/offline"]))
         parts.append(f"## Latency under load on one H100\n\n{H100_ONLINE}{online(results.get('h100/online'))}")
         parts.append(source("h100/online", results["h100/online"]))
+        for rate, target in ((10.0, 9), (30.0, 12)):
+            name = f"h100/online_target_{target}ms"
+            parts.append(f"### With a target of {target} ms\n\n{online(results.get(name), rate)}")
+            parts.append(source(name, results[name]))
+        parts.append(f"## Memory pressure on one H100\n\n{H100_PRESSURE}{pressure(results['h100/pressure'])}")
+        parts.append(source("h100/pressure", results["h100/pressure"]))
         parts.append(f"## Attention kernels on one H100\n\n{kernels_h100(results['h100/kernels'])}")
         parts.append(source("h100/kernels", results["h100/kernels"]))
     for title, name, write in sections:
@@ -214,10 +224,33 @@ def kernels_h100(content: Content) -> str:
     return H100_KERNELS + table([*heading, "its us"], lines)
 
 
-def online(content: Content | None) -> str:
-    """Every rate, at the scheduler's session and through a gateway."""
+def pressure(content: Content) -> str:
+    """Modes of preemption side by side, by size of the pool."""
+    lines = [
+        [
+            f"{row['num_blocks']:,} blocks, {row['mode']}",
+            f"{row['out_tok_s']:,.0f}",
+            *(f"{row[key]['p50']:.2f} / {row[key]['p99']:.1f}" for key in ("itl_ms", "mean_itl_ms")),
+            f"{row['ttft_ms']['p50'] / 1e3:.1f} / {row['ttft_ms']['p99'] / 1e3:.1f}",
+        ]
+        for row in sorted(content["rows"], key=lambda row: (-row["num_blocks"], row["mode"]))
+    ]
+    heading = [
+        "pool, mode",
+        "out tok/s",
+        "inter-token p50 / p99 ms",
+        "a stream's mean p50 / p99 ms",
+        "TTFT p50 / p99 s",
+    ]
+    return table(heading, lines)
+
+
+def online(content: Content | None, only: float | None = None) -> str:
+    """Every rate, or one `only`, at the scheduler's session and through a gateway."""
     lines = []
     for rate, anchor in ONLINE.items():
+        if only is not None and rate != only:
+            continue
         for place in ("session", "gateway"):
             found = [row for row in (content or {}).get("rows", []) if row["rate"] == rate and row["at"] == place]
             ttft = itl = "not measured yet"
