@@ -26,7 +26,7 @@ serve: install ## serve the bundled model, or: make serve ARGS="--model DIR_OR_H
 	@$(BIN)/pagewire up $(ARGS)
 
 test: install ## run the whole test suite; GPU tests skip where there is no GPU
-	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --maxprocesses 4 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --maxprocesses 4 --dist loadscope $(ARGS)
 
 test-gpu: install ## run the GPU tests only
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

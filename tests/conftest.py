@@ -5,6 +5,8 @@ tests that stay together when `make test` runs several processes of them.
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,12 +32,22 @@ SPREAD_FILES = {"test_compile.py", "test_simulation.py"}
 process, because a service or a kernel that one of them has made serves the next."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is no GPU, and keeps the tests of a file together."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.path.name not in SPREAD_FILES:
-                item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps the tests of a file together. Not by marks and `--dist loadgroup`: pytest 9.2 ignores what pytest-xdist 3.8
+    writes into the names of grouped tests, and deals them out one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::", 1)[0]
+            return nodeid if Path(path).name in SPREAD_FILES else path
+
+    return LoadFiles(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is no GPU."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _why_no_gpu() if marked else ""
     for item in marked if reason else []:

@@ -24,6 +24,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
     "--disable-dev-shm-usage",
+    "--disable-features=BackForwardCache",  # a page that was left reads no longer, and complains of nothing
 ]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 LIMIT_S = 60.0

@@ -220,7 +220,9 @@ class Simulation:
 
     def stop_one(self) -> None:
         """A gateway finds a stop string, somewhere in what it has been sent."""
-        sequence = self.random.choice(self.random.choice(self.groups).sequences)
+        held = [group for group in self.groups if group.keep_until is not None]
+        groups = held if held and self.random.random() < 0.3 else self.groups
+        sequence = self.random.choice(self.random.choice(groups).sequences)
         keep = self.random.randint(0, len(sequence.output))
         request_id = sequence.request.request_id
         if self.dispatcher.cut(request_id, sequence.index, len(sequence.earlier) + keep, "stop!"):

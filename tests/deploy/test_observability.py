@@ -30,7 +30,15 @@ SERIES = re.compile(r"\b(?:pagewire|process)_[a-z0-9_]+")
 
 
 NOTHING_RUNS = Loads(
-    workers=[], waiting=0, unassigned=0, running=0, swapped=0, preempted=0, retained=0, stale_results_total=0
+    workers=[],
+    waiting=0,
+    unassigned=0,
+    running=0,
+    swapped=0,
+    preempted=0,
+    retained=0,
+    parked=0,
+    stale_results_total=0,
 )
 
 
