@@ -169,6 +169,8 @@ class _StepWork:
     """Rows of the hidden states that logits are computed of, where it is not all of them."""
     fork_rows: Placed | None
     """Rows of the logits that forks sample from."""
+    output_lens: Slots
+    """[R]: how many output tokens each row has so far."""
     sampling: SamplePlan
     prompt_wants: Sequence[_PromptWant]
     chunk_size: Size | None
@@ -262,7 +264,7 @@ class Executor:
             self.swapper.before_compute(*work.held_blocks)
         fault_point("worker.step.before_forward")
         before_forward = self.runtime.mark()
-        step = _Outcome()
+        step = _Outcome(work.sampling)
         if work.layout.num_tokens:
             self._compute(work, step)
         logprobs = None if step.logprobs is None else self._read_back(step.logprobs)
@@ -278,8 +280,8 @@ class Executor:
             marks=marks,
             timings=lambda: self._timings(marks, swaps, work),
             encoded=encoded,
-            logprob_rows=work.sampling.logprob_rows,
-            num_top=work.sampling.num_top,
+            logprob_rows=step.sampling.logprob_rows,
+            num_top=step.sampling.num_top,
             logprobs=logprobs,
             prompt_pieces=pieces,
             out_of_memory_slots=step.out_of_memory_slots,
@@ -320,6 +322,7 @@ class Executor:
             other_slots=upload.put(slots[num_decode:]) if slots.size > num_decode else None,
             logit_rows=logit_rows,
             fork_rows=_place_forks(layout, plan.forks, upload),
+            output_lens=output_lens,
             sampling=self.sampler.plan(slots, output_lens, upload),
             prompt_wants=prompt_wants,
             chunk_size=chunk_size,
@@ -407,11 +410,14 @@ class Executor:
         layout = work.layout
         step.prompt_pieces, step.encoded, step.logprobs = (), None, None
         step.out_of_memory_slots = layout.chunk_slots.tolist()
+        upload = Upload(self.runtime)
+        step.sampling = self.sampler.plan(layout.decode_slots, work.output_lens[: layout.num_decode], upload)
+        upload.send()
         parts = []
         if layout.num_decode:
-            count = self.batch.padded(layout.num_decode)
-            mode = Mode.RANDOM if work.sampling.random else Mode.GREEDY
-            parts.append(self.decode.run(count, layout.decode_columns, mode)[: layout.num_decode])
+            self._decode(replace(work, sampling=step.sampling), step)
+            assert step.encoded is not None
+            parts.append(step.encoded)
         if work.other_slots is not None:
             slots = work.other_slots.tensor
             known = self.batch.tokens.index_select(1, slots)[KNOWN]
@@ -478,6 +484,8 @@ class Executor:
 class _Outcome:
     """What a step's computation leaves, on the device."""
 
+    sampling: SamplePlan
+    """What was asked of the sampler."""
     encoded: torch.Tensor | None = None
     logprobs: TokenLogprobRows | None = None
     prompt_pieces: Sequence[_PromptPiece] = ()

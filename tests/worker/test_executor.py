@@ -9,7 +9,7 @@ import torch
 
 from tests.worker.toy import MAX_MODEL_LEN, VOCAB, Steps, ToyModel, make_executor
 from worker.executor import Executor
-from worker.step import BlockMoves, Fork, NewSequence, PlanError, Sampling, StepPlan
+from worker.step import BlockMoves, Fork, NewSequence, PlanError, Sampling, StepPlan, StepResult
 
 GREEDY = Sampling(temperature=0.0)
 PROMPT = [7, 3, 30, 11, 25, 2, 19, 8, 40, 13]
@@ -135,6 +135,27 @@ def test_chunks_without_memory_are_named_and_the_decode_set_goes_on() -> None:
     after = steps.run(decode_add=[1], chunk_slots=[5], chunk_tokens=[4], release_slots=[2])
     assert [result.token_ids[0], after.token_ids[0]] == model.greedy(PROMPT, 4)[2:]
     assert not after.out_of_memory_slots
+
+
+def test_a_decode_row_beside_chunks_without_memory_gets_all_that_it_asked_for() -> None:
+    def run(memory_rows: int) -> list[StepResult]:
+        model = ToyModel()
+        _, steps = start(model)
+        likeliest = model.greedy(PROMPT, 2)[1]
+        asks = Sampling(temperature=0.0, logit_bias=((likeliest, -100.0),), frequency_penalty=1.5)
+        wordy = new(3, PROMPT, [0, 1, 2, 3], sampling=asks, logprobs=2)
+        steps.run(new_sequences=[wordy], chunk_slots=[3], chunk_tokens=[10])
+        model.memory_rows = memory_rows
+        other = new(1, PROMPT, [4, 5, 6], logprobs=1)
+        results = [steps.run(decode_add=[3], new_sequences=[other], chunk_slots=[1], chunk_tokens=[10])]
+        return [*results, steps.run(release_slots=[1])]
+
+    for with_memory, without in zip(run(100), run(8), strict=True):
+        assert without.token_ids[0] == with_memory.token_ids[0]
+        assert list(without.logprob_rows) == [0]
+        found, expected = without.logprobs[0], with_memory.logprobs[0]
+        assert (found.rank, found.top_ids) == (expected.rank, expected.top_ids)
+        assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
 def test_rows_leave_the_decode_set_and_the_others_keep_their_order() -> None:
