@@ -7,8 +7,9 @@ CPU tensors get the torch twins of `kernels.reference`, CUDA tensors the kernels
     paged_attention_decode, .._prefill         bfloat16, float16: head sizes in steps of 16 to 256;  torch twin, eager
                                                float32: every head size to 256, simple kernel
     copy_blocks, swap_blocks                   blocks of a multiple of 16 bytes                      torch twin
-    argmax, sample, penalties, bias            float32 logits of every size                          -
+    argmax, sample                             logits of every size                                  -
     token_logprobs                             up to 2048 likeliest tokens                           -
+    penalties, bias                            float32 logits                                        -
 
 The operations between matrix products are chosen in `worker.models.ops`, by the same rule.
 """
@@ -91,7 +92,7 @@ class SamplingKernels(Protocol):
     """The operations on logits. `kernels.reference` documents each."""
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """The likeliest token of each row."""
+        """The likeliest token of each row, encoded."""
         ...
 
     def sample(
@@ -105,7 +106,7 @@ class SamplingKernels(Protocol):
         indices: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Draws a token per row; the likeliest where the temperature is 0."""
+        """Draws a token per row; the likeliest where the temperature is 0. Encoded."""
         ...
 
     def apply_penalties(

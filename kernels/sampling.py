@@ -7,6 +7,8 @@ give the same token.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from kernels import compile as kernel_compile
@@ -20,9 +22,10 @@ MAX_TOP = _CANDIDATES
 """Most top log-probabilities of a row."""
 
 
-def _check_logits(logits: torch.Tensor) -> None:
-    if logits.dim() != 2 or logits.dtype != torch.float32 or logits.stride(1) != 1 or not logits.shape[1]:
-        raise ValueError(f"logits must be float32 [R, V] with contiguous rows: {tuple(logits.shape)} {logits.dtype}")
+def _check_logits(logits: torch.Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> None:
+    if logits.dim() != 2 or logits.dtype not in dtypes or logits.stride(1) != 1 or not logits.shape[1]:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"logits must be {wanted} [R, V] with contiguous rows: {tuple(logits.shape)} {logits.dtype}")
 
 
 def _check_column(name: str, column: torch.Tensor, dtype: torch.dtype, count: int, device: torch.device) -> None:
@@ -31,13 +34,20 @@ def _check_column(name: str, column: torch.Tensor, dtype: torch.dtype, count: in
 
 
 def _kernel(name: str, logits: torch.Tensor) -> kernel_compile.Kernel:
-    aligned = not (logits.shape[1] % 4 or logits.stride(0) % 4 or logits.data_ptr() % 16)
-    return kernel_compile.kernel("sampling.cu", name, logits.device, VECTOR=4 if aligned else 1)
+    vector = 16 // logits.element_size()
+    aligned = not (logits.shape[1] % vector or logits.stride(0) % vector or logits.data_ptr() % 16)
+    return kernel_compile.kernel(
+        "sampling.cu",
+        name,
+        logits.device,
+        DTYPE=kernel_compile.CUDA_NAMES[logits.dtype],
+        VECTOR=vector if aligned else 1,
+    )
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """As the twin. Raises ValueError, KernelError."""
-    _check_logits(logits)
+    _check_logits(logits, kernel_compile.CUDA_NAMES)
     rows, size = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _kernel("argmax", logits)(
@@ -60,7 +70,7 @@ def sample(
 
     Raises ValueError, KernelError.
     """
-    _check_logits(logits)
+    _check_logits(logits, kernel_compile.CUDA_NAMES)
     rows, size = logits.shape
     for name, column, dtype in (
         ("temperature", temperature, torch.float32),
@@ -94,7 +104,7 @@ def sample(
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobRows:
     """As the twin; token_ids must lie in the vocabulary. Raises ValueError, KernelError."""
-    _check_logits(logits)
+    _check_logits(logits, kernel_compile.CUDA_NAMES)
     rows, size = logits.shape
     _check_column("token_ids", token_ids, torch.int64, rows, logits.device)
     num_top = min(num_top, size)

@@ -10,6 +10,7 @@ import torch
 
 from kernels.backend import SamplingKernels
 from kernels.reference import TokenLogprobRows
+from kernels.reference.sampling import encode_finite
 from worker.sampling_state import INDEX, MIN_P, SEED, TEMPERATURE, TOP_K, TOP_P, SamplingState, Slots
 from worker.step import TokenLogprobs
 from worker.upload import Placed, Upload
@@ -43,17 +44,20 @@ class SamplePlan:
 class Sampled:
     """What R rows sampled, on the device."""
 
-    token_ids: torch.Tensor
-    """int64 [R]: ids within the vocabulary, also of rows that are not finite."""
-    finite: torch.Tensor
-    """bool [R]: False where the row's logits were not finite: its token means nothing."""
+    encoded: torch.Tensor
+    """int64 [R]: the token ids; all bits turned where the row's logits were not finite, which makes them negative."""
     logprobs: TokenLogprobRows | None
     """Of the plan's logprob_rows."""
 
     @property
-    def encoded(self) -> torch.Tensor:
-        """int64 [R]: the token ids; all bits turned where a row is not finite, which makes them negative."""
-        return torch.where(self.finite, self.token_ids, ~self.token_ids)
+    def token_ids(self) -> torch.Tensor:
+        """int64 [R]: ids within the vocabulary, also of rows that are not finite."""
+        return decode_ids(self.encoded)
+
+
+def decode_ids(encoded: torch.Tensor) -> torch.Tensor:
+    """The ids, int64 [R], of encoded ones."""
+    return encoded ^ (encoded >> 63)
 
 
 class Sampler:
@@ -94,16 +98,14 @@ class Sampler:
     def sample(self, logits: torch.Tensor, slots: torch.Tensor, output_lens: torch.Tensor, plan: SamplePlan) -> Sampled:
         """Samples one token per row and counts it. Waits for nothing.
 
-        logits is float32 [R, vocab]; slots int64 [R] the rows' slots; output_lens int64 [R] how many output tokens each
-        has so far, which is the position that keys its draw.
+        logits is floating [R, vocab]; slots int64 [R] the rows' slots; output_lens int64 [R] how many output tokens
+        each has so far, which is the position that keys its draw.
         """
         state, kernels = self.state, self.kernels
-        lowest, highest = logits.aminmax(dim=-1)
-        finite = highest - lowest < float("inf")
         adjusted = logits if plan.is_plain else self._adjust(logits, plan)
         if plan.random:
             numbers, shares = state.numbers.index_select(1, slots), state.shares.index_select(1, slots)
-            token_ids = kernels.sample(
+            encoded = kernels.sample(
                 adjusted,
                 shares[TEMPERATURE],
                 numbers[TOP_K],
@@ -114,26 +116,28 @@ class Sampler:
                 output_lens,
             )
         else:
-            token_ids = kernels.argmax(adjusted)
+            encoded = kernels.argmax(adjusted)
+        if adjusted is not logits:  # a stop token that comes too early is infinite there, and the row is not
+            encoded = encode_finite(decode_ids(encoded), logits)
         if plan.penalised is not None:
             assert state.output_counts is not None
             rows, of = (placed.tensor for placed in plan.penalised)
             ones = torch.ones_like(rows, dtype=torch.int32)
-            state.output_counts.index_put_((of, token_ids.index_select(0, rows)), ones, accumulate=True)
+            token_ids = decode_ids(encoded.index_select(0, rows))
+            state.output_counts.index_put_((of, token_ids), ones, accumulate=True)
         logprobs = None
         if plan.placed_logprob_rows is not None:
             rows = plan.placed_logprob_rows.tensor
-            logprobs = kernels.token_logprobs(
-                logits.index_select(0, rows), token_ids.index_select(0, rows), max(plan.num_top)
-            )
-        return Sampled(token_ids, finite, logprobs)
+            token_ids = decode_ids(encoded.index_select(0, rows))
+            logprobs = kernels.token_logprobs(logits.index_select(0, rows), token_ids, max(plan.num_top))
+        return Sampled(encoded, logprobs)
 
     def _adjust(self, logits: torch.Tensor, plan: SamplePlan) -> torch.Tensor:
         """The logits after penalties, bias and min_tokens. Rows that ask for none keep theirs bit by bit."""
         state, kernels = self.state, self.kernels
         if plan.penalised is None and plan.biased is None and plan.stopped is None:
             return logits
-        logits = logits.clone()
+        logits = logits.to(torch.float32, copy=True)
         if plan.penalised is not None:
             assert state.prompt_seen is not None
             assert state.output_counts is not None

@@ -10,7 +10,7 @@
 // the bin's tokens themselves, compared with one another in shared memory. Rows of more than CANDIDATES near-equal logits end in a
 // bisection over the composite key, one pass per bit: slow, never wrong.
 //
-// Defines: VECTOR (4 where rows are aligned to 16 bytes, else 1).
+// Defines: DTYPE (of the logits), VECTOR (logits in 16 bytes where rows are aligned to so many, else 1).
 #include "device.cuh"
 
 constexpr int THREADS = 1024;
@@ -33,7 +33,7 @@ struct Workspace {
 
 // One row and how its probabilities are formed: p = exp2(-(top - x) * per_octave), the likeliest has 1.
 struct Row {
-  const float* logits;
+  const DTYPE* logits;
   int size;
   float top, per_octave;
 };
@@ -52,12 +52,9 @@ DEVICE int fine_bin(const Row& row, float x) { return (int)fminf(octaves(row, x)
 template <class Visit>
 DEVICE void each_token(const Row& row, Visit visit) {
   for (int base = threadIdx.x * VECTOR; base < row.size; base += THREADS * VECTOR) {
-    if (VECTOR == 4) {
-      const float4 x = *(const float4*)(row.logits + base);
-      visit(x.x, base), visit(x.y, base + 1), visit(x.z, base + 2), visit(x.w, base + 3);
-    } else {
-      visit(row.logits[base], base);
-    }
+    const auto piece = *(const Vector<DTYPE, VECTOR>*)(row.logits + base);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) visit(to_float(piece.values[i]), base + i);
   }
 }
 
@@ -100,13 +97,34 @@ DEVICE void block_scan(u64& a, u64& b, Workspace& w) {
   for (int i = 0; i < warp; ++i) a += w.warp_a[i], b += w.warp_b[i];
 }
 
-DEVICE u64 likeliest_key(const float* logits, int size, Workspace& w) {
+DEVICE u64 likeliest_key(const DTYPE* logits, int size, Workspace& w) {
   u64 best = 0;
   each_token(Row{logits, size, 0.0f, 0.0f}, [&](float x, int id) {
     const u64 key = composite_key(x, id);
     best = key > best ? key : best;
   });
   return block_max(best, w);
+}
+
+// The likeliest token, and whether all logits are finite: a NaN's bits are above or below those of all numbers.
+struct Likeliest {
+  int id;
+  float logit;
+  bool finite;
+  DEVICE i64 encoded(int token) const { return finite ? (i64)token : ~(i64)token; }
+};
+DEVICE float float_of(u32 ordered) { return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered); }
+DEVICE Likeliest likeliest(const DTYPE* logits, int size, Workspace& w) {
+  u64 best = 0;
+  u32 least = ~0u;
+  each_token(Row{logits, size, 0.0f, 0.0f}, [&](float x, int id) {
+    const u64 key = composite_key(x, id);
+    best = key > best ? key : best;
+    least = (u32)(key >> 32) < least ? (u32)(key >> 32) : least;
+  });
+  best = block_max(best, w);
+  const float top = float_of((u32)(best >> 32)), bottom = float_of((u32)~block_max(~(u64)least, w));
+  return Likeliest{id_of(best), top, top - bottom < -NEGATIVE_INFINITY};
 }
 
 struct Threshold {
@@ -223,14 +241,14 @@ DEVICE Threshold find_threshold(const Row& row, bool by_mass, u64 goal, bool exa
 }
 
 // Grid: [rows]. Block: [1024]. Shared: sizeof(Workspace).
-//   out     [rows] int64: the likeliest token
-//   logits  [rows, size] float32, row_stride elements from row to row
+//   out     [rows] int64: the likeliest token; all its bits turned if not all logits of the row are finite
+//   logits  [rows, size] DTYPE, row_stride elements from row to row
 extern "C" __global__ void __launch_bounds__(THREADS)
-argmax(i64* __restrict__ out, const float* __restrict__ logits, int size, i64 row_stride) {
+argmax(i64* __restrict__ out, const DTYPE* __restrict__ logits, int size, i64 row_stride) {
   SHARED_MEMORY(shared);
   Workspace& w = *(Workspace*)shared;
-  const u64 best = likeliest_key(logits + blockIdx.x * row_stride, size, w);
-  if (threadIdx.x == 0) out[blockIdx.x] = id_of(best);
+  const Likeliest best = likeliest(logits + blockIdx.x * row_stride, size, w);
+  if (threadIdx.x == 0) out[blockIdx.x] = best.encoded(best.id);
 }
 
 // Philox4x32-10 (Salmon et al. 2011) of the counter (block, index, position low word, position high word) under the key (seed low
@@ -256,23 +274,23 @@ DEVICE float gumbel(u32 word) {
 }
 
 // Grid: [rows]. Block: [1024]. Shared: sizeof(Workspace).
-//   out          [rows] int64: the drawn token
-//   logits       [rows, size] float32, row_stride elements from row to row
+//   out          [rows] int64: the drawn token; all its bits turned if not all logits of the row are finite
+//   logits       [rows, size] DTYPE, row_stride elements from row to row
 //   temperature  [rows] float32; 0 or less takes the likeliest token
 //   top_k        [rows] int64, 0 = all;  top_p [rows] float32, 1 or more = all;  min_p [rows] float32, 0 = all
 //   seeds        [rows] int64, the bits of an unsigned seed;  indices, positions  [rows] int64
 extern "C" __global__ void __launch_bounds__(THREADS)
-sample(i64* __restrict__ out, const float* __restrict__ logits, const float* __restrict__ temperature,
+sample(i64* __restrict__ out, const DTYPE* __restrict__ logits, const float* __restrict__ temperature,
        const i64* __restrict__ top_k, const float* __restrict__ top_p, const float* __restrict__ min_p,
        const i64* __restrict__ seeds, const i64* __restrict__ indices, const i64* __restrict__ positions, int size, i64 row_stride) {
   SHARED_MEMORY(shared);
   Workspace& w = *(Workspace*)shared;
   const int r = blockIdx.x;
   Row row = {logits + r * row_stride, size, 0.0f, 0.0f};
-  const u64 best = likeliest_key(row.logits, size, w);
-  row.top = row.logits[id_of(best)];
+  const Likeliest best = likeliest(row.logits, size, w);
+  row.top = best.logit;
   const float heat = temperature[r];
-  if (threadIdx.x == 0) out[r] = id_of(best);  // stays if the row is greedy, or not finite and nothing can be drawn
+  if (threadIdx.x == 0) out[r] = best.encoded(best.id);  // stays if the row is greedy, or not finite and nothing can be drawn
   if (!(heat > 0.0f) || !(fabsf(row.top) < -NEGATIVE_INFINITY)) return;
   row.per_octave = LOG2_E / heat;
 
@@ -306,13 +324,14 @@ sample(i64* __restrict__ out, const float* __restrict__ logits, const float* __r
   for (int base = threadIdx.x * 4; base < size; base += THREADS * 4) {
     float x[4];
     bool some = false;
-    if (VECTOR == 4) {
-      const float4 v = *(const float4*)(row.logits + base);
-      x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    if (VECTOR > 1) {
+      const auto piece = *(const Vector<DTYPE, 4>*)(row.logits + base);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[j] = to_float(piece.values[j]);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (VECTOR != 4) x[j] = base + j < size ? row.logits[base + j] : NEGATIVE_INFINITY;
+      if (VECTOR == 1) x[j] = base + j < size ? to_float(row.logits[base + j]) : NEGATIVE_INFINITY;
       if (is_kept(x[j], base + j)) some = true;
       else x[j] = NEGATIVE_INFINITY;
     }
@@ -327,23 +346,23 @@ sample(i64* __restrict__ out, const float* __restrict__ logits, const float* __r
     }
   }
   drawn = block_max(drawn, w);
-  if (threadIdx.x == 0 && drawn) out[r] = id_of(drawn);
+  if (threadIdx.x == 0 && drawn) out[r] = best.encoded(id_of(drawn));
 }
 
 // Grid: [rows]. Block: [1024]. Shared: sizeof(Workspace).
 //   logprobs      [rows] float32, of the chosen token;  ranks [rows] int64, 1 = likeliest
 //   top_ids       [rows, num_top] int64, likeliest first;  top_logprobs [rows, num_top] float32
-//   logits        [rows, size] float32, row_stride elements from row to row;  chosen [rows] int64;  num_top <= min(size, CANDIDATES)
+//   logits        [rows, size] DTYPE, row_stride elements from row to row;  chosen [rows] int64;  num_top <= min(size, CANDIDATES)
 extern "C" __global__ void __launch_bounds__(THREADS)
 token_logprobs(float* __restrict__ logprobs, i64* __restrict__ ranks, i64* __restrict__ top_ids, float* __restrict__ top_logprobs,
-               const float* __restrict__ logits, const i64* __restrict__ chosen, int num_top, int size, i64 row_stride) {
+               const DTYPE* __restrict__ logits, const i64* __restrict__ chosen, int num_top, int size, i64 row_stride) {
   SHARED_MEMORY(shared);
   Workspace& w = *(Workspace*)shared;
   const i64 r = blockIdx.x;
   Row row = {logits + r * row_stride, size, 0.0f, LOG2_E};
-  row.top = row.logits[id_of(likeliest_key(row.logits, size, w))];
+  row.top = to_float(row.logits[id_of(likeliest_key(row.logits, size, w))]);
   const int own_id = (int)chosen[r];
-  const float own = row.logits[own_id];
+  const float own = to_float(row.logits[own_id]);
   const u64 own_key = composite_key(own, own_id);
   u64 mass = 0, rank = 0;
   each_token(row, [&](float x, int id) {
@@ -376,7 +395,7 @@ token_logprobs(float* __restrict__ logprobs, i64* __restrict__ ranks, i64* __res
     int place = 0;
     for (int i = 0; i < num_top; ++i) place += w.keys[i] > key;
     top_ids[r * num_top + place] = id_of(key);
-    top_logprobs[r * num_top + place] = row.logits[id_of(key)] - normaliser;
+    top_logprobs[r * num_top + place] = to_float(row.logits[id_of(key)]) - normaliser;
   }
 }
 

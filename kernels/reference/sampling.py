@@ -49,8 +49,17 @@ def _ids_of(keys: torch.Tensor) -> torch.Tensor:
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest token of each row: float32 [R, V] to int64 [R]; of equal logits the lowest id."""
-    return logits.argmax(dim=-1)
+    """The likeliest token of each row: floating [R, V] to int64 [R]; of equal logits the lowest id.
+
+    Encoded: the id of a row whose logits are not all finite has all its bits turned, which makes it negative.
+    """
+    return encode_finite(logits.argmax(dim=-1), logits)
+
+
+def encode_finite(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """int64 [R]: the ids, with all bits turned where a row of logits, floating [R, V], is not all finite."""
+    lowest, highest = logits.aminmax(dim=-1)
+    return torch.where(highest.float() - lowest.float() < float("inf"), token_ids, ~token_ids)
 
 
 def apply_penalties(
@@ -94,7 +103,7 @@ def sample(
     indices: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Chooses one token per row: float32 logits [R, V] to int64 [R].
+    """Chooses one token per row: floating logits [R, V] to int64 [R], encoded as in `argmax`.
 
     temperature float32 [R]; rows of temperature 0 take their likeliest token, others draw. top_k int64 [R], 0 = all;
     top_p float32 [R] in (0, 1]; min_p float32 [R] in [0, 1]. Probabilities are softmax(logits / temperature). Kept are,
@@ -113,6 +122,7 @@ def sample(
             settings = (column[drawing] for column in (temperature, top_k, top_p, min_p, seeds, indices, positions))
             token_ids[drawing] = sample(logits[drawing], *settings)
         return token_ids
+    given, logits = logits, logits.float()
     scores = logits.double() / temperature.double().unsqueeze(1)
     vocab_size = logits.shape[1]
     restricted = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0)
@@ -132,7 +142,7 @@ def sample(
     rows = many.nonzero().squeeze(1)
     if rows.numel():
         token_ids[rows] = _draw_of_many(scores[rows], seeds[rows], indices[rows], positions[rows])
-    return token_ids
+    return encode_finite(token_ids, given)
 
 
 def _gumbel(uniforms: torch.Tensor) -> torch.Tensor:
@@ -216,8 +226,9 @@ def _kept_length(
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobRows:
     """Log-probability and rank of a chosen token per row, and the `num_top` likeliest with theirs.
 
-    logits is float32 [R, V], raw: before penalties, bias and temperature; token_ids int64 [R].
+    logits is floating [R, V], raw: before penalties, bias and temperature; token_ids int64 [R].
     """
+    logits = logits.float()
     keys = order_keys(logits)
     chosen = keys.gather(1, token_ids.unsqueeze(1))
     normaliser = torch.logsumexp(logits.double(), dim=-1, keepdim=True)

@@ -163,12 +163,13 @@ def test_small_kernels_compile_without_spills(arch: str, dtype: str) -> None:
 
 
 def test_sampling_compiles_without_spills_where_rows_are_aligned(arch: str) -> None:
-    assert_no_spills(build("sampling.cu", arch, VECTOR=4))
-    build("sampling.cu", arch, VECTOR=1)
+    for dtype, vector in (("float32", 4), ("bfloat16", 8), ("float16", 8)):
+        assert_no_spills(build("sampling.cu", arch, DTYPE=dtype, VECTOR=vector))
+    build("sampling.cu", arch, DTYPE="bfloat16", VECTOR=1)
 
 
 def test_the_wrapper_knows_the_size_of_sampling_s_workspace(arch: str) -> None:
-    text = kernel_compile.source("sampling.cu", {"VECTOR": 4})
+    text = kernel_compile.source("sampling.cu", {"DTYPE": "float32", "VECTOR": 4})
     text += f'static_assert(sizeof(Workspace) == {sampling._SHARED_BYTES}, "as the wrapper says");\n'
     kernel_compile.compile_to_cubin(text, arch)
 

@@ -10,6 +10,7 @@ from kernels.reference import philox
 from tests.kernels.emulator import EmulatorBackend
 
 ROWS, VOCABULARY = 6, 3000
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def logits_like_a_model(device: torch.device, rows: int = ROWS, size: int = VOCABULARY, seed: int = 0) -> torch.Tensor:
@@ -60,12 +61,13 @@ def test_noise_has_the_twin_s_bits_for_any_seed_index_and_position(device: torch
     # And of the tokens of smaller numbers, when those of larger ones cannot be drawn.
     flat[numbers > 0.4] = -float("inf")
     wanted = numbers.masked_fill(numbers > 0.4, 0.0).argmax(dim=-1)
-    assert sampling.sample(flat, *arguments).tolist() == wanted.tolist()
+    assert (~sampling.sample(flat, *arguments)).tolist() == wanted.tolist(), "which is not finite, and said to be so"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 31, 1000, 3001])
-def test_argmax_takes_the_lowest_id_of_equal_logits(device: torch.device, size: int) -> None:
-    logits = logits_like_a_model(device, size=size).round()
+def test_argmax_takes_the_lowest_id_of_equal_logits(device: torch.device, size: int, dtype: torch.dtype) -> None:
+    logits = logits_like_a_model(device, size=size).round().to(dtype)
     assert sampling.argmax(logits).tolist() == reference.argmax(logits).tolist()
     zeros = torch.tensor([[-0.0, 0.0, -1.0]], device=device)
     assert sampling.argmax(zeros).tolist() == [0]
@@ -89,8 +91,8 @@ def test_a_sampled_token_is_the_twin_s(
     device: torch.device, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     logits = logits_like_a_model(device)
-    for position in range(3):
-        actual, wanted = sample_both(logits, temperature, top_k, top_p, min_p, position)
+    for position, dtype in enumerate(DTYPES):
+        actual, wanted = sample_both(logits.to(dtype), temperature, top_k, top_p, min_p, position)
         assert actual == wanted
 
 
@@ -101,6 +103,7 @@ def test_many_equal_logits_are_cut_by_id(device: torch.device, top_k: int, top_p
     logits[2, ::2] = -float("inf")
     actual, wanted = sample_both(logits, top_k=top_k, top_p=top_p)
     assert actual == wanted
+    assert [token < 0 for token in actual] == [False, False, True]
 
 
 def test_rows_of_different_parameters_do_not_disturb_one_another(device: torch.device) -> None:
@@ -117,15 +120,24 @@ def test_rows_of_different_parameters_do_not_disturb_one_another(device: torch.d
         assert sampling.sample(*alone).tolist() == [int(together[r])] == reference.sample(*alone).tolist()
 
 
-def test_a_row_that_is_not_finite_gives_a_token_of_the_vocabulary(device: torch.device) -> None:
-    logits = logits_like_a_model(device)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_is_not_finite_is_told_apart_and_still_gives_a_token_of_the_vocabulary(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    logits = logits_like_a_model(device, rows=8).to(dtype)
     logits[0] = float("nan")
     logits[1] = -float("inf")
     logits[2, 5] = float("inf")
     logits[3, ::3] = float("nan")
-    actual, wanted = sample_both(logits, top_k=50, top_p=0.9)
-    assert all(0 <= token < VOCABULARY for token in actual)
-    assert actual[4:] == wanted[4:]
+    logits[4, 2999] = -float("nan")
+    logits[5, 17] = -float("inf")
+    for actual, wanted in (
+        sample_both(logits, top_k=50, top_p=0.9),
+        (sampling.argmax(logits).tolist(), reference.argmax(logits).tolist()),
+    ):
+        assert [token < 0 for token in actual] == [token < 0 for token in wanted] == [True] * 6 + [False] * 2
+        assert all(0 <= ~token < VOCABULARY for token in actual[:6])
+        assert actual[5:] == wanted[5:], "of minus infinity a draw knows what it means"
 
 
 def test_drawn_frequencies_follow_the_distribution(device: torch.device) -> None:
@@ -138,9 +150,10 @@ def test_drawn_frequencies_follow_the_distribution(device: torch.device) -> None
     assert (counts - probabilities.cpu()).abs().max() < 0.08
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_top", [0, 1, 5, 20])
-def test_logprobs_ranks_and_top_tokens_are_the_twin_s(device: torch.device, num_top: int) -> None:
-    logits = logits_like_a_model(device)
+def test_logprobs_ranks_and_top_tokens_are_the_twin_s(device: torch.device, num_top: int, dtype: torch.dtype) -> None:
+    logits = logits_like_a_model(device).to(dtype)
     logits[1] = logits[1].round()  # ties
     chosen = column([0, 10, 2999, 77, int(logits[4].argmax()), 5], torch.int64, device)
     actual = sampling.token_logprobs(logits, chosen, num_top)
@@ -192,8 +205,10 @@ def test_bias_is_added_and_masked_tokens_become_impossible(device: torch.device)
 def test_what_sampling_cannot_take_is_refused_before_the_launch(emulator: EmulatorBackend) -> None:
     logits = torch.zeros(2, 8)
     ones = torch.ones(2)
-    with pytest.raises(ValueError, match="float32"):
+    with pytest.raises(ValueError, match="bfloat16 or float16 or float32"):
         sampling.argmax(logits.double())
+    with pytest.raises(ValueError, match="float32"):
+        sampling.mask_tokens(logits.bfloat16(), *[torch.zeros(1, dtype=torch.int64)] * 2)
     with pytest.raises(ValueError, match="top_k"):
         sampling.sample(logits, ones, ones, ones, ones, *keys(logits.device, 2))
     with pytest.raises(ValueError, match="token_ids"):

@@ -105,5 +105,6 @@ class PagedModel(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits of the rows that are sampled: [R, hidden_size] to float32 [R, vocab_size]."""
+        """Next-token logits of the rows that are sampled: [R, hidden_size] to [R, vocab_size], float32 or as the head
+        gives them."""
         ...

@@ -290,7 +290,7 @@ class LlamaModel:
         """As in PagedModel."""
         if self._ops.takes_few_tokens(len(hidden), self._weights.head):
             return self._ops.linear(hidden, self._weights.head, floating=True)
-        return functional.linear(hidden, self._weights.head).float()
+        return functional.linear(hidden, self._weights.head)
 
     def _attention(
         self, number: int, layer: LlamaLayer, hidden: torch.Tensor, positions: torch.Tensor, batch: PagedAttention

@@ -300,7 +300,7 @@ class Head:
         self._replay = replay
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [R, H] to float32 logits [R, vocab_size]."""
+        """Hidden states [R, H] to logits [R, vocab_size]."""
         rows = hidden.unsqueeze(0)
         token_ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
         self._replay.hidden = rows
@@ -309,7 +309,7 @@ class Head:
         finally:
             self._replay.hidden = None
         logits: torch.Tensor = answer.logits
-        return logits[0].float()
+        return logits[0]
 
 
 def split(model: nn.Module) -> tuple[nn.Module, Head]:

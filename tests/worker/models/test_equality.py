@@ -83,7 +83,6 @@ def test_half_precision_stays_close_to_float32(tmp_path: Path, kind: str, dtype:
     assert model.spec.dtype == getattr(torch, dtype)
     sequence = prompt_of(30)
     (logits,) = run_steps(model, PagedCache(model, block_size=16), [sequence], [[(0, 29)], [(0, 1)]])
-    assert logits.dtype == torch.float32
     expected = reference_logits(folder, sequence)
     error = (logits - expected).square().mean().sqrt() / expected.std()
     assert error < (0.05 if dtype == "bfloat16" else 0.01)
