@@ -82,7 +82,8 @@ class BlockManager:
         return source, destination
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
-        """Gives up the blocks behind the first `num_tokens` tokens, wherever the table is."""
+        """Gives up the blocks behind the first `num_tokens` tokens, wherever the table is. It goes through the arena
+        before it is written again: in the pool its last block, now partial, may be findable by what it held."""
         count = blocks_for(num_tokens, self.block_size)
         rest = BlockTable(table.blocks[count:])
         rest.on_host = table.on_host

@@ -269,7 +269,6 @@ class Blocks(RuleBasedStateMachine):
         self.tables: list[BlockTable] = []
         self.model: list[list[int]] = []  # per table: the values of its tokens
         self.cached: dict[bytes, tuple[int, ...]] = {}  # every key ever registered: what its block must hold
-        self.fresh = 0
 
     def write(self, number: int, position: int, value: int) -> None:
         """Writes one token's value through the block table; the block must be private."""
@@ -286,6 +285,25 @@ class Blocks(RuleBasedStateMachine):
 
     def on_device(self) -> list[int]:
         return [number for number, table in enumerate(self.tables) if not table.on_host]
+
+    def away(self) -> list[int]:
+        return [number for number, table in enumerate(self.tables) if table.on_host]
+
+    def truncate(self, number: int, num_tokens: int) -> None:
+        del self.model[number][num_tokens:]
+        self.manager.truncate(self.tables[number], num_tokens)
+        assert len(self.tables[number]) == blocks_for(num_tokens, 2)
+
+    def move_out(self, numbers: list[int]) -> bool:
+        """Swaps tables out if the arena has room for all of them."""
+        tables = [self.tables[number] for number in numbers]
+        if self.manager.swap_out_need(tables) > self.manager.tier.num_available:
+            return False
+        moves = self.manager.swap_out(tables)
+        assert len(set(moves.destinations)) == len(moves)
+        for source, destination in zip(moves.sources, moves.destinations, strict=True):
+            self.arena[destination] = self.kv[source]
+        return True
 
     @precondition(lambda self: len(self.tables) < 5 and self.manager.num_free >= 2)
     @rule(values=st.lists(st.integers(0, 2), min_size=1, max_size=4))
@@ -328,12 +346,24 @@ class Blocks(RuleBasedStateMachine):
         values.append(value)
         self.write(number, position, value)
 
-    @precondition(lambda self: self.on_device() and len(self.tables) < 5)
+    @precondition(lambda self: self.tables and len(self.tables) < 5)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        number = data.draw(st.sampled_from(self.on_device()))
-        self.tables.append(self.manager.fork(self.tables[number]))
-        self.model.append(self.model[number].copy())
+        """All of a table, in whichever memory it is, or its first full blocks."""
+        number = data.draw(st.integers(0, len(self.tables) - 1))
+        parent, values = self.tables[number], self.model[number]
+        shared = data.draw(st.none() | st.integers(0, len(values) // 2))
+        self.tables.append(self.manager.fork(parent, shared))
+        self.model.append(values.copy() if shared is None else values[: 2 * shared])
+
+    @precondition(lambda self: len(self.tables) > 1)
+    @rule(data=st.data())
+    def succeed(self, data: st.DataObject) -> None:
+        """A beam dies and a second child of another takes its place: in the pool, or while both are swapped out."""
+        dead, parent = data.draw(st.lists(st.integers(0, len(self.tables) - 1), min_size=2, max_size=2, unique=True))
+        table = self.manager.fork(self.tables[parent])
+        self.manager.free(self.tables[dead])
+        self.tables[dead], self.model[dead] = table, self.model[parent].copy()
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -346,19 +376,31 @@ class Blocks(RuleBasedStateMachine):
     @rule(data=st.data())
     def swap_out(self, data: st.DataObject) -> None:
         numbers = data.draw(st.lists(st.sampled_from(self.on_device()), min_size=1, max_size=3, unique=True))
-        tables = [self.tables[number] for number in numbers]
-        if self.manager.swap_out_need(tables) > self.manager.tier.num_available:
-            return
-        moves = self.manager.swap_out(tables)
-        assert len(set(moves.destinations)) == len(moves)
-        for source, destination in zip(moves.sources, moves.destinations, strict=True):
-            self.arena[destination] = self.kv[source]
+        self.move_out(numbers)
+
+    @precondition(lambda self: self.on_device())
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        """Tables go to the arena with the beginning of their tokens that is confirmed, or all of them are freed."""
+        numbers = data.draw(st.lists(st.sampled_from(self.on_device()), min_size=1, max_size=3, unique=True))
+        for number in numbers:
+            self.truncate(number, data.draw(st.integers(0, len(self.model[number]))))
+        if not self.move_out(numbers):
+            for number in numbers:
+                self.manager.free(self.tables[number])
+                self.model[number].clear()
+
+    @precondition(lambda self: len(self.on_device()) < len(self.tables))
+    @rule(data=st.data())
+    def cut(self, data: st.DataObject) -> None:
+        """The last tokens of a table in the arena are taken back. What it shared with others stays theirs."""
+        number = data.draw(st.sampled_from(self.away()))
+        self.truncate(number, data.draw(st.integers(0, len(self.model[number]))))
 
     @precondition(lambda self: len(self.on_device()) < len(self.tables))
     @rule(data=st.data())
     def swap_in(self, data: st.DataObject) -> None:
-        away = [number for number, table in enumerate(self.tables) if table.on_host]
-        numbers = data.draw(st.lists(st.sampled_from(away), min_size=1, max_size=3, unique=True))
+        numbers = data.draw(st.lists(st.sampled_from(self.away()), min_size=1, max_size=3, unique=True))
         tables = [self.tables[number] for number in numbers]
         num_full = [len(self.model[number]) // 2 for number in numbers]
         need, free = self.manager.swap_in_need(tables, num_full), self.manager.num_free

@@ -1,9 +1,25 @@
-"""Requests whose deadline cannot be met are refused before they run, and earlier deadlines go first."""
+"""Requests whose deadline cannot be met are refused before they run, earlier deadlines go first, and one that passes
+frees everything, in whatever state its request is."""
 
 from __future__ import annotations
 
-from scheduler.dispatcher import Admission, Failed, SchedulerConfig, StatusCode, TransferRates
-from scheduler.sequence import PATIENCE_NS, FinishReason
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from scheduler.dispatcher import (
+    Admission,
+    Continuation,
+    Failed,
+    ParkingVerdict,
+    SchedulerConfig,
+    StatusCode,
+    TransferRates,
+)
+from scheduler.policy import PreemptionMode
+from scheduler.sequence import PATIENCE_NS, FinishReason, SequenceGroup, SequenceStatus
 from tests.core.factories import OneWorker, make_request
 
 MS = 1_000_000
@@ -99,3 +115,156 @@ def test_deadlines_do_not_pass_for_ever_who_has_none() -> None:
     service.submit("soon", deadline=PATIENCE_NS + 5000 * MS)
     started = [new.request.request_id for plan in service.run_until_idle() for new in plan.new_sequences]
     assert started == ["patient", "soon"]
+
+
+# ---- a deadline that passes, in every state
+
+DUE = 10**12
+WAITING, PREFILLING, RUNNING = SequenceStatus.WAITING, SequenceStatus.PREFILLING, SequenceStatus.RUNNING
+ENDING, SWAPPED, PREEMPTED = SequenceStatus.ENDING, SequenceStatus.SWAPPED, SequenceStatus.PREEMPTED
+SEARCH = {"n": 2, "beam_width": 3, "max_tokens": 20}
+
+
+def steps(count: int) -> Callable[[OneWorker], None]:
+    def run(service: OneWorker) -> None:
+        for _ in range(count):
+            service.step()
+
+    return run
+
+
+def under_way(count: int) -> Callable[[OneWorker], None]:
+    """Plans without results."""
+
+    def run(service: OneWorker) -> None:
+        for _ in range(count):
+            service.plan()
+
+    return run
+
+
+def displaced(service: OneWorker) -> None:
+    """After three steps it gives way to a request of a higher priority."""
+    steps(3)(service)
+    service.submit("urgent", n=4, priority=1, max_tokens=30)
+    service.plan()
+
+
+def displaced_search_with_its_offers(service: OneWorker) -> None:
+    """The result of its last step comes after it has given way: beams are forked where they are then."""
+    displaced(service)
+    while service.pending:
+        service.apply()
+
+
+def continued(tokens: list[int]) -> Callable[[OneWorker], None]:
+    """It has been parked, its KV is in the arena, and it waits in line behind a request that takes all rows."""
+
+    def run(service: OneWorker) -> None:
+        steps(3)(service)
+        assert service.dispatcher.park("a", 0, service.tick()) is ParkingVerdict.OK
+        service.submit("urgent", n=4, priority=1, max_tokens=30)
+        service.step()
+        resumed = service.dispatcher.resume("a", Continuation(tokens=tokens, deadline=DUE), service.tick())
+        assert resumed.verdict is ParkingVerdict.OK
+        service.plan()
+
+    return run
+
+
+@dataclass(frozen=True)
+class State:
+    """How a request gets somewhere, and where its sequences are then."""
+
+    reach: Callable[[OneWorker], None]
+    statuses: set[SequenceStatus]
+    fields: dict[str, Any] = field(default_factory=dict)
+    mode: PreemptionMode = "swap"
+    rows_taken: bool = False  # by another request, before it comes
+    uses_arena: bool = False
+
+
+STATES = {
+    "waiting": State(steps(1), {WAITING}, rows_taken=True),
+    "prefilling": State(steps(1), {PREFILLING}, {"prompt": [1] * 20}),
+    "prefilling, and a step under way": State(under_way(2), {PREFILLING}, {"prompt": [1] * 20}),
+    "running": State(steps(3), {RUNNING}),
+    "running, and two steps under way": State(under_way(2), {RUNNING}),
+    "samples": State(steps(3), {RUNNING}, {"n": 3}),
+    "its last token under way": State(under_way(2), {ENDING}, {"max_tokens": 2}),
+    "swapped": State(displaced, {SWAPPED}, uses_arena=True),
+    "preempted": State(displaced, {PREEMPTED}, mode="recompute"),
+    "swapped samples": State(displaced, {SWAPPED}, {"n": 3}, uses_arena=True),
+    "a search whose prompt is under way": State(under_way(1), {RUNNING, PREFILLING}, SEARCH),
+    "a search": State(steps(4), {RUNNING}, SEARCH),
+    "a swapped search": State(displaced, {SWAPPED}, SEARCH, uses_arena=True),
+    "a swapped search that has moved on": State(displaced_search_with_its_offers, {SWAPPED}, SEARCH, uses_arena=True),
+    "a search to be recomputed": State(displaced, {PREEMPTED}, SEARCH, mode="recompute"),
+    "continued as it was": State(continued([]), {SWAPPED}, uses_arena=True),
+    "continued behind input": State(continued([7, 8, 9]), {WAITING}, uses_arena=True),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_deadline_that_passes_frees_everything_at_once_and_rows_with_the_next_plan(name: str) -> None:
+    state = STATES[name]
+    config = SchedulerConfig(watermark=0.0, token_budget=8, preemption_mode=state.mode, prefix_cache=False)
+    service = OneWorker(config, max_slots=4)
+    if state.rows_taken:
+        service.submit("first", n=4, max_tokens=30)
+    group = service.submit("a", **{"max_tokens": 20, "deadline": DUE} | state.fields)
+    state.reach(service)
+    assert {sequence.status for sequence in group.sequences} == state.statuses
+    assert (service.dispatcher.loads().workers[0].host_blocks_used > 0) == state.uses_arena
+    service.now = DUE - 1
+    service.dispatcher.expire(DUE - 1)
+    assert not group.is_finished
+    assert service.dispatcher.next_expiry() == DUE
+    service.dispatcher.expire(DUE)
+    service.dispatcher.check_integrity()
+    check_gone(service, group)
+    with_its_tokens = [token for sequence in group.sequences for token in sequence.output]
+    while service.pending:
+        assert not [sequence for sequence in service.apply().sequences if sequence.group is group]
+    assert [token for sequence in group.sequences for token in sequence.output] == with_its_tokens
+    service.submit("next", max_tokens=1)
+    service.step()  # the plan that releases rows
+    assert all(row.request is not group.request for row in service.worker.rows.values())
+    service.run_until_idle()
+    check_gone(service, group)
+    (load,) = service.dispatcher.loads().workers
+    assert (load.kv_blocks_used, load.host_blocks_used) == (0, 0)
+
+
+def check_gone(service: OneWorker, group: SequenceGroup) -> None:
+    for sequence in group.sequences:
+        assert sequence.finish is not None
+        assert sequence.finish.reason is FinishReason.DEADLINE
+        assert sequence.table.blocks == []
+    assert service.dispatcher.loads().workers[0].host_blocks_used == 0
+
+
+def test_a_parked_request_whose_time_is_over_gives_the_arena_back_without_a_step() -> None:
+    service = OneWorker()
+    parked = service.submit("parked", max_tokens=20, deadline=DUE)
+    steps(4)(service)
+    assert service.dispatcher.park("parked", 500, service.tick()) is ParkingVerdict.OK
+    over = service.now + 500
+    held = service.submit("held", max_tokens=3, hold_ns=600)
+    service.run_until_idle()
+    assert held.is_finished
+    assert service.free_blocks == 16
+    (load,) = service.dispatcher.loads().workers
+    assert load.host_blocks_used == 4  # 8 and 7 tokens, in blocks of 4
+    assert service.dispatcher.next_expiry() == over
+    service.dispatcher.expire(over)
+    assert service.dispatcher.loads().workers[0].host_blocks_used == 2
+    assert parked.sequences[0].finish is not None
+    assert parked.sequences[0].finish.reason is FinishReason.CANCELLED
+    assert held.keep_until is not None
+    service.dispatcher.expire(held.keep_until)
+    assert service.dispatcher.loads().workers[0].host_blocks_used == 0
+    assert service.maybe_plan() is None
+    for name in ("parked", "held"):
+        verdict = service.dispatcher.resume(name, Continuation(), service.tick()).verdict
+        assert verdict is ParkingVerdict.NOT_PARKED

@@ -7,15 +7,17 @@ import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from pagewire.aio import AsyncClient
 from pagewire.client import Client
 from pagewire.runtime.rich_status import decode
-from pagewire.v1 import control_pb2, inference_pb2, inference_pb2_grpc
+from pagewire.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests import tiny_models
 from tests.service import service
 
@@ -46,7 +48,7 @@ class Conversation:
         self.output: list[int] = []  # output over all turns
 
     async def follow(
-        self, responses: AsyncIterator[inference_pb2.GenerateResponse], park_after: int = 0
+        self, responses: AsyncIterator[inference_pb2.GenerateResponse], park_after: int = 0, ttl_seconds: int = 0
     ) -> inference_pb2.Finish:
         """Reads one turn to its end; parks it once `park_after` of its tokens have arrived."""
         arrived = 0
@@ -58,7 +60,8 @@ class Conversation:
             self.said.extend(response.token_ids)
             arrived += len(response.token_ids)
             if park_after and park is None and arrived >= park_after:
-                park = await self.stub.Park(inference_pb2.ParkRequest(request_id=self.request_id))
+                request = inference_pb2.ParkRequest(request_id=self.request_id, ttl_seconds=ttl_seconds)
+                park = await self.stub.Park(request)
             if response.HasField("finish"):
                 finish = response.finish
         assert finish is not None
@@ -68,10 +71,12 @@ class Conversation:
             assert [position.first_token for position in park.positions] == [len(self.output)]
         return finish
 
-    async def start(self, prompt: list[int], max_tokens: int, *, hold: int = 0, park_after: int = 0) -> None:
+    async def start(
+        self, prompt: list[int], max_tokens: int, *, hold: int = 0, park_after: int = 0, ttl_seconds: int = 0
+    ) -> None:
         self.said = prompt.copy()
         request = service.greedy(prompt, max_tokens, request_id=self.request_id, hold_seconds=hold)
-        finish = await self.follow(self.stub.Generate(request), park_after)
+        finish = await self.follow(self.stub.Generate(request), park_after, ttl_seconds)
         assert finish.usage.prompt_tokens == len(prompt)
 
     async def go_on(
@@ -157,9 +162,38 @@ async def test_what_is_continued_equals_one_uninterrupted_request(tmp_path: Path
         await check_plain(channel, model, has_arena=has_arena)
         if has_arena:
             await check_refusals(channel, model)
+            await check_expiry(channel, up, model)
             await check_clients(up.address, model)
         await check_chat_and_lost_worker(up, channel, model)
         await service.wait_until_idle(channel)
+
+
+async def check_expiry(channel: grpc.aio.Channel, up: service.Service, model: Path) -> None:
+    """A held and a parked request whose second is over: arena and blocks are free, and nobody can continue them."""
+    held, parked = (Conversation(channel, model, name) for name in ("held for a second", "parked for a second"))
+    before = await service.wait_until_idle(channel)
+    await held.start(some_tokens(8, 40), 4, hold=1)
+    await parked.start(some_tokens(9, 40), 400, park_after=2, ttl_seconds=1)
+    watch = control_pb2_grpc.ControlServiceStub(channel).WatchBlocks(control_pb2.WatchBlocksRequest())
+    async with asyncio.timeout(60):
+        async for state in watch:
+            (load,) = state.loads.loads
+            was_kept = load.swap_out_bytes > before.swap_out_bytes
+            if was_kept and load.free_host_blocks == load.total_host_blocks and not await parked_requests(up):
+                break
+    watch.cancel()
+    assert load.free_blocks == load.total_blocks
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    for conversation in (held, parked):
+        request = inference_pb2.ContinueRequest(request_id=conversation.request_id)
+        assert await refusal(stub.Continue(request)) == (grpc.StatusCode.FAILED_PRECONDITION, "REQUEST_NOT_PARKED")
+
+
+async def parked_requests(up: service.Service) -> float:
+    """The gauge on the scheduler's page of metrics."""
+    page = await asyncio.to_thread(lambda: urlopen(f"http://{up.ready['metrics']}/metrics", timeout=30).read().decode())
+    (gauge,) = (each for each in text_string_to_metric_families(page) if each.name == "pagewire_requests_parked")
+    return gauge.samples[0].value
 
 
 async def check_clients(address: str, model: Path) -> None:
