@@ -13,6 +13,8 @@ from pagewire.v1 import recording_pb2
 
 FORMAT = "pagewire.recording"
 FORMAT_VERSION = 1
+FORMAT_REVISION = 1
+"""Additions to the version that older readers may skip."""
 PROTOCOL_VERSION = 1
 """Of worker.proto."""
 MAX_MESSAGE_BYTES = 1 << 30

@@ -7,23 +7,24 @@ grows would bring the scheduler down.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from google.protobuf.message import Message
 
 from pagewire import __version__
-from pagewire.recording import FORMAT, FORMAT_VERSION, PROTOCOL_VERSION, frame
+from pagewire.recording import FORMAT, FORMAT_REVISION, FORMAT_VERSION, PROTOCOL_VERSION, frame
 from pagewire.runtime import logs
 from pagewire.v1 import recording_pb2, scheduler_pb2, worker_pb2
 from scheduler import codec
-from scheduler.dispatcher import Dispatcher, Submitted
+from scheduler.dispatcher import Continuation, Dispatcher, ParkingVerdict, Resumed, Submitted
 from scheduler.draft import StepOutput
 from scheduler.events import StatusCode
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
@@ -54,6 +55,7 @@ class Recorder:
         self._header = recording_pb2.RecordingHeader(
             format=FORMAT,
             format_version=FORMAT_VERSION,
+            format_revision=FORMAT_REVISION,
             protocol_version=PROTOCOL_VERSION,
             pagewire_version=__version__,
             settings=settings,
@@ -63,6 +65,7 @@ class Recorder:
         self._max_buffered = max_buffered
         self._file: BinaryIO = path.open("xb")
         self._buffer: deque[tuple[int, Encoder]] = deque()
+        self._early: list[recording_pb2.RecordingEvent] = []  # before the header; hardly anything happens then
         self._changed = threading.Condition()
         self._cause = recording_pb2.RECORDING_END_CAUSE_UNSPECIFIED
         self._num_dropped = 0
@@ -111,7 +114,8 @@ class Recorder:
                 event = recording_pb2.RecordingEvent()
                 event.recording_ended.cause = self._cause
                 event.recording_ended.dropped_events = self._num_dropped
-                self._write(event)
+                if self._header.HasField("model"):  # else the file stays empty: there was no worker
+                    self._write(event)
         except OSError as error:
             log.error("the recording has ended: it cannot be written", file=str(self.path), why=error.strerror)
         except Exception:
@@ -136,6 +140,8 @@ class Recorder:
                 self._complete_header(event.worker_joined.hello)
             if self._header.HasField("model"):
                 self._write(event)
+            else:
+                self._early.append(event)
         self._file.flush()
         return bool(taken)
 
@@ -146,6 +152,9 @@ class Recorder:
         self._header.num_blocks = hello.capacity.num_blocks
         self._header.host_blocks = hello.capacity.host_blocks
         self.num_bytes += self._file.write(frame(self._header))
+        for event in self._early:
+            self._write(event)
+        self._early.clear()
 
     def _write(self, message: Message) -> None:
         self.num_bytes += self._file.write(frame(message))
@@ -171,7 +180,8 @@ class RecordedDispatcher(Dispatcher):
                     recording_pb2.RecordedWorkerJoined(hello=hello, epoch=epoch)
                 ),
             )
-        super().add_worker(worker_id, capacity, rates, epoch, now)
+        with self._unrecorded():  # taking out a worker of the same name is part of it
+            super().add_worker(worker_id, capacity, rates, epoch, now)
 
     def remove_worker(self, worker_id: str, now: int) -> None:
         if self.recorder is not None and worker_id in self.workers():
@@ -212,14 +222,39 @@ class RecordedDispatcher(Dispatcher):
         return super().stop_sequence(request_id, index, num_tokens, matched_stop, now)
 
     def expire(self, now: int) -> None:
-        # The calls that it makes of its own are part of it.
-        recorder, self.recorder = self.recorder, None
-        try:
+        if self.recorder is not None:
+            self.recorder.add(now, lambda event: event.expired.SetInParent())
+        with self._unrecorded():  # requests that it ends are part of it
             super().expire(now)
-        finally:
-            self.recorder = recorder
-        if recorder is not None:
-            recorder.add(now, lambda event: event.expired.SetInParent())
+
+    def park(self, request_id: str, ttl_ns: int, now: int) -> ParkingVerdict:
+        verdict = super().park(request_id, ttl_ns, now)
+        if self.recorder is not None:
+            park = recording_pb2.RecordedPark(request_id=request_id, ttl_ns=ttl_ns, verdict=verdict.value)
+            self.recorder.add(now, lambda event: event.parked.CopyFrom(park))
+        return verdict
+
+    def resume(self, request_id: str, what: Continuation, now: int) -> Resumed:
+        resumed = super().resume(request_id, what, now)
+        if self.recorder is not None:
+            timeout_ns = None if what.deadline is None else max(0, what.deadline - now)
+            recorded = recording_pb2.RecordedContinue(
+                request_id=request_id,
+                token_ids=what.tokens,
+                max_tokens=what.max_tokens,
+                timeout_ns=timeout_ns,
+                detached=what.detached,
+                hold_ns=what.hold_ns,
+                verdict=resumed.verdict.value,
+            )
+            self.recorder.add(now, lambda event: event.continued.CopyFrom(recorded))
+        return resumed
+
+    def cut(self, request_id: str, index: int, num_tokens: int, matched_stop: str) -> bool:
+        if self.recorder is not None:
+            cut = recording_pb2.RecordedStop(request_id=request_id, index=index, num_tokens=num_tokens)
+            self.recorder.add(0, lambda event: event.held_cut.CopyFrom(cut))
+        return super().cut(request_id, index, num_tokens, matched_stop)
 
     def pin_prefix(self, tenant: str, tokens: list[int]) -> str | None:
         self._record_pin(tenant, tokens, unpin=False)
@@ -228,6 +263,15 @@ class RecordedDispatcher(Dispatcher):
     def unpin_prefix(self, tenant: str, tokens: list[int]) -> bool:
         self._record_pin(tenant, tokens, unpin=True)
         return super().unpin_prefix(tenant, tokens)
+
+    @contextlib.contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """For calls of the core that the core makes itself."""
+        recorder, self.recorder = self.recorder, None
+        try:
+            yield
+        finally:
+            self.recorder = recorder
 
     def _record_pin(self, tenant: str, tokens: list[int], *, unpin: bool) -> None:
         if self.recorder is not None:

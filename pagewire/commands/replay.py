@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,9 @@ def replay(
         str, typer.Option(help="Start no worker; wait for one that joins at HOST:PORT.", show_default=False)
     ] = "",
     insecure: Annotated[bool, typer.Option(help="Let --listen take an address that other machines reach.")] = False,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="No worker: schedule the recorded run again and compare the plans.")
+    ] = False,
 ) -> None:
     """Execute the plans of a recorded run on a worker and compare the results, token by token.
 
@@ -53,6 +57,9 @@ def replay(
 
     try:
         recording = Recording(file)
+        if simulate:
+            _simulate(recording)
+            return
         from pagewire.replay import epochs_of
 
         epochs = epochs_of(recording)
@@ -64,6 +71,25 @@ def replay(
         print(how_it_ends)
     if any(report.first_difference for report in reports):
         raise typer.Exit(EXIT_DIFFERENT)
+
+
+def _simulate(recording: Recording) -> None:
+    """Schedules the run again, with the recorded results."""
+    from pagewire.simulation.exact import simulate
+
+    begun = time.perf_counter()
+    report = simulate(recording)
+    wall_s = time.perf_counter() - begun
+    print(
+        f"{report.calls} calls, {report.requests} requests, {report.plans} plans, {report.results} results: "
+        f"{(report.last_ns - report.first_ns) / 1e9:.1f} s of the run in {wall_s:.1f} s"
+    )
+    if recording.how_it_ends():
+        print(recording.how_it_ends())
+    if report.first_difference:
+        print(f"different: {report.first_difference}")
+        raise typer.Exit(EXIT_DIFFERENT)
+    print("equal: every plan and every verdict is as recorded")
 
 
 def _on_a_worker(
