@@ -21,6 +21,7 @@ class StepOutput:
     token_ids: list[int] = field(default_factory=list)  # parallel to sequences
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in token_ids
     num_searched: int = 0  # of the tokens, those of beam searches, which are told all at once
+    first_tokens: list[SequenceGroup] = field(default_factory=list)  # groups that had got none before
 
     def followed_by(self, other: StepOutput) -> StepOutput:
         """This output and the next one, when two results were applied together."""
@@ -31,6 +32,7 @@ class StepOutput:
             self.token_ids + other.token_ids,
             self.logprobs | {position + shift: entry for position, entry in other.logprobs.items()},
             self.num_searched + other.num_searched,
+            self.first_tokens + other.first_tokens,
         )
 
 

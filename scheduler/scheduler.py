@@ -104,7 +104,7 @@ class Scheduler:
         self.moved_beams: dict[SequenceGroup, list[BeamMove]] = {}  # searches whose beams decode in the next plan
         self._beams_in_set: list[int] = []  # rows of the beams that the last plan had in the decode set
         self.calendar = DecodeCalendar(capacity.block_size)
-        self._ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
+        self.ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
         self._resumed: set[SequenceGroup] = set()  # since the last preemption
         self.suspects: dict[SequenceGroup, None] = {}  # were on a worker when it was lost, and no progress since
         self.free_slots = list(range(capacity.max_slots - 1, -1, -1))
@@ -115,6 +115,7 @@ class Scheduler:
         self.in_flight: deque[Draft] = deque()
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
         self.stop_counts: dict[int, int] = {}  # stop token -> groups of this worker that have it
+        self.searches: dict[SequenceGroup, None] = {}  # groups of this worker that are beam searches
         # Figures.
         self.preemptions_total = {"swap": 0, "recompute": 0}
         self.predicted_ns = {"swap": 0, "recompute": 0}
@@ -126,6 +127,12 @@ class Scheduler:
         self.host_hit_tokens_total = 0  # in the host arena
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
+        self.groups_started_total = 0  # turns of continued ones included
+
+    @property
+    def load(self) -> float:
+        """Sequences assigned to this worker over its rows."""
+        return self.assigned_sequences / self.max_rows
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -174,6 +181,8 @@ class Scheduler:
         self.assigned_sequences += len(group.live)
         for token in group.request.stop_ids:
             self.stop_counts[token] = self.stop_counts.get(token, 0) + 1
+        if group.search is not None:
+            self.searches[group] = None
         if group.losses:
             group.acquitted_at = _num_output(group) + PROGRESS_TOKENS * len(group.live)
             self.suspects[group] = None
@@ -191,13 +200,22 @@ class Scheduler:
         """Treats the blocks of a prefix like all others again."""
         self.blocks.cache.unpin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
 
-    def give_up_waiting(self) -> list[SequenceGroup]:
-        """Gives back the groups that have not started, for another distribution over workers."""
-        groups = [group for group in self.waiting if not group.live[0].table.blocks]
-        self.waiting = [group for group in self.waiting if group.live[0].table.blocks]  # their KV is here
-        for group in groups:
+    def give_up_waiting(self, num_sequences: int) -> list[SequenceGroup]:
+        """Gives back groups that have not started, of so many sequences, for another worker: some from all over the
+        queue, so that their order changes little. Those whose KV is here stay."""
+        movable = [group for group in self.waiting if not group.live[0].table.blocks]
+        every = sum(len(group.live) for group in movable)
+        given_up: dict[SequenceGroup, None] = {}
+        due = 0
+        for group in movable:
+            due += num_sequences * len(group.live)
+            if due >= every:
+                due -= every
+                given_up[group] = None
+        for group in given_up:
             self._forget_group(group)
-        return groups
+        self.waiting = [group for group in self.waiting if group not in given_up]
+        return list(given_up)
 
     def give_up_all(self) -> list[SequenceGroup]:
         """Gives back all groups, because the worker is lost: with the tokens known so far, and without any KV. Those
@@ -646,6 +664,7 @@ class Scheduler:
     def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, from_host: int, now: int) -> None:
         if group.started_at is None:
             group.started_at = now
+            self.groups_started_total += 1
             group.cached_tokens = leader.computed
             self.prompt_tokens_total += len(group.request.prompt)
             self.query_tokens_total += queried
@@ -759,7 +778,7 @@ class Scheduler:
         self._leave_decode(sequence)
         self._release_row(sequence)
         sequence.status = ENDING
-        self._ending[sequence] = None
+        self.ending[sequence] = None
         draft.ending.append(sequence)
         self._update_running(sequence.group)
 
@@ -798,7 +817,7 @@ class Scheduler:
         for group in sorted(needs, key=self.place):
             need = needs[group]
             while group in self.running and promised + need > self.blocks.num_free:
-                if self._ending:
+                if self.ending:
                     self._reclaim_ending()
                     continue
                 victim = choose_victim(group, self.running, self._resumed, self.place)
@@ -818,9 +837,9 @@ class Scheduler:
 
     def _reclaim_ending(self) -> None:
         """Takes the blocks of sequences that only wait for their last token; the prefix cache will not have them."""
-        for sequence in self._ending:
+        for sequence in self.ending:
             self.blocks.free(sequence.table)
-        self._ending.clear()
+        self.ending.clear()
 
     def _preempt(self, victim: SequenceGroup, draft: Draft) -> None:
         """Takes a whole group off the worker, by copying its KV out or by forgetting it."""
@@ -1081,15 +1100,14 @@ class Scheduler:
             if position is not None:
                 rows[position].logprobs.append(entry)
                 logprobs[position] = entry
-        if flight.chunks:
-            self._note_first_tokens(flight, result, now)
+        first_tokens = self._note_first_tokens(flight, result, now) if flight.chunks else []
         if not self.stop_counts.keys().isdisjoint(tokens):
             self._end_stopped(rows, tokens, now)
         for sequence in flight.ending:
             if sequence.finish is None and sequence not in flight.dropped:
                 self._withdraw(sequence, keep_blocks_findable=True, keep_kv=sequence.request.hold_ns > 0)
                 self._end(sequence, FinishReason.LENGTH, now)
-        output = StepOutput(True, rows, tokens, logprobs)
+        output = StepOutput(True, rows, tokens, logprobs, first_tokens=first_tokens)
         for group in searching:
             if len(group.offers) == len(group.beams):
                 output = self._advance_search(group, output, now)
@@ -1117,12 +1135,13 @@ class Scheduler:
         search = group.search
         assert search is not None
         answers = search.finished[: group.request.n]
+        told = StepOutput()
         if group.first_token_at is None:
             group.first_token_at = now
+            told.first_tokens.append(group)
         for sequence in group.live:
             self._withdraw(sequence, keep_blocks_findable=False)
             sequence.starts_at = 0
-        told = StepOutput()
         for sequence, answer in zip(group.sequences, answers, strict=False):
             sequence.output, sequence.logprobs = answer.hypothesis.tokens, answer.hypothesis.logprobs
             told.logprobs.update(enumerate(sequence.logprobs, len(told.token_ids)))
@@ -1186,8 +1205,9 @@ class Scheduler:
             if moves:  # the cache's copies are nobody's preemption
                 self.actual_ns["swap"] += took_ns * (len(moves) - of_cache) // len(moves)
 
-    def _note_first_tokens(self, flight: Draft, result: StepResult, now: int) -> None:
-        """What only steps with chunks bring: prompt log-probabilities and first tokens."""
+    def _note_first_tokens(self, flight: Draft, result: StepResult, now: int) -> list[SequenceGroup]:
+        """What only steps with chunks bring: prompt log-probabilities, and the groups that have their first token."""
+        first_tokens = []
         for entry in result.prompt_logprobs:
             sequence = flight.chunks[entry.slot]
             if not flight.ignores(sequence.group):
@@ -1196,7 +1216,9 @@ class Scheduler:
             if sequence not in flight.dropped:
                 if sequence.group.first_token_at is None and sequence.group.search is None:
                     sequence.group.first_token_at = now
+                    first_tokens.append(sequence.group)
                 self._announce(sequence.group)
+        return first_tokens
 
     def _acquit(self) -> None:
         """Forgets the losses of groups that have made progress since."""
@@ -1284,7 +1306,7 @@ class Scheduler:
         if sequence.status is RUNNING or sequence.status is PREFILLING:
             self._release_row(sequence)
         elif sequence.status is ENDING:
-            self._ending.pop(sequence, None)
+            self.ending.pop(sequence, None)
         if not keep_kv:
             self.blocks.free(sequence.table)
 
@@ -1367,6 +1389,7 @@ class Scheduler:
         if not self.priorities[priority]:
             del self.priorities[priority]
         self.suspects.pop(group, None)
+        self.searches.pop(group, None)
         group.worker_id = None
         self.assigned_sequences -= len(group.live)
         for token in group.request.stop_ids:
