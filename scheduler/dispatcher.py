@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import ceil
+from typing import NamedTuple
 
 from scheduler.deadlines import Deadlines
 from scheduler.draft import ResultError, StepOutput
@@ -58,8 +59,7 @@ class Admission(enum.Enum):
     DUPLICATE = "duplicate"  # a live request has this id
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(NamedTuple):
     """Answer of submit()."""
 
     admission: Admission
@@ -174,7 +174,7 @@ class Dispatcher:
         """Accepts a request, or says why not. Raises ValueError for a request that makes no sense at all."""
         if not request.prompt or request.n < 1 or request.max_tokens < 1:
             raise ValueError("a request needs a prompt, n >= 1 and max_tokens >= 1")
-        if request.is_beam_search and request.n > request.beam_width:
+        if request.n > request.beam_width > 1:
             raise ValueError("a beam search has no more answers than beams")
         if request.request_id in self._groups or self._parking.get(request.request_id) is not None:
             return Submitted(Admission.DUPLICATE, f"request {request.request_id!r} is live")

@@ -71,7 +71,7 @@ class Draft:
     ending: list[Sequence] = field(default_factory=list)  # this step samples their last token by length
     dropped: set[Sequence] = field(default_factory=set)  # ended or started over since: their tokens do not count
     sharers: list[SequenceGroup] = field(default_factory=list)  # started in this plan on cached blocks
-    registered: list[tuple[int, bytes]] = field(default_factory=list)  # blocks findable once the plan is made
+    registered: list[tuple[list[int], list[bytes]]] = field(default_factory=list)  # blocks findable once it is made
     recomputed_tokens: int = 0
     cache_blocks_out: int = 0  # of the swaps out, those for the prefix cache's second tier
     cache_blocks_in: int = 0

@@ -40,7 +40,7 @@ class Placement:
 
     def choose(self, group: SequenceGroup) -> Scheduler | None:
         """Who should get a group; None: nobody could run it."""
-        best = None
+        best: Entry | None = None
         for kind in self._kinds.values():
             entry = kind.least_loaded(group)
             if entry is not None and (best is None or entry < best):
@@ -114,14 +114,16 @@ class WorkersOfOneKind:
         heap = self._heap
         while True:
             top = heap[0]
-            worker = self.workers.get(top[2])
-            if worker is None or worker.epoch != top[1] or top[0] != self._promised[top[2]]:
+            load, epoch, worker_id = top
+            worker = self.workers.get(worker_id)
+            if worker is None or worker.epoch != epoch or load != self._promised[worker_id]:
                 heappop(heap)
-            elif worker.load == top[0]:
+                continue
+            now = worker.load
+            if now == load:
                 return top
-            else:
-                self._promised[top[2]] = worker.load
-                heapreplace(heap, entry_of(worker))
+            self._promised[worker_id] = now
+            heapreplace(heap, (now, epoch, worker_id))
 
     def _push(self, worker: Scheduler) -> None:
         entry = entry_of(worker)

@@ -39,7 +39,7 @@ from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.fairness import TenantTokens, rows_by_tenant
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
-from scheduler.prefix_cache import extend_chain, root_key
+from scheduler.prefix_cache import extend_chain, start_chain
 from scheduler.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
 from scheduler.step_plan import Fork, NewSequence, StepPlan, StepResult, TokenLogprobs
 
@@ -139,14 +139,13 @@ class Scheduler:
     def why_never(self, group: SequenceGroup) -> str | None:
         """Why this worker could not run a group even if it were alone; None: it could start."""
         request, size = group.request, self.capacity.block_size
-        count = request.num_sequences
+        count = len(group.sequences)
         if count > self.max_rows:
             name = "beam_width" if request.is_beam_search else "n"
             return f"{name} is {count}, but at most {self.max_rows} sequences run at once"
         prompt = len(request.prompt)
-        need = blocks_for(prompt, size)
-        if request.max_tokens > 1:  # the first decode step: every sequence has a block of its own to write to
-            need = prompt // size + count
+        # The first decode step, if there is one: every sequence has a block of its own to write to.
+        need = prompt // size + count if request.max_tokens > 1 else blocks_for(prompt, size)
         if need > self.capacity.num_blocks:
             return (
                 f"the prompt of {prompt} tokens needs {need} blocks of {size} tokens for {count} sequence(s), "
@@ -194,11 +193,11 @@ class Scheduler:
 
     def pin(self, tenant: str, tokens: list[int]) -> None:
         """Keeps the full blocks of a prefix in the pool, from when a request has computed them on."""
-        self.blocks.cache.pin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
+        self.blocks.cache.pin(extend_chain(start_chain(tenant), tokens, self.capacity.block_size))
 
     def unpin(self, tenant: str, tokens: list[int]) -> None:
         """Treats the blocks of a prefix like all others again."""
-        self.blocks.cache.unpin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
+        self.blocks.cache.unpin(extend_chain(start_chain(tenant), tokens, self.capacity.block_size))
 
     def give_up_waiting(self, num_sequences: int) -> list[SequenceGroup]:
         """Gives back groups that have not started, of so many sequences, for another worker: some from all over the
@@ -338,7 +337,7 @@ class Scheduler:
             for sequence in joining:
                 self.calendar.enter(sequence, step)
         due = self.calendar.due(step)
-        copying = [sequence for sequence in joining if self._must_copy(sequence)]
+        copying = [s for s in joining if len(s.group.sequences) > 1 and self._must_copy(s)]  # forks share a last block
         # A sequence whose last block is shared needs a copy, except the last one that shares it: counted as one too
         # many per fork at most, which only matters when nothing is left.
         need = len(due) + len(copying)
@@ -451,7 +450,8 @@ class Scheduler:
         if self._beams_in_set or draft.beams:
             self._exchange_beams(draft)
         step = self.last_step = draft.step
-        self.blocks.register(draft.registered)
+        for blocks, keys in draft.registered:
+            self.blocks.register(zip(blocks, keys, strict=False))
         draft.decoding = self.decoding
         for sequence in self.calendar.ending(step):
             self._expect_end(sequence, draft)
@@ -579,12 +579,15 @@ class Scheduler:
         is_fresh = not leader.output
         keys = self._lookup_keys(leader)
         found = blocks.find_prefix(keys)
-        shares = [] if is_fresh else self._shares(group, live)
+        shares = self._shares(group, live) if others and not is_fresh else []
         need = blocks_for(known, size) - len(found)
-        need += sum(blocks_for(s.num_tokens, size) - shared for s, (_, shared) in zip(others, shares, strict=False))
+        if shares:
+            need += sum(blocks_for(s.num_tokens, size) - shared for s, (_, shared) in zip(others, shares, strict=True))
         # Copy-on-write comes with the next step: no room for it now would be a preemption then.
         soon = len(others) if is_fresh else 0
-        if not self._has_room(need + blocks.num_parked(found), soon):
+        if found:
+            need += blocks.num_parked(found)
+        if not self._has_room(need, soon):
             if self._is_empty and blocks.cache.yield_pinned():  # a request goes before a pinned prefix
                 return self._start(group, draft, now)
             return self._fail_if_alone(group, now)
@@ -592,7 +595,8 @@ class Scheduler:
         self._leave_queue(group, live)
         kept_keys = self._kept_prefix(keys[len(found) :]) if blocks.tier.is_on else []
         kept = blocks.tier.take(kept_keys) if kept_keys else []
-        blocks.share_prefix(leader.table, found)
+        if found:
+            blocks.share_prefix(leader.table, found)
         blocks.extend(leader.table, known)
         if kept:
             draft.add_swap_in(blocks.fill_from_host(leader.table, len(found), kept, kept_keys))
@@ -606,20 +610,21 @@ class Scheduler:
             sequence.status, sequence.follows = PREFILLING, leader
             sequence.computed = known  # of a fresh group: when the leader has got there, it is forked
             sequence.starts_at = NEVER_STARTS
-        for sequence, (followed, shared) in zip(others, shares, strict=False):
-            sequence.follows = followed
-            sequence.table = blocks.fork(followed.table, shared)
-            blocks.extend(sequence.table, sequence.num_tokens)
-            sequence.computed = shared * size
-            if followed.starts_at == 0 and followed.computed >= sequence.computed:
-                sequence.starts_at = 0
+        if shares:
+            for sequence, (followed, shared) in zip(others, shares, strict=True):
+                sequence.follows = followed
+                sequence.table = blocks.fork(followed.table, shared)
+                blocks.extend(sequence.table, sequence.num_tokens)
+                sequence.computed = shared * size
+                if followed.starts_at == 0 and followed.computed >= sequence.computed:
+                    sequence.starts_at = 0
         group.lookup_keys = None
         group.offers.clear()  # every beam will offer again
         group.shares_prefix = bool(found or kept)
         if group.shares_prefix:
             draft.sharers.append(group)
         self._count_start(group, leader, len(keys) * size, len(kept) * size, now)
-        for sequence in live[:1] if is_fresh else live:
+        for sequence in [leader] if is_fresh else live:
             if draft.left > 0:
                 self._plan_chunk(sequence, draft)
             if sequence.status is PREFILLING:
@@ -714,7 +719,7 @@ class Scheduler:
         if self.config.prefix_cache:
             keys = self._prompt_keys(group)
             covered = slice(start // size, end // size)
-            draft.registered.extend(zip(sequence.table.blocks[covered], keys[covered], strict=False))
+            draft.registered.append((sequence.table.blocks[covered], keys[covered]))
         if len(group.sequences) > 1:
             self._unblock(sequence, draft)
         if end == known:
@@ -1323,16 +1328,17 @@ class Scheduler:
         keys = group.prompt_hashes
         if keys is None:
             request = group.request
-            keys = extend_chain(root_key(request.tenant), request.prompt, self.capacity.block_size)
-            group.prompt_hashes = keys
+            chain = group.prompt_chain = start_chain(request.tenant)
+            keys = group.prompt_hashes = extend_chain(chain, request.prompt, self.capacity.block_size)
         return keys
 
     def _output_keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
         """Prefix-cache keys of the full blocks behind the prompt's, in the first `num_tokens` tokens."""
-        keys = self._prompt_keys(sequence.group)
-        first = len(keys) * self.capacity.block_size
-        parent = keys[-1] if keys else root_key(sequence.group.request.tenant)
-        return extend_chain(parent, sequence.token_ids[first:num_tokens], self.capacity.block_size)
+        group, size = sequence.group, self.capacity.block_size
+        first = len(self._prompt_keys(group)) * size
+        if num_tokens < first + size or group.prompt_chain is None:
+            return []
+        return extend_chain(group.prompt_chain.copy(), sequence.token_ids[first:num_tokens], size)
 
     def _end(
         self,
