@@ -54,7 +54,7 @@ def make_dispatcher(num_seqs: int) -> Dispatcher:
 
 
 def make_request(number: int, prompt: list[int]) -> Request:
-    submit = scheduler_pb2.Submit(request_id=f"request-{number}")
+    submit = scheduler_pb2.Submit(request_id=f"request-{number}", token_ids=prompt)
     submit.sampling.temperature = 0.0
     submit.sampling.seed = number
     return Request(submit.request_id, prompt, max_tokens=16384, stop_ids=frozenset({2}), payload=submit)

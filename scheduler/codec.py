@@ -163,7 +163,10 @@ def _encode_new_sequence(message: worker_pb2.NewSequence, row: NewSequence) -> N
     submit = request.payload
     assert isinstance(submit, scheduler_pb2.Submit)
     message.slot = row.slot
-    message.token_ids.extend(row.token_ids)
+    given = submit.token_ids  # known tokens begin with it; merging copies memory, extending looks at every number
+    message.token_ids.MergeFrom(given)
+    if len(row.token_ids) > len(given):
+        message.token_ids.extend(row.token_ids[len(given) :])
     message.prompt_tokens = row.prompt_tokens
     message.computed_tokens = row.computed_tokens
     message.blocks.extend(row.blocks)
@@ -246,7 +249,7 @@ def encode_logprobs(one: TokenLogprobs) -> inference_pb2.TokenLogprobs:
 def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) -> Request:
     """A submission as the core's request, after checking everything that the core relies on.
 
-    The gateway has validated it; this is the other side of that wire. The request's payload is a Submit without prompt,
+    The gateway has validated it; this is the other side of that wire. The request's payload is the Submit without
     stream number and timeout.
 
     Raises:
@@ -285,8 +288,7 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
     if sampling.beam_width > 1:
         _check_beams(sampling, num_sequences, len(stop_ids), limits)
     payload = scheduler_pb2.Submit()
-    message.ClearField("token_ids")
-    payload.CopyFrom(message)  # a copy of its own: the message's memory holds the prompt and its whole stream's parent
+    payload.CopyFrom(message)  # a copy of its own: the message's memory is that of the whole message around it
     payload.ClearField("stream")
     payload.ClearField("timeout_ns")
     return Request(
@@ -411,7 +413,6 @@ def encode_attached(stream: int, group: SequenceGroup) -> scheduler_pb2.StreamAt
     attached = scheduler_pb2.StreamAttached(stream=stream)
     assert isinstance(request.payload, scheduler_pb2.Submit)
     attached.request.CopyFrom(request.payload)
-    attached.request.token_ids.extend(request.prompt[: group.first_prompt_tokens])
     if len(group.sequences) == 1:
         attached.request.stop.max_tokens = len(group.sequences[0].earlier) + request.max_tokens
     if is_admitted(group):

@@ -59,6 +59,11 @@ class DecodeCalendar:
         """Sequences that sample their last token in `step`."""
         return list(self._ends_at.get(step, ()))
 
+    def empty_slots(self, last_step: int) -> int:
+        """Slots of the last blocks that hold no token, over the whole decode set, after the last planned step."""
+        size = self.block_size
+        return sum(len(those) * ((phase - last_step - 1) % size) for phase, those in enumerate(self._by_phase))
+
     def check_integrity(self, members: set[Sequence]) -> None:
         """Raises AssertionError unless exactly the members are in both indexes."""
         due = [sequence for phase in self._by_phase for sequence in phase]

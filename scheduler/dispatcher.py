@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from math import ceil
+from typing import NamedTuple
 
 from scheduler.deadlines import Deadlines
 from scheduler.draft import ResultError, StepOutput
@@ -57,8 +59,7 @@ class Admission(enum.Enum):
     DUPLICATE = "duplicate"  # a live request has this id
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(NamedTuple):
     """Answer of submit()."""
 
     admission: Admission
@@ -112,9 +113,9 @@ class Dispatcher:
         self._schedulers: dict[str, Scheduler] = {}  # by worker id, in order of joining
         self._placement = Placement()  # the same workers, by load
         self._groups: dict[str, SequenceGroup] = {}  # live, by request id
-        self._waiting_at_most = 0  # no more groups than that have not started
+        self._num_waiting = 0  # of those, how many have not started
         self._retained: OrderedDict[str, SequenceGroup] = OrderedDict()  # finished, oldest first
-        self._unassigned: list[SequenceGroup] = []  # live without a worker; by rank when distributed
+        self._unassigned: dict[SequenceGroup, None] = {}  # live without a worker
         self._parking = Parking(config)
         self._deadlines = Deadlines()
         self.pins = Pins()
@@ -122,6 +123,7 @@ class Dispatcher:
         self._last_epoch = 0
         self._stale_results = 0
         self._events: list[Event] = []
+        self._woken: dict[str, None] = {}  # workers that may have something to plan; an ordered set
 
     # ------------------------------------------------------------------ workers
 
@@ -132,16 +134,11 @@ class Dispatcher:
             raise ValueError(f"epoch {epoch} is not above {self._last_epoch}")
         self.remove_worker(worker_id, now)
         self._last_epoch = epoch
-        # Waiting groups are distributed anew, so that a worker that comes late gets its share.
-        queueing = [scheduler for scheduler in self._schedulers.values() if scheduler.waiting]
-        for scheduler in queueing:
-            self._unassigned.extend(scheduler.give_up_waiting())
-        if queueing:
-            self._placement.note_all_lighter()
         scheduler = self._make_scheduler(worker_id, self._config, capacity, rates, epoch, self._record)
         self._schedulers[worker_id] = scheduler
         self.pins.add_worker(scheduler)
         self._placement.add(scheduler)
+        self._relieve_the_others()
         self._distribute(now)
 
     def remove_worker(self, worker_id: str, now: int) -> None:
@@ -151,9 +148,10 @@ class Dispatcher:
         if scheduler is None:
             return
         self._placement.remove(scheduler)
+        self._woken.pop(worker_id, None)
         for group in scheduler.give_up_all():
             if group.losses < self._config.max_worker_losses:
-                self._unassigned.append(group)
+                self._unassigned[group] = None
                 continue
             message = f"the worker that ran this request was lost {group.losses} times"
             self._fail_unassigned(group, Failed(group, StatusCode.INTERNAL, "WORKER_LOST_REPEATEDLY", message), now)
@@ -176,7 +174,7 @@ class Dispatcher:
         """Accepts a request, or says why not. Raises ValueError for a request that makes no sense at all."""
         if not request.prompt or request.n < 1 or request.max_tokens < 1:
             raise ValueError("a request needs a prompt, n >= 1 and max_tokens >= 1")
-        if request.is_beam_search and request.n > request.beam_width:
+        if request.n > request.beam_width > 1:
             raise ValueError("a beam search has no more answers than beams")
         if request.request_id in self._groups or self._parking.get(request.request_id) is not None:
             return Submitted(Admission.DUPLICATE, f"request {request.request_id!r} is live")
@@ -184,7 +182,7 @@ class Dispatcher:
         worker = self._placement.choose(group)
         if worker is None and self._schedulers:
             return Submitted(Admission.NEVER, self._why_never(group))
-        if self._is_queue_full():
+        if self._num_waiting >= self._config.max_waiting:
             return Submitted(Admission.LATER, f"{self._config.max_waiting} requests are waiting already")
         deadline = request.deadline
         if deadline is not None and worker is not None:
@@ -197,11 +195,8 @@ class Dispatcher:
         self._groups[request.request_id] = group
         if deadline is not None:
             self._deadlines.note(deadline, group, self._groups)
-        self._waiting_at_most += 1
-        if worker is not None:
-            worker.add(group)
-        else:
-            self._unassigned.append(group)
+        self._num_waiting += 1
+        self._assign(group, worker)
         return Submitted(Admission.OK, group=group)
 
     def abort(self, request_id: str, reason: FinishReason, now: int) -> bool:
@@ -212,11 +207,11 @@ class Dispatcher:
             if parked is not None:
                 self._let_go(parked, reason)
             return parked is not None
-        scheduler = self._scheduler_of(group)
+        scheduler = self._wake(group.worker_id)
         if scheduler is not None:
             scheduler.end_group(group, reason, now)
         else:
-            self._unassigned.remove(group)
+            del self._unassigned[group]
             for sequence in group.last_ones_first:
                 sequence.end(reason, now)
                 if sequence.is_answer:
@@ -230,11 +225,11 @@ class Dispatcher:
         group = self._groups.get(request_id)
         if group is None:
             return False
-        scheduler = self._scheduler_of(group)
+        scheduler = self._wake(group.worker_id)
         if scheduler is not None:
             scheduler.fail(group, code, reason, message, now, retry_after_ns)
         else:
-            self._unassigned.remove(group)
+            del self._unassigned[group]
             self._fail_unassigned(group, Failed(group, code, reason, message, retry_after_ns), now)
         return True
 
@@ -247,14 +242,14 @@ class Dispatcher:
         sequence = group.sequences[index]
         if sequence.is_finished or not 0 <= num_tokens <= len(sequence.output):
             return False
-        scheduler = self._scheduler_of(group)
+        scheduler = self._wake(group.worker_id)
         if scheduler is not None:
             scheduler.stop(sequence, num_tokens, matched_stop, now)
         else:
             sequence.keep_output(num_tokens)
             sequence.end(FinishReason.STOP, now, matched_stop=matched_stop)
             if group.is_finished:
-                self._unassigned.remove(group)
+                del self._unassigned[group]
             self._record(Finished(sequence))
         return True
 
@@ -272,11 +267,11 @@ class Dispatcher:
             return ParkingVerdict.FULL
         ceiling = self._config.park_ceiling_ns
         group.keep_until = now + min(ttl_ns or ceiling, ceiling)
-        scheduler = self._scheduler_of(group)
+        scheduler = self._wake(group.worker_id)
         if scheduler is not None:
             scheduler.park(group, now)
         else:
-            self._unassigned.remove(group)
+            del self._unassigned[group]
             for sequence in group.live:
                 sequence.end(FinishReason.PARKED, now)
                 self._record(Finished(sequence))
@@ -309,9 +304,9 @@ class Dispatcher:
                 min_tokens=min(before.min_tokens, max_tokens),
                 prompt_logprobs=None,
             )
-        if self._is_queue_full():
+        if self._num_waiting >= self._config.max_waiting:
             return Resumed(ParkingVerdict.LATER, f"{self._config.max_waiting} requests are waiting already")
-        keeper = self._keeper_of(group)
+        keeper = self._wake(group.parked_on)
         group.request = request  # as who looks for a place
         never = None if keeper is None else keeper.why_never(group)
         worker = keeper if never is None and keeper is not None else self._placement.choose(group)
@@ -332,13 +327,10 @@ class Dispatcher:
             group.go_on(request, self._arrivals)
         self._arrivals += 1
         self._groups[request_id] = group
-        self._waiting_at_most += 1
+        self._num_waiting += group.started_at is None
         if request.deadline is not None:
             self._deadlines.note(request.deadline, group, self._groups)
-        if worker is not None:
-            worker.add(group)
-        else:
-            self._unassigned.append(group)
+        self._assign(group, worker)
         return Resumed(ParkingVerdict.OK, group=group)
 
     def cut(self, request_id: str, index: int, num_tokens: int, matched_stop: str) -> bool:
@@ -356,7 +348,7 @@ class Dispatcher:
         sequence.finish = replace(
             sequence.finish, reason=FinishReason.STOP, matched_stop=matched_stop, matched_token_id=None, usage=usage
         )
-        keeper = self._keeper_of(group)
+        keeper = self._wake(group.parked_on)
         if keeper is not None:
             keeper.cut(sequence)
         return True
@@ -365,7 +357,7 @@ class Dispatcher:
         """A parked or held group will not be continued: frees its KV. A parked one has ended after all."""
         self._parking.remove(group)
         group.keep_until = None
-        keeper = self._keeper_of(group)
+        keeper = self._wake(group.parked_on)
         if keeper is not None:
             keeper.let_go(group)
         for sequence in group.sequences:
@@ -421,14 +413,34 @@ class Dispatcher:
 
     def unpin_prefix(self, tenant: str, tokens: list[int]) -> bool:
         """Takes pin_prefix back. False: that prefix is not pinned."""
+        self._woken.update(dict.fromkeys(self._schedulers))
         return self.pins.remove(tenant, tokens, self._schedulers.values())
 
     # ------------------------------------------------------------------ steps
 
+    @property
+    def has_woken(self) -> bool:
+        """Whether take_woken() would name a worker."""
+        return bool(self._woken)
+
+    def take_woken(self) -> list[str]:
+        """Workers that may have something to plan for another reason than a result of theirs: a request has come to
+        them, ended or left. Any other worker whose last schedule() gave None would give None again, so that nobody has
+        to ask a whole pool. They are named once."""
+        if not self._woken:
+            return []
+        woken, self._woken = self._woken, {}
+        return list(woken)
+
     def schedule(self, worker_id: str, now: int) -> StepPlan | None:
         """The next plan for a worker. None: nothing to do now, too many plans in flight, or no such worker."""
         scheduler = self._schedulers.get(worker_id)
-        return scheduler.schedule(now) if scheduler is not None else None
+        if scheduler is None:
+            return None
+        started = scheduler.groups_started_total
+        plan = scheduler.schedule(now)
+        self._num_waiting -= scheduler.groups_started_total - started
+        return plan
 
     def apply(self, worker_id: str, result: StepResult, now: int) -> StepOutput:
         """Accepts a result once. Raises ResultError when it contradicts its plan: remove the worker then."""
@@ -449,11 +461,11 @@ class Dispatcher:
     # ------------------------------------------------------------------ figures and checks
 
     def loads(self) -> Loads:
-        """Figures over all workers; takes time linear in the sequences that run."""
+        """Figures over all workers; takes time linear in the workers, not in the sequences that run."""
         workers = [worker_loads(scheduler) for scheduler in self._schedulers.values()]
         return Loads(
             workers=workers,
-            waiting=self._num_waiting(),
+            waiting=self._num_waiting,
             unassigned=len(self._unassigned),
             running=sum(worker.running_groups for worker in workers),
             swapped=sum(worker.swapped_groups for worker in workers),
@@ -462,6 +474,11 @@ class Dispatcher:
             parked=len(self._parking),
             stale_results_total=self._stale_results,
         )
+
+    def loads_of(self, worker_id: str) -> WorkerLoads | None:
+        """Figures of one worker; None: it is not ready."""
+        scheduler = self._schedulers.get(worker_id)
+        return None if scheduler is None else worker_loads(scheduler)
 
     def live_groups(self) -> Iterator[SequenceGroup]:
         """Live groups: those on a worker, preempted ones, waiting ones in the order of the queue, those without a
@@ -478,7 +495,8 @@ class Dispatcher:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books of any worker or the registry do not balance."""
-        assert self._num_waiting() <= self._waiting_at_most, "more groups wait than were counted"
+        waiting = sum(1 for group in self._groups.values() if group.started_at is None)
+        assert self._num_waiting == waiting, f"{waiting} groups wait, {self._num_waiting} were counted"
         self._placement.check_integrity(self._schedulers)
         assigned: set[SequenceGroup] = set()
         for scheduler in self._schedulers.values():
@@ -505,15 +523,28 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ inside
 
+    def _relieve_the_others(self) -> None:
+        """Takes as many waiting groups from the workers as they have more than their share, for one that has come."""
+        workers = self._schedulers.values()
+        queueing = [worker for worker in workers if worker.waiting]
+        if not queueing:
+            return
+        share = sum(worker.assigned_sequences for worker in workers) / sum(worker.max_rows for worker in workers)
+        for worker in queueing:
+            surplus = worker.assigned_sequences - ceil(share * worker.max_rows)
+            if surplus > 0:
+                self._unassigned.update(dict.fromkeys(worker.give_up_waiting(surplus)))
+                self._placement.note_lighter(worker)
+
     def _distribute(self, now: int) -> None:
         """Gives every group without a worker to the least loaded worker that could run it."""
         if not self._schedulers:
             return
-        groups, self._unassigned = sorted(self._unassigned, key=lambda group: group.rank), []
+        groups, self._unassigned = sorted(self._unassigned, key=lambda group: group.rank), {}
         for group in groups:
             worker = self._placement.choose(group)
             if worker is not None:
-                worker.add(group)
+                self._assign(group, worker)
             else:
                 why = self._why_never(group)
                 failed = Failed(group, StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_EXHAUSTED", why)
@@ -539,6 +570,7 @@ class Dispatcher:
         if scheduler is not None:
             self._placement.note_lighter(scheduler)
         if group.is_finished:
+            self._num_waiting -= group.started_at is None
             del self._groups[group.request.request_id]
             if self._keeps(group):
                 self._parking.add(group)
@@ -570,20 +602,20 @@ class Dispatcher:
     def _scheduler_of(self, group: SequenceGroup) -> Scheduler | None:
         return None if group.worker_id is None else self._schedulers[group.worker_id]
 
-    def _keeper_of(self, group: SequenceGroup) -> Scheduler | None:
-        """Who keeps the KV of a parked group."""
-        return None if group.parked_on is None else self._schedulers[group.parked_on]
+    def _wake(self, worker_id: str | None) -> Scheduler | None:
+        """A worker's scheduler, which is about to be changed from outside its steps; None: there is no worker."""
+        if worker_id is None:
+            return None
+        self._woken[worker_id] = None
+        return self._schedulers[worker_id]
 
-    def _is_queue_full(self) -> bool:
-        """Whether as many groups wait as may. Counted only when there could be, because it takes time per worker."""
-        if self._waiting_at_most >= self._config.max_waiting:
-            self._waiting_at_most = self._num_waiting()
-        return self._waiting_at_most >= self._config.max_waiting
-
-    def _num_waiting(self) -> int:
-        """Groups that have not started."""
-        queued = sum(len(scheduler.waiting) for scheduler in self._schedulers.values())
-        return queued + sum(1 for group in self._unassigned if group.started_at is None)
+    def _assign(self, group: SequenceGroup, worker: Scheduler | None) -> None:
+        """Gives a group to a worker, if there is one."""
+        if worker is None:
+            self._unassigned[group] = None
+        else:
+            self._woken[worker.worker_id] = None
+            worker.add(group)
 
 
 def too_late(needed_ns: int, left_ns: int) -> str:

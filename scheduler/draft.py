@@ -21,6 +21,7 @@ class StepOutput:
     token_ids: list[int] = field(default_factory=list)  # parallel to sequences
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in token_ids
     num_searched: int = 0  # of the tokens, those of beam searches, which are told all at once
+    first_tokens: list[SequenceGroup] = field(default_factory=list)  # groups that had got none before
 
     def followed_by(self, other: StepOutput) -> StepOutput:
         """This output and the next one, when two results were applied together."""
@@ -31,6 +32,7 @@ class StepOutput:
             self.token_ids + other.token_ids,
             self.logprobs | {position + shift: entry for position, entry in other.logprobs.items()},
             self.num_searched + other.num_searched,
+            self.first_tokens + other.first_tokens,
         )
 
 
@@ -69,7 +71,7 @@ class Draft:
     ending: list[Sequence] = field(default_factory=list)  # this step samples their last token by length
     dropped: set[Sequence] = field(default_factory=set)  # ended or started over since: their tokens do not count
     sharers: list[SequenceGroup] = field(default_factory=list)  # started in this plan on cached blocks
-    registered: list[tuple[int, bytes]] = field(default_factory=list)  # blocks findable once the plan is made
+    registered: list[tuple[list[int], list[bytes]]] = field(default_factory=list)  # blocks findable once it is made
     recomputed_tokens: int = 0
     cache_blocks_out: int = 0  # of the swaps out, those for the prefix cache's second tier
     cache_blocks_in: int = 0

@@ -152,7 +152,6 @@ class Engine:
         self._orphans: dict[str, asyncio.TimerHandle] = {}
         self._no_worker_timer: asyncio.TimerHandle | None = None
         self._gave_up = False
-        self._awaiting_first_token: list[SequenceGroup] = []
 
     # Workers
 
@@ -196,6 +195,7 @@ class Engine:
             self._no_worker_timer = None
         capacity, rates = codec.capacity_of(link.hello), codec.rates_of(link.hello)
         self.dispatcher.add_worker(link.worker_id, capacity, rates, link.epoch, self.clock())
+        self._fanout.groups_moved()
         log.info("worker joined", worker=link.worker_id, epoch=link.epoch, device=link.hello.device)
         self.state_changed()
         self._wake()
@@ -204,10 +204,12 @@ class Engine:
         """Takes a worker's sequences back; they go on elsewhere or wait. A link that has left already is ignored."""
         if self.workers.get(link.worker_id) is not link:
             return
-        self.metrics.retire(link.worker_id, self.dispatcher.loads())
+        figures = self.dispatcher.loads_of(link.worker_id)
+        if figures is not None:
+            self.metrics.retire(figures)
         del self.workers[link.worker_id]
-        self._fanout.forget(link.worker_id)
         self.dispatcher.remove_worker(link.worker_id, self.clock())
+        self._fanout.groups_moved()
         if not self.workers:
             loop = asyncio.get_running_loop()
             self._no_worker_timer = loop.call_later(self.settings.no_worker_s, self._give_up)
@@ -259,7 +261,7 @@ class Engine:
             raise
         except Exception as error:
             self.fail(error)
-        if len(self.workers) > 1:
+        if self.dispatcher.has_woken:
             self._wake()
 
     def _check_result(self, result: StepResult) -> None:
@@ -357,7 +359,6 @@ class Engine:
         if self._traces is not None:
             self._traces.submitted(group)
         group.listeners.append(session.listen(group, stream))
-        self._fanout.listeners_changed()
         self._wake()
 
     def _accept(self, session: Session, message: scheduler_pb2.Submit) -> SequenceGroup:
@@ -413,7 +414,7 @@ class Engine:
         self.live[request_id] = group
         session.snapshot(codec.encode_attached(stream, group))
         group.listeners.append(session.listen(group, stream))
-        self._fanout.listeners_changed()
+        self._fanout.groups_moved()
         self._wake()
 
     def _continue(self, message: scheduler_pb2.ContinueStream) -> SequenceGroup:
@@ -458,7 +459,7 @@ class Engine:
             session.flush()
         elif not group.is_finished:
             group.listeners.append(session.listen(group, stream))
-            self._fanout.listeners_changed()
+            self._fanout.listeners_changed(group)
             self._adopt(request_id)
 
     def detach(self, session: Session, stream: int) -> None:
@@ -495,7 +496,7 @@ class Engine:
     def _unlisten(self, listener: Listener) -> None:
         listener.session.forget(listener)
         listener.group.listeners.remove(listener)
-        self._fanout.listeners_changed()
+        self._fanout.listeners_changed(listener.group)
 
     def _orphan(self, request_id: str) -> None:
         self._adopt(request_id)
@@ -560,7 +561,9 @@ class Engine:
         if wrong:
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, wrong, reason="INVALID_FIELD")
         if request.unpin:
-            return control_pb2.PinPrefixResponse(found=self.dispatcher.unpin_prefix(tenant, tokens))
+            found = self.dispatcher.unpin_prefix(tenant, tokens)
+            self._wake()
+            return control_pb2.PinPrefixResponse(found=found)
         refused = self.dispatcher.pin_prefix(tenant, tokens)
         if refused is not None:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, refused, reason="PIN_LIMIT")
@@ -600,7 +603,8 @@ class Engine:
     # Turns
 
     def _wake(self) -> None:
-        """Has a turn made once the event loop has read what else has arrived."""
+        """Has a turn made once the event loop has read what else has arrived: plans for those that have something new
+        to plan, and never a look at every worker."""
         if not self._turn_due:
             self._turn_due = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -610,8 +614,10 @@ class Engine:
         if self.failed.done():
             return
         try:
-            for link in list(self.workers.values()):
-                self._pump(link)
+            for worker_id in self.dispatcher.take_woken():
+                link = self.workers.get(worker_id)
+                if link is not None:
+                    self._pump(link)
             self._settle()
         except Exception as error:
             self.fail(error)
@@ -643,7 +649,6 @@ class Engine:
 
     def _admitted(self, group: SequenceGroup) -> None:
         self.metrics.prompt_tokens += len(group.request.prompt)
-        self._awaiting_first_token.append(group)
         if self._traces is not None:
             self._traces.admitted(group)
         if group.started_at is not None:
@@ -690,7 +695,11 @@ class Engine:
         link.result_at = arrived
         num_tokens = len(output.token_ids)
         metrics.generation_tokens += num_tokens
-        num_first = self._first_tokens(num_tokens)
+        num_first = 0
+        for group in output.first_tokens:
+            assert group.first_token_at is not None
+            metrics.time_to_first_token.observe((group.first_token_at - group.accepted_at) / NS_PER_S)
+            num_first += group.request.n
         following = num_tokens - max(num_first, output.num_searched)
         if before and following > 0:
             metrics.inter_token_latency.observe((arrived - before) / NS_PER_S, following)
@@ -705,24 +714,10 @@ class Engine:
         if sent_at is not None:
             metrics.step_time["wire"].observe(max(0, arrived - max(sent_at, before) - worked) / NS_PER_S)
 
-    def _first_tokens(self, num_tokens: int) -> int:
-        """Observes requests that have just got their first token; returns for how many sequences it was the first."""
-        if not self._awaiting_first_token:
-            return 0
-        waiting, count = [], 0
-        for group in self._awaiting_first_token:
-            if group.first_token_at is not None:
-                self.metrics.time_to_first_token.observe((group.first_token_at - group.accepted_at) / NS_PER_S)
-                count += group.request.n
-            elif not group.is_finished:
-                waiting.append(group)
-        self._awaiting_first_token = waiting
-        return min(count, num_tokens)
-
     def _arm_expiry(self) -> None:
-        due = self.dispatcher.next_expiry()
-        if due == self._expiry_at:
-            return
+        due, armed = self.dispatcher.next_expiry(), self._expiry_at
+        if due == armed or (due is not None and armed is not None and armed < due):
+            return  # a timer that rings too early sets the next one: that costs less than setting one per ended request
         if self._expiry_timer is not None:
             self._expiry_timer.cancel()
             self._expiry_timer = None

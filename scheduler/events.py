@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.sequence import Sequence, SequenceGroup
 
@@ -17,15 +18,13 @@ class StatusCode(enum.IntEnum):
     UNAVAILABLE = 14
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """The request's first sequence has begun to run (with prompt_logprobs: its prompt has been computed)."""
 
     group: SequenceGroup
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """One sequence has ended; sequence.finish says how."""
 
     sequence: Sequence

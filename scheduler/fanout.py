@@ -1,7 +1,7 @@
 """Which tokens of a step go to which session.
 
-The batch of one step is mostly the batch of the step before, so the answer is kept until the batch or the listeners
-change; a steady step then moves its tokens as whole lists.
+The batch of one step is mostly the batch of the step before, so a worker's answer is kept until its batch or the
+listeners of its groups change; a steady step then moves its tokens as whole lists.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from scheduler.codec import encode_logprobs
 from scheduler.dispatcher import StepOutput
 from scheduler.gateway_link import Session
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence, SequenceGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +34,17 @@ class Fanout:
     """Hands a step's tokens to the sessions that listen."""
 
     def __init__(self) -> None:
-        self._version = 0
-        self._kept: dict[str, tuple[int, list[Sequence], list[_Route]]] = {}
+        self._kept: dict[str, tuple[list[Sequence], list[_Route]]] = {}  # by worker
 
-    def listeners_changed(self) -> None:
-        """Must be called whenever a group gains or loses a listener."""
-        self._version += 1
+    def listeners_changed(self, group: SequenceGroup) -> None:
+        """Must be called whenever a group that may have had tokens gains or loses a listener. One without a worker gets
+        none until it has moved to one."""
+        if group.worker_id is not None:
+            self._kept.pop(group.worker_id, None)
 
-    def forget(self, worker_id: str) -> None:
-        """Drops what is kept for a worker."""
-        self._kept.pop(worker_id, None)
+    def groups_moved(self) -> None:
+        """Must be called whenever groups may have come to a worker by another way than that of a new request."""
+        self._kept.clear()
 
     def deliver(self, worker_id: str, output: StepOutput) -> list[Session]:
         """Adds the tokens to the sessions' steps in the making; returns the sessions that got some."""
@@ -58,10 +59,10 @@ class Fanout:
 
     def _routes(self, worker_id: str, sequences: list[Sequence]) -> list[_Route]:
         kept = self._kept.get(worker_id)
-        if kept is not None and kept[0] == self._version and kept[1] == sequences:
-            return kept[2]
+        if kept is not None and kept[0] == sequences:
+            return kept[1]
         routes = _make_routes(sequences)
-        self._kept[worker_id] = (self._version, sequences, routes)
+        self._kept[worker_id] = (sequences, routes)
         return routes
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from scheduler.loads import WorkerLoads
-from scheduler.sequence import SequenceGroup, SequenceStatus
+from scheduler.sequence import Sequence, SequenceGroup, SequenceStatus
 
 if TYPE_CHECKING:
     from scheduler.scheduler import Scheduler
@@ -19,7 +21,7 @@ PREEMPTED = SequenceStatus.PREEMPTED
 
 
 def worker_loads(scheduler: Scheduler) -> WorkerLoads:
-    """Figures of this worker; takes time linear in the sequences that run."""
+    """Figures of this worker. The decode set is not gone through: the calendar knows where it is."""
     size, blocks = scheduler.capacity.block_bytes, scheduler.blocks
     return WorkerLoads(
         worker_id=scheduler.worker_id,
@@ -57,18 +59,24 @@ def kv_waste_ratio(scheduler: Scheduler) -> float:
     size, used = scheduler.capacity.block_size, scheduler.blocks.num_used
     if not used:
         return 0.0
-    empty: dict[int, int] = {}
-    following = scheduler.last_step + 1
-    for group in scheduler.groups:
-        for sequence in group.sequences:
-            blocks = sequence.table.blocks
-            if blocks and not sequence.table.on_host:
-                if sequence.status is PREFILLING:
-                    tokens = sequence.num_tokens
-                else:
-                    tokens = following - sequence.base_step if sequence.end_step else sequence.computed
-                empty[blocks[-1]] = len(blocks) * size - tokens
-    return sum(empty.values()) / (used * size)
+    beams = [sequence for group in scheduler.searches for sequence in group.live]
+    others = empty_slots(chain(scheduler.prefilling, scheduler.joining, scheduler.ending, beams), scheduler)
+    return (scheduler.calendar.empty_slots(scheduler.last_step) + others) / (used * size)
+
+
+def empty_slots(sequences: Iterable[Sequence], scheduler: Scheduler) -> int:
+    """Slots without a token in the last blocks of sequences; several may end in one block."""
+    size, following = scheduler.capacity.block_size, scheduler.last_step + 1
+    slots: dict[int, int] = {}  # by block
+    for sequence in sequences:
+        blocks = sequence.table.blocks
+        if blocks and not sequence.table.on_host:
+            if sequence.status is PREFILLING:
+                tokens = sequence.num_tokens
+            else:
+                tokens = following - sequence.base_step if sequence.end_step else sequence.computed
+            slots[blocks[-1]] = len(blocks) * size - tokens
+    return sum(slots.values())
 
 
 def check_scheduler(scheduler: Scheduler) -> None:
@@ -103,6 +111,9 @@ def check_scheduler(scheduler: Scheduler) -> None:
         if sequence.status is PREEMPTED:
             assert not sequence.table.blocks, f"{sequence} has {sequence.table}"
     scheduler.calendar.check_integrity(decoding)
+    used = scheduler.blocks.num_used * scheduler.capacity.block_size
+    empty = empty_slots(sequences, scheduler)
+    assert kv_waste_ratio(scheduler) == (empty / used if used else 0.0), "slots without a token are miscounted"
     assert scheduler.moved_beams.keys() <= scheduler.running.keys(), "beams that do not run are to decode"
     for group in scheduler.groups:
         if group.search is not None:

@@ -85,13 +85,11 @@ class Metrics:
     past: defaultdict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     """What workers had counted when they left, by counter and mode, so that totals never fall."""
 
-    def retire(self, worker_id: str, loads: Loads) -> None:
-        """Keeps the counters of a worker that leaves. `loads` are the last that know it."""
-        self.idle_ns.pop(worker_id, None)
-        for worker in loads.workers:
-            if worker.worker_id == worker_id:
-                for key, value in _counters(worker):
-                    self.past[key] += value
+    def retire(self, worker: WorkerLoads) -> None:
+        """Keeps the counters of a worker that leaves."""
+        self.idle_ns.pop(worker.worker_id, None)
+        for key, value in _counters(worker):
+            self.past[key] += value
 
 
 def _counters(worker: WorkerLoads) -> Iterator[tuple[tuple[str, str], int]]:

@@ -1,10 +1,11 @@
 """The prefix cache: full blocks found again by what is in them.
 
-A block's key is the SHA-256 chain over its tokens and everything before them, salted per tenant:
+A block's key is the SHA-256 of its tokens and everything before them, salted per tenant:
 
-    key(-1) = SHA-256(tenant)      key(i) = SHA-256(key(i-1) + tokens of block i, 4 bytes little-endian each)
+    key(i) = SHA-256(SHA-256(tenant) + tokens of blocks 0..i, 4 bytes little-endian each)
 
 so equal keys mean equal prefixes (and an equal tenant), and a KV block, which depends on exactly those, can be shared.
+One hash runs over a prompt and is read at the end of each block, so a prompt is hashed once in all.
 Blocks that nobody refers to stay findable until the pool needs them; the one unused for longest goes first.
 """
 
@@ -14,40 +15,47 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
-EMPTY = sha256()
-
-
-def root_key(tenant: str) -> bytes:
-    """The key before the first block."""
-    return sha256(tenant.encode("utf-8", "surrogatepass")).digest()
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 
-def extend_chain(parent: bytes, tokens: list[int], block_size: int) -> list[bytes]:
-    """Keys of the full blocks of `tokens` (token ids below 2**32), which follow the block with key `parent`."""
+@lru_cache(maxsize=1024)
+def _salted(tenant: str) -> _Hash:
+    return sha256(sha256(tenant.encode("utf-8", "surrogatepass")).digest())
+
+
+def start_chain(tenant: str) -> _Hash:
+    """The hash before the first block; extend_chain goes on from it."""
+    return _salted(tenant).copy()
+
+
+def extend_chain(chain: _Hash, tokens: list[int], block_size: int) -> list[bytes]:
+    """Keys of the full blocks of `tokens` (token ids below 2**32), which follow what is in `chain` already; then those
+    blocks are in it too."""
     packed = array("I", tokens)
     if sys.byteorder == "big":
         packed.byteswap()
     raw, width = packed.tobytes(), 4 * block_size
     keys = []
     for end in range(width, len(raw) + 1, width):
-        hasher = EMPTY.copy()  # a third of the time of making one
-        hasher.update(parent + raw[end - width : end])
-        parent = hasher.digest()
-        keys.append(parent)
+        chain.update(raw[end - width : end])
+        keys.append(chain.digest())
     return keys
 
 
 class PrefixCache:
-    """Key to block and back, and the unreferenced blocks in the order in which they will be given up. Those with a
-    pinned key are set aside and not given up."""
+    """Key to block and back, over block ids 0..num_blocks-1, and the unreferenced blocks in the order in which they
+    will be given up. Those with a pinned key are set aside and not given up."""
 
     __slots__ = ("_block_of", "_key_of", "_pinned", "_set_aside", "_unreferenced")
 
-    def __init__(self) -> None:
+    def __init__(self, num_blocks: int) -> None:
         self._block_of: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
+        self._key_of: list[bytes | None] = [None] * num_blocks
         self._unreferenced: OrderedDict[int, None] = OrderedDict()
         self._pinned: set[bytes] = set()  # whether there are blocks of them or not
         self._set_aside: dict[int, None] = {}  # unreferenced blocks with a pinned key
@@ -57,7 +65,7 @@ class PrefixCache:
         return len(self._unreferenced)
 
     def __contains__(self, block: int) -> bool:
-        return block in self._key_of
+        return self._key_of[block] is not None
 
     def find(self, keys: list[bytes]) -> list[int]:
         """Blocks of the longest known beginning of a chain. Nothing changes."""
@@ -73,15 +81,15 @@ class PrefixCache:
         """Makes used blocks findable. The first block of a key stays; a block has one key."""
         block_of, key_of = self._block_of, self._key_of
         for block, key in blocks:
-            if key not in block_of and block not in key_of:
-                block_of[key] = block
+            if key_of[block] is None and block_of.setdefault(key, block) == block:
                 key_of[block] = key
 
     def park(self, block: int) -> bool:
         """Keeps a block whose last reference is gone. False: the block is not registered, it should become free."""
-        if block not in self._key_of:
+        key = self._key_of[block]
+        if key is None:
             return False
-        if self._pinned and self._key_of[block] in self._pinned:
+        if self._pinned and key in self._pinned:
             self._set_aside[block] = None
         else:
             self._unreferenced[block] = None
@@ -100,7 +108,9 @@ class PrefixCache:
     def evict(self) -> tuple[int, bytes]:
         """Gives up the block that has been unreferenced for longest, and its key; KeyError when there is none."""
         block, _ = self._unreferenced.popitem(last=False)
-        key = self._key_of.pop(block)
+        key = self._key_of[block]
+        assert key is not None
+        self._key_of[block] = None
         del self._block_of[key]
         return block, key
 
@@ -139,7 +149,7 @@ class PrefixCache:
         block = self._block_of.pop(key, None)
         if block is None:
             return None
-        del self._key_of[block]
+        self._key_of[block] = None
         return block if self.revive(block) else None
 
     @property
@@ -149,7 +159,8 @@ class PrefixCache:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless both indexes say the same."""
-        assert {block: key for key, block in self._block_of.items()} == self._key_of, "the two indexes differ"
-        assert self._unreferenced.keys() <= self._key_of.keys(), "an unreferenced block is not registered"
+        key_of = {block: key for block, key in enumerate(self._key_of) if key is not None}
+        assert {block: key for key, block in self._block_of.items()} == key_of, "the two indexes differ"
+        assert self._unreferenced.keys() <= key_of.keys(), "an unreferenced block is not registered"
         assert not self._unreferenced.keys() & self._set_aside.keys(), "a block is set aside and to be given up"
         assert all(self._key_of[block] in self._pinned for block in self._set_aside), "a block is set aside unpinned"

@@ -309,7 +309,6 @@ def encode_request(request: Request, accepted_at: int) -> scheduler_pb2.Submit:
     submit = scheduler_pb2.Submit()
     assert isinstance(request.payload, scheduler_pb2.Submit)
     submit.CopyFrom(request.payload)
-    submit.token_ids.extend(request.prompt)
     if request.deadline is not None:
         submit.timeout_ns = request.deadline - accepted_at
     return submit

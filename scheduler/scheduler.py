@@ -39,7 +39,7 @@ from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.fairness import TenantTokens, rows_by_tenant
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
-from scheduler.prefix_cache import extend_chain, root_key
+from scheduler.prefix_cache import extend_chain, start_chain
 from scheduler.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
 from scheduler.step_plan import Fork, NewSequence, StepPlan, StepResult, TokenLogprobs
 
@@ -104,7 +104,7 @@ class Scheduler:
         self.moved_beams: dict[SequenceGroup, list[BeamMove]] = {}  # searches whose beams decode in the next plan
         self._beams_in_set: list[int] = []  # rows of the beams that the last plan had in the decode set
         self.calendar = DecodeCalendar(capacity.block_size)
-        self._ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
+        self.ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
         self._resumed: set[SequenceGroup] = set()  # since the last preemption
         self.suspects: dict[SequenceGroup, None] = {}  # were on a worker when it was lost, and no progress since
         self.free_slots = list(range(capacity.max_slots - 1, -1, -1))
@@ -115,6 +115,7 @@ class Scheduler:
         self.in_flight: deque[Draft] = deque()
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
         self.stop_counts: dict[int, int] = {}  # stop token -> groups of this worker that have it
+        self.searches: dict[SequenceGroup, None] = {}  # groups of this worker that are beam searches
         # Figures.
         self.preemptions_total = {"swap": 0, "recompute": 0}
         self.predicted_ns = {"swap": 0, "recompute": 0}
@@ -126,20 +127,25 @@ class Scheduler:
         self.host_hit_tokens_total = 0  # in the host arena
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
+        self.groups_started_total = 0  # turns of continued ones included
+
+    @property
+    def load(self) -> float:
+        """Sequences assigned to this worker over its rows."""
+        return self.assigned_sequences / self.max_rows
 
     # ------------------------------------------------------------------ requests come and go
 
     def why_never(self, group: SequenceGroup) -> str | None:
         """Why this worker could not run a group even if it were alone; None: it could start."""
         request, size = group.request, self.capacity.block_size
-        count = request.num_sequences
+        count = len(group.sequences)
         if count > self.max_rows:
             name = "beam_width" if request.is_beam_search else "n"
             return f"{name} is {count}, but at most {self.max_rows} sequences run at once"
         prompt = len(request.prompt)
-        need = blocks_for(prompt, size)
-        if request.max_tokens > 1:  # the first decode step: every sequence has a block of its own to write to
-            need = prompt // size + count
+        # The first decode step, if there is one: every sequence has a block of its own to write to.
+        need = prompt // size + count if request.max_tokens > 1 else blocks_for(prompt, size)
         if need > self.capacity.num_blocks:
             return (
                 f"the prompt of {prompt} tokens needs {need} blocks of {size} tokens for {count} sequence(s), "
@@ -174,6 +180,8 @@ class Scheduler:
         self.assigned_sequences += len(group.live)
         for token in group.request.stop_ids:
             self.stop_counts[token] = self.stop_counts.get(token, 0) + 1
+        if group.search is not None:
+            self.searches[group] = None
         if group.losses:
             group.acquitted_at = _num_output(group) + PROGRESS_TOKENS * len(group.live)
             self.suspects[group] = None
@@ -185,19 +193,28 @@ class Scheduler:
 
     def pin(self, tenant: str, tokens: list[int]) -> None:
         """Keeps the full blocks of a prefix in the pool, from when a request has computed them on."""
-        self.blocks.cache.pin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
+        self.blocks.cache.pin(extend_chain(start_chain(tenant), tokens, self.capacity.block_size))
 
     def unpin(self, tenant: str, tokens: list[int]) -> None:
         """Treats the blocks of a prefix like all others again."""
-        self.blocks.cache.unpin(extend_chain(root_key(tenant), tokens, self.capacity.block_size))
+        self.blocks.cache.unpin(extend_chain(start_chain(tenant), tokens, self.capacity.block_size))
 
-    def give_up_waiting(self) -> list[SequenceGroup]:
-        """Gives back the groups that have not started, for another distribution over workers."""
-        groups = [group for group in self.waiting if not group.live[0].table.blocks]
-        self.waiting = [group for group in self.waiting if group.live[0].table.blocks]  # their KV is here
-        for group in groups:
+    def give_up_waiting(self, num_sequences: int) -> list[SequenceGroup]:
+        """Gives back groups that have not started, of so many sequences, for another worker: some from all over the
+        queue, so that their order changes little. Those whose KV is here stay."""
+        movable = [group for group in self.waiting if not group.live[0].table.blocks]
+        every = sum(len(group.live) for group in movable)
+        given_up: dict[SequenceGroup, None] = {}
+        due = 0
+        for group in movable:
+            due += num_sequences * len(group.live)
+            if due >= every:
+                due -= every
+                given_up[group] = None
+        for group in given_up:
             self._forget_group(group)
-        return groups
+        self.waiting = [group for group in self.waiting if group not in given_up]
+        return list(given_up)
 
     def give_up_all(self) -> list[SequenceGroup]:
         """Gives back all groups, because the worker is lost: with the tokens known so far, and without any KV. Those
@@ -320,7 +337,7 @@ class Scheduler:
             for sequence in joining:
                 self.calendar.enter(sequence, step)
         due = self.calendar.due(step)
-        copying = [sequence for sequence in joining if self._must_copy(sequence)]
+        copying = [s for s in joining if len(s.group.sequences) > 1 and self._must_copy(s)]  # forks share a last block
         # A sequence whose last block is shared needs a copy, except the last one that shares it: counted as one too
         # many per fork at most, which only matters when nothing is left.
         need = len(due) + len(copying)
@@ -433,7 +450,8 @@ class Scheduler:
         if self._beams_in_set or draft.beams:
             self._exchange_beams(draft)
         step = self.last_step = draft.step
-        self.blocks.register(draft.registered)
+        for blocks, keys in draft.registered:
+            self.blocks.register(zip(blocks, keys, strict=False))
         draft.decoding = self.decoding
         for sequence in self.calendar.ending(step):
             self._expect_end(sequence, draft)
@@ -561,12 +579,15 @@ class Scheduler:
         is_fresh = not leader.output
         keys = self._lookup_keys(leader)
         found = blocks.find_prefix(keys)
-        shares = [] if is_fresh else self._shares(group, live)
+        shares = self._shares(group, live) if others and not is_fresh else []
         need = blocks_for(known, size) - len(found)
-        need += sum(blocks_for(s.num_tokens, size) - shared for s, (_, shared) in zip(others, shares, strict=False))
+        if shares:
+            need += sum(blocks_for(s.num_tokens, size) - shared for s, (_, shared) in zip(others, shares, strict=True))
         # Copy-on-write comes with the next step: no room for it now would be a preemption then.
         soon = len(others) if is_fresh else 0
-        if not self._has_room(need + blocks.num_parked(found), soon):
+        if found:
+            need += blocks.num_parked(found)
+        if not self._has_room(need, soon):
             if self._is_empty and blocks.cache.yield_pinned():  # a request goes before a pinned prefix
                 return self._start(group, draft, now)
             return self._fail_if_alone(group, now)
@@ -574,7 +595,8 @@ class Scheduler:
         self._leave_queue(group, live)
         kept_keys = self._kept_prefix(keys[len(found) :]) if blocks.tier.is_on else []
         kept = blocks.tier.take(kept_keys) if kept_keys else []
-        blocks.share_prefix(leader.table, found)
+        if found:
+            blocks.share_prefix(leader.table, found)
         blocks.extend(leader.table, known)
         if kept:
             draft.add_swap_in(blocks.fill_from_host(leader.table, len(found), kept, kept_keys))
@@ -588,20 +610,21 @@ class Scheduler:
             sequence.status, sequence.follows = PREFILLING, leader
             sequence.computed = known  # of a fresh group: when the leader has got there, it is forked
             sequence.starts_at = NEVER_STARTS
-        for sequence, (followed, shared) in zip(others, shares, strict=False):
-            sequence.follows = followed
-            sequence.table = blocks.fork(followed.table, shared)
-            blocks.extend(sequence.table, sequence.num_tokens)
-            sequence.computed = shared * size
-            if followed.starts_at == 0 and followed.computed >= sequence.computed:
-                sequence.starts_at = 0
+        if shares:
+            for sequence, (followed, shared) in zip(others, shares, strict=True):
+                sequence.follows = followed
+                sequence.table = blocks.fork(followed.table, shared)
+                blocks.extend(sequence.table, sequence.num_tokens)
+                sequence.computed = shared * size
+                if followed.starts_at == 0 and followed.computed >= sequence.computed:
+                    sequence.starts_at = 0
         group.lookup_keys = None
         group.offers.clear()  # every beam will offer again
         group.shares_prefix = bool(found or kept)
         if group.shares_prefix:
             draft.sharers.append(group)
         self._count_start(group, leader, len(keys) * size, len(kept) * size, now)
-        for sequence in live[:1] if is_fresh else live:
+        for sequence in [leader] if is_fresh else live:
             if draft.left > 0:
                 self._plan_chunk(sequence, draft)
             if sequence.status is PREFILLING:
@@ -646,6 +669,7 @@ class Scheduler:
     def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, from_host: int, now: int) -> None:
         if group.started_at is None:
             group.started_at = now
+            self.groups_started_total += 1
             group.cached_tokens = leader.computed
             self.prompt_tokens_total += len(group.request.prompt)
             self.query_tokens_total += queried
@@ -695,7 +719,7 @@ class Scheduler:
         if self.config.prefix_cache:
             keys = self._prompt_keys(group)
             covered = slice(start // size, end // size)
-            draft.registered.extend(zip(sequence.table.blocks[covered], keys[covered], strict=False))
+            draft.registered.append((sequence.table.blocks[covered], keys[covered]))
         if len(group.sequences) > 1:
             self._unblock(sequence, draft)
         if end == known:
@@ -759,7 +783,7 @@ class Scheduler:
         self._leave_decode(sequence)
         self._release_row(sequence)
         sequence.status = ENDING
-        self._ending[sequence] = None
+        self.ending[sequence] = None
         draft.ending.append(sequence)
         self._update_running(sequence.group)
 
@@ -798,7 +822,7 @@ class Scheduler:
         for group in sorted(needs, key=self.place):
             need = needs[group]
             while group in self.running and promised + need > self.blocks.num_free:
-                if self._ending:
+                if self.ending:
                     self._reclaim_ending()
                     continue
                 victim = choose_victim(group, self.running, self._resumed, self.place)
@@ -818,9 +842,9 @@ class Scheduler:
 
     def _reclaim_ending(self) -> None:
         """Takes the blocks of sequences that only wait for their last token; the prefix cache will not have them."""
-        for sequence in self._ending:
+        for sequence in self.ending:
             self.blocks.free(sequence.table)
-        self._ending.clear()
+        self.ending.clear()
 
     def _preempt(self, victim: SequenceGroup, draft: Draft) -> None:
         """Takes a whole group off the worker, by copying its KV out or by forgetting it."""
@@ -1081,15 +1105,14 @@ class Scheduler:
             if position is not None:
                 rows[position].logprobs.append(entry)
                 logprobs[position] = entry
-        if flight.chunks:
-            self._note_first_tokens(flight, result, now)
+        first_tokens = self._note_first_tokens(flight, result, now) if flight.chunks else []
         if not self.stop_counts.keys().isdisjoint(tokens):
             self._end_stopped(rows, tokens, now)
         for sequence in flight.ending:
             if sequence.finish is None and sequence not in flight.dropped:
                 self._withdraw(sequence, keep_blocks_findable=True, keep_kv=sequence.request.hold_ns > 0)
                 self._end(sequence, FinishReason.LENGTH, now)
-        output = StepOutput(True, rows, tokens, logprobs)
+        output = StepOutput(True, rows, tokens, logprobs, first_tokens=first_tokens)
         for group in searching:
             if len(group.offers) == len(group.beams):
                 output = self._advance_search(group, output, now)
@@ -1117,12 +1140,13 @@ class Scheduler:
         search = group.search
         assert search is not None
         answers = search.finished[: group.request.n]
+        told = StepOutput()
         if group.first_token_at is None:
             group.first_token_at = now
+            told.first_tokens.append(group)
         for sequence in group.live:
             self._withdraw(sequence, keep_blocks_findable=False)
             sequence.starts_at = 0
-        told = StepOutput()
         for sequence, answer in zip(group.sequences, answers, strict=False):
             sequence.output, sequence.logprobs = answer.hypothesis.tokens, answer.hypothesis.logprobs
             told.logprobs.update(enumerate(sequence.logprobs, len(told.token_ids)))
@@ -1186,8 +1210,9 @@ class Scheduler:
             if moves:  # the cache's copies are nobody's preemption
                 self.actual_ns["swap"] += took_ns * (len(moves) - of_cache) // len(moves)
 
-    def _note_first_tokens(self, flight: Draft, result: StepResult, now: int) -> None:
-        """What only steps with chunks bring: prompt log-probabilities and first tokens."""
+    def _note_first_tokens(self, flight: Draft, result: StepResult, now: int) -> list[SequenceGroup]:
+        """What only steps with chunks bring: prompt log-probabilities, and the groups that have their first token."""
+        first_tokens = []
         for entry in result.prompt_logprobs:
             sequence = flight.chunks[entry.slot]
             if not flight.ignores(sequence.group):
@@ -1196,7 +1221,9 @@ class Scheduler:
             if sequence not in flight.dropped:
                 if sequence.group.first_token_at is None and sequence.group.search is None:
                     sequence.group.first_token_at = now
+                    first_tokens.append(sequence.group)
                 self._announce(sequence.group)
+        return first_tokens
 
     def _acquit(self) -> None:
         """Forgets the losses of groups that have made progress since."""
@@ -1284,7 +1311,7 @@ class Scheduler:
         if sequence.status is RUNNING or sequence.status is PREFILLING:
             self._release_row(sequence)
         elif sequence.status is ENDING:
-            self._ending.pop(sequence, None)
+            self.ending.pop(sequence, None)
         if not keep_kv:
             self.blocks.free(sequence.table)
 
@@ -1301,16 +1328,17 @@ class Scheduler:
         keys = group.prompt_hashes
         if keys is None:
             request = group.request
-            keys = extend_chain(root_key(request.tenant), request.prompt, self.capacity.block_size)
-            group.prompt_hashes = keys
+            chain = group.prompt_chain = start_chain(request.tenant)
+            keys = group.prompt_hashes = extend_chain(chain, request.prompt, self.capacity.block_size)
         return keys
 
     def _output_keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
         """Prefix-cache keys of the full blocks behind the prompt's, in the first `num_tokens` tokens."""
-        keys = self._prompt_keys(sequence.group)
-        first = len(keys) * self.capacity.block_size
-        parent = keys[-1] if keys else root_key(sequence.group.request.tenant)
-        return extend_chain(parent, sequence.token_ids[first:num_tokens], self.capacity.block_size)
+        group, size = sequence.group, self.capacity.block_size
+        first = len(self._prompt_keys(group)) * size
+        if num_tokens < first + size or group.prompt_chain is None:
+            return []
+        return extend_chain(group.prompt_chain.copy(), sequence.token_ids[first:num_tokens], size)
 
     def _end(
         self,
@@ -1367,6 +1395,7 @@ class Scheduler:
         if not self.priorities[priority]:
             del self.priorities[priority]
         self.suspects.pop(group, None)
+        self.searches.pop(group, None)
         group.worker_id = None
         self.assigned_sequences -= len(group.live)
         for token in group.request.stop_ids:

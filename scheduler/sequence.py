@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scheduler.block_table import BlockTable
 from scheduler.hypotheses import BeamSearch
 from scheduler.step_plan import TokenLogprobs
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 PATIENCE_NS = 60_000_000_000
 """How far a group with an earlier deadline may pass one that came before it."""
@@ -256,7 +259,6 @@ class SequenceGroup:
         "cached_tokens",
         "failure",
         "finished_at",
-        "first_prompt_tokens",
         "first_token_at",
         "given_tokens",
         "keep_until",
@@ -267,6 +269,7 @@ class SequenceGroup:
         "parked_epoch",
         "parked_on",
         "preemptions",
+        "prompt_chain",
         "prompt_hashes",
         "prompt_logprobs",
         "rank",
@@ -285,17 +288,20 @@ class SequenceGroup:
         self.request = request
         self.arrival = arrival  # number of this request among all ever accepted
         self.rank = _rank(request, arrival, now)
-        self.first_prompt_tokens = len(request.prompt)  # of the prompt, those that came with the first turn
         self.given_tokens = len(request.prompt)  # of the prompt, those that are no output of an earlier turn
-        self.sequences = [Sequence(self, index) for index in range(request.num_sequences)]
-        self.search = request.start_beam_search() if request.is_beam_search else None
+        if request.n == request.beam_width == 1:  # most requests
+            self.sequences, self.search = [Sequence(self, 0)], None
+        else:
+            self.sequences = [Sequence(self, index) for index in range(request.num_sequences)]
+            self.search = request.start_beam_search() if request.is_beam_search else None
         self.beams = self.sequences[:1]  # of the search: who holds its live beams, in its order
         self.offers: dict[Sequence, TokenLogprobs] = {}  # of the search: what beams have offered in this round
         self.listeners: list[Any] = []  # the edge's own
         self.worker_id: str | None = None  # who it is assigned to; None: no worker
         self.failure: object = None  # the Failed event, when the request failed
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt positions 1, 2, ..., if asked for
-        self.prompt_hashes: list[bytes] | None = None  # prefix-cache chain of the prompt's full blocks, once needed
+        self.prompt_hashes: list[bytes] | None = None  # prefix-cache keys of the prompt's full blocks, once needed
+        self.prompt_chain: _Hash | None = None  # the hash over those blocks, from which the output's keys go on
         self.lookup_keys: list[bytes] | None = None  # prefix-cache keys it will look up when it starts, once needed
         self.cache_allowed = True  # False: do not look its prompt up (again)
         self.shares_prefix = False  # it runs on blocks that the prefix cache gave it
@@ -362,6 +368,8 @@ class SequenceGroup:
     @property
     def live(self) -> list[Sequence]:
         """Sequences that have not finished, in index order."""
+        if len(self.sequences) == 1:  # most groups
+            return self.sequences.copy() if self.sequences[0].finish is None else []
         return [sequence for sequence in self.sequences if sequence.finish is None]
 
     @property

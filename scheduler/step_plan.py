@@ -11,7 +11,7 @@ Nobody changes a list inside a plan once `schedule()` has returned it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from scheduler.sequence import Request
@@ -46,8 +46,7 @@ NO_MOVES = BlockMoves()
 """The empty list of moves, shared by all plans without any."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewSequence:
+class NewSequence(NamedTuple):
     """A row that the worker fills whole: an admitted, resumed or re-admitted sequence."""
 
     slot: int  # the empty row
@@ -55,7 +54,7 @@ class NewSequence:
     prompt_tokens: int  # how many of token_ids are the prompt
     computed_tokens: int  # how many of token_ids have their KV in the blocks; below len(token_ids)
     blocks: list[int]  # the row's block table
-    index: int  # of the sequence in its request; keys the random draw together with seed and position
+    index: int  # type: ignore[assignment]  # of the sequence in its request; keys the draw with seed and position
     request: Request  # for the codec: sampling parameters (in payload), min_tokens, stop_ids
     logprobs: int | None = None  # as in the request; of a beam the tokens that it is to offer
     prompt_logprobs: int | None = None  # as in the request, None once they are complete

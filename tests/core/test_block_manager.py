@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from scheduler.block_manager import BlockManager
 from scheduler.block_pool import BlockPool, OutOfBlocksError
 from scheduler.block_table import BlockTable, blocks_for
-from scheduler.prefix_cache import extend_chain, root_key
+from scheduler.prefix_cache import extend_chain, start_chain
 
 
 def make_manager(num_blocks: int = 8, host_blocks: int = 8, block_size: int = 4) -> BlockManager:
@@ -26,7 +26,7 @@ def table_of(manager: BlockManager, num_tokens: int) -> BlockTable:
 
 
 def keys_of(num_blocks: int, tenant: str = "") -> list[bytes]:
-    return extend_chain(root_key(tenant), list(range(4 * num_blocks)), 4)
+    return extend_chain(start_chain(tenant), list(range(4 * num_blocks)), 4)
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
@@ -239,22 +239,23 @@ def test_forgotten_blocks_are_not_found_and_free_once_unused() -> None:
 
 def test_keys_depend_on_everything_before_the_block_and_on_the_tenant() -> None:
     tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    keys = extend_chain(root_key("a"), tokens, 4)
+    keys = extend_chain(start_chain("a"), tokens, 4)
     assert len(keys) == 2
     assert len(set(keys)) == 2
-    assert extend_chain(root_key("a"), [9, *tokens[1:]], 4)[1] != keys[1]
-    assert extend_chain(root_key("b"), tokens, 4)[0] != keys[0]
-    assert extend_chain(keys[0], tokens[4:], 4) == [keys[1]]
+    assert extend_chain(start_chain("a"), [9, *tokens[1:]], 4)[1] != keys[1]
+    assert extend_chain(start_chain("b"), tokens, 4)[0] != keys[0]
+    chain = start_chain("a")
+    assert extend_chain(chain, tokens[:4], 4) + extend_chain(chain, tokens[4:], 4) == keys
 
 
-def test_keys_are_the_documented_sha256_chain() -> None:
+def test_keys_are_the_documented_sha256() -> None:
     import hashlib
     import struct
 
-    root = hashlib.sha256(b"tenant").digest()
-    first = hashlib.sha256(root + struct.pack("<2I", 7, 70000)).digest()
-    second = hashlib.sha256(first + struct.pack("<2I", 0, 2**32 - 1)).digest()
-    assert extend_chain(root_key("tenant"), [7, 70000, 0, 2**32 - 1, 5], 2) == [first, second]
+    salt = hashlib.sha256(b"tenant").digest()
+    first = hashlib.sha256(salt + struct.pack("<2I", 7, 70000)).digest()
+    second = hashlib.sha256(salt + struct.pack("<4I", 7, 70000, 0, 2**32 - 1)).digest()
+    assert extend_chain(start_chain("tenant"), [7, 70000, 0, 2**32 - 1, 5], 2) == [first, second]
 
 
 class Blocks(RuleBasedStateMachine):
@@ -309,7 +310,7 @@ class Blocks(RuleBasedStateMachine):
     @rule(values=st.lists(st.integers(0, 2), min_size=1, max_size=4))
     def add(self, values: list[int]) -> None:
         table = BlockTable()
-        keys = extend_chain(root_key(""), values, 2)
+        keys = extend_chain(start_chain(""), values, 2)
         keys_to_find = keys[: (len(values) - 1) // 2]
         found = self.manager.find_prefix(keys_to_find)
         kept_keys = self.manager.tier.find(keys_to_find[len(found) :])

@@ -99,8 +99,8 @@ def test_notes_of_ended_requests_do_not_pile_up() -> None:
     for number in range(2000):
         dispatcher.submit(make_request(str(number)), 0)
         dispatcher.abort(str(number), FinishReason.CANCELLED, 0)
-    (heap,) = dispatcher._placement._heaps.values()
-    assert len(heap) <= 4 * 2 + 65
+    (kind,) = dispatcher._placement._kinds.values()
+    assert len(kind._heap) <= 4 * 2 + 65
 
 
 def test_the_queue_is_full_at_its_bound_and_free_again_when_somebody_leaves() -> None:

@@ -88,6 +88,7 @@ class Simulation:
         self.has_priorities = chance() < 0.3
         self.dispatcher = Dispatcher(self.config)
         self.links: dict[str, Link] = {}
+        self.idle: set[str] = set()  # workers that had nothing to plan, and no result or call from the dispatcher since
         self.dead: list[Link] = []
         self.groups: list[SequenceGroup] = []
         self.streams: dict[Sequence, list[int]] = {}
@@ -310,11 +311,14 @@ class Simulation:
             self.lose(worker_id)
 
     def plan(self, worker_id: str) -> bool:
+        self.idle.difference_update(self.dispatcher.take_woken())
         plan = self.dispatcher.schedule(worker_id, self.now)
         self.dispatcher.check_integrity()
         self.collect(StepOutput())
         if plan is None:
+            self.idle.add(worker_id)
             return False
+        assert worker_id not in self.idle, f"nobody would have asked {worker_id} for a plan"
         link = self.links[worker_id]
         link.plans.append(plan)
         assert len(link.plans) + len(link.results) <= self.config.max_plans_in_flight
@@ -322,6 +326,7 @@ class Simulation:
 
     def deliver(self, worker_id: str, result: StepResult, link: Link) -> None:
         link.delivered.append(result)
+        self.idle.discard(worker_id)
         self.collect(self.dispatcher.apply(worker_id, result, self.now))
 
     def deliver_unruly(self, worker_id: str, link: Link) -> None:

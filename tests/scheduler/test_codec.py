@@ -170,7 +170,7 @@ def test_a_submission_becomes_a_request_with_the_models_stop_ids() -> None:
     assert (request.priority, request.tenant, request.deadline, request.detached) == (-4, "t", 1050, True)
     assert (request.logprobs, request.prompt_logprobs) == (None, None)
     assert isinstance(request.payload, scheduler_pb2.Submit)
-    assert not request.payload.token_ids
+    assert request.payload.token_ids == [5, 6, 7]
     assert request.payload.sampling == sampling()
 
 
