@@ -28,6 +28,7 @@ def _for_the_wire(request: Request) -> Request:
     """The request with a Submit as its payload, in which the simulated model's behaviour hides."""
     submit = scheduler_pb2.Submit(
         request_id=request.request_id,
+        token_ids=request.prompt,
         sampling=inference_pb2.SamplingParams(
             temperature=0, n=request.n, beam_width=request.beam_width, length_penalty=request.length_penalty
         ),
@@ -66,7 +67,7 @@ class _Core(Dispatcher):
         self.plan = plan = super().schedule(worker_id, now)
         if plan is None:
             return None
-        rows = [replace(row, request=_for_the_wire(row.request)) for row in plan.new_sequences]
+        rows = [row._replace(request=_for_the_wire(row.request)) for row in plan.new_sequences]
         return replace(plan, new_sequences=rows)
 
 
