@@ -87,12 +87,17 @@ def batched_requests(report: Report) -> str:
 def sharing(report: Report) -> str:
     body = []
     for load in ("alpaca-like", "sharegpt-like"):
-        ours = report["ours"][load]["parallel"]
-        paper = report["paper"][load]
-        values = ", ".join(f"{each['percent']} (n={n})" for n, each in ours.items())
-        body.append([load, "parallel sampling", span(paper["parallel"]), values])
-        body.append([load, "beam search", span(paper["beam"]), "pending"])
+        ours, paper = report["ours"][load], report["paper"][load]
+        body.append([load, "parallel sampling", span(paper["parallel"]), by_width(ours["parallel"], "n")])
+        certainties = {str(report["certainty"]): ours["beam"], **ours["beam_by_other_certainty"]}
+        for certainty in sorted(certainties):
+            decoding = f"beam search, certainty {certainty}"
+            body.append([load, decoding, span(paper["beam"]), by_width(certainties[certainty], "width")])
     return rows(["load", "decoding", "paper, % of blocks saved", "ours"], body)
+
+
+def by_width(ours: dict[str, Any], name: str) -> str:
+    return ", ".join(f"{each['percent']} ({name} {width})" for width, each in ours.items())
 
 
 def shared_prefix(report: Report) -> str:

@@ -91,17 +91,26 @@ def batched_requests(report: dict[str, Any]) -> None:
 
 
 def sharing(report: dict[str, Any]) -> None:
-    (axis,) = axes(1)
-    for load, colour in (("alpaca-like", "#e69f00"), ("sharegpt-like", "#009e73")):
-        ours = report["ours"][load]["parallel"]
-        widths = [int(n) for n in ours]
-        axis.plot(widths, [each["percent"] for each in ours.values()], marker="o", color=colour, label=f"{load}, ours")
-        axis.plot([2, 6], report["paper"][load]["parallel"], "x--", color=colour, label=f"{load}, paper")
-    axis.set_ylim(0, 45)
-    axis.set_xticks([2, 4, 6])
-    axis.set_xlabel("parallel samples")
-    axis.set_ylabel("blocks saved, %")
-    axis.legend()
+    panels = axes(2)
+    for axis, decoding, title in zip(panels, ("parallel", "beam"), ("parallel samples", "beams"), strict=True):
+        for load, colour in (("alpaca-like", "#e69f00"), ("sharegpt-like", "#009e73")):
+            ours, paper = report["ours"][load], report["paper"][load]
+            widths, percents = percent_by_width(ours[decoding])
+            axis.plot(widths, percents, marker="o", color=colour, label=f"{load}, ours")
+            axis.plot([2, 6], paper[decoding], "x--", color=colour, label=f"{load}, paper")
+            if decoding == "beam":
+                less, more = (percent_by_width(each)[1] for each in ours["beam_by_other_certainty"].values())
+                axis.fill_between(widths, less, more, color=colour, alpha=0.2, linewidth=0)
+        axis.set_ylim(0, 90)
+        axis.set_xticks([2, 4, 6])
+        axis.set_xlabel(title)
+        axis.set_ylabel("blocks saved, %")
+    panels[1].set_title("band: the model's certainty 0.5 to 0.85")
+    panels[0].legend()
+
+
+def percent_by_width(ours: dict[str, Any]) -> tuple[list[int], list[float]]:
+    return [int(width) for width in ours], [each["percent"] for each in ours.values()]
 
 
 def block_size(report: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.simulator.allocation import OrcaMax, OrcaOracle, OrcaPow2, StaticBatcher
+from benchmarks.simulator.likelihoods import Likelihoods
 from benchmarks.simulator.profiles import WorkerProfile
 from benchmarks.simulator.simulation import Arrival, Observer, Outcome, Simulation
 from scheduler.dispatcher import SchedulerConfig
@@ -44,6 +45,7 @@ def simulate(
     preemption_mode: PreemptionMode = "auto",
     observer: Observer | None = None,
     give_up_ns: int | None = None,
+    likelihoods: Likelihoods | None = None,
 ) -> Outcome:
     """One run; raises RuntimeError unless everybody is answered or `give_up_ns` was given."""
     config = SchedulerConfig(
@@ -63,6 +65,7 @@ def simulate(
         observer=observer,
         answers_whole_batches=policy.answers_whole_batches,
         give_up_ns=give_up_ns,
+        likelihoods=likelihoods,
     )
     outcome = simulation.run()
     if give_up_ns is None and len(outcome.completions) != len(arrivals):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.simulator.allocation import ReservingScheduler
+from scheduler.beams import blocks_to_write
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import Sequence, SequenceStatus
 
@@ -76,10 +77,15 @@ def reserved_states(scheduler: ReservingScheduler, total: int) -> SlotStates:
 
 
 def sharing_saved(scheduler: Scheduler) -> tuple[int, int]:
-    """Blocks saved by sharing, and blocks that the same sequences would have without (the paper's figure 15)."""
-    logical = sum(len(s.table) for group in scheduler.running for s in group.live if not s.table.on_host)
+    """Blocks saved by sharing, and blocks that the same sequences would have without (the paper's figure 15). Beams
+    that are about to go on count with what their next step takes: a block that is about to be copied is not saved."""
     # Sequences that only wait for their last token still hold blocks, but are no longer among the running.
-    physical = len(
-        {b for group in scheduler.running for s in group.live if not s.table.on_host for b in s.table.blocks}
-    )
+    tables = [s.table for group in scheduler.running for s in group.live if not s.table.on_host]
+    logical = sum(len(table) for table in tables)
+    physical = len({block for table in tables for block in table.blocks})
+    size = scheduler.capacity.block_size
+    for group in scheduler.moved_beams:
+        if group.beams[0].computed % size == 0:
+            logical += len(group.beams)
+        physical += blocks_to_write(group, size)
     return logical - physical, logical

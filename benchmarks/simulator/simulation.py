@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from benchmarks.simulator.likelihoods import Likelihoods
 from benchmarks.simulator.profiles import StepLoad, WorkerProfile
 from benchmarks.simulator.worker import STOP, VirtualWorker
 from scheduler.dispatcher import Admission, Dispatcher, Failed, Finished, SchedulerConfig
@@ -28,6 +29,7 @@ class Arrival:
     prompt: list[int]
     output_tokens: int  # of each sequence
     n: int = 1
+    beam_width: int = 1  # above 1: a beam search, of which the client gets the `n` best
     tenant: str = ""
     priority: int = 0
 
@@ -124,10 +126,12 @@ class Simulation:
         answers_whole_batches: bool = False,
         give_up_ns: int | None = None,
         keeps_gaps: bool = False,
+        likelihoods: Likelihoods | None = None,
     ) -> None:
         """`answers_whole_batches`: nobody gets an answer before everybody who runs is done, as with a static batcher.
         `give_up_ns`: stop at this virtual time, whoever is still there; for loads beyond what can be sustained.
-        `keeps_gaps`: note every time between two tokens of a sequence."""
+        `keeps_gaps`: note every time between two tokens of a sequence.
+        `likelihoods`: what beam searches find likely."""
         profile = profiles[0]
         self.dispatcher = Dispatcher(
             config
@@ -156,7 +160,7 @@ class Simulation:
         self._made = 0  # events ever made, so that equal times are taken in order
         for index, each in enumerate(profiles):
             name, epoch = str(index), index + 1
-            self.workers[name] = VirtualWorker(each, epoch)
+            self.workers[name] = VirtualWorker(each, epoch, likelihoods)
             self.dispatcher.add_worker(name, each.capacity, each.rates, epoch, 0)
 
     def _make_scheduler(self, worker_id: str, *arguments: object) -> Scheduler:
@@ -190,6 +194,7 @@ class Simulation:
             str(number),
             arrival.prompt,
             n=arrival.n,
+            beam_width=arrival.beam_width,
             max_tokens=longest - len(arrival.prompt),
             stop_ids=STOP_IDS,
             tenant=arrival.tenant,

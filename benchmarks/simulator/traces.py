@@ -21,13 +21,16 @@ class Load:
     prompt: Lengths
     output: Lengths
 
-    def arrivals(self, rate: float, seconds: float, *, n: int = 1, seed: int = 0) -> list[Arrival]:
+    def arrivals(self, rate: float, seconds: float, *, n: int = 1, beam_width: int = 1, seed: int = 0) -> list[Arrival]:
         """Poisson arrivals at `rate` per second for `seconds`, prompts of zeros."""
         times = poisson(rate, seconds, seed)
         generator = np.random.default_rng(ONLINE_SEED + 100 * seed)
         prompts = self.prompt.draw(generator, len(times))
         outputs = self.output.draw(generator, len(times))
-        return [Arrival(at, [0] * i, o, n=n) for at, i, o in zip(times, prompts, outputs, strict=True)]
+        return [
+            Arrival(at, [0] * i, o, n=n, beam_width=beam_width)
+            for at, i, o in zip(times, prompts, outputs, strict=True)
+        ]
 
 
 SHAREGPT_LIKE = Load("sharegpt-like", *SHAREGPT)
