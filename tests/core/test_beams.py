@@ -117,6 +117,19 @@ def test_a_search_is_preempted_and_resumed_as_a_whole(mode: Any, in_flight: bool
     assert (group.swapped_bytes > 0, group.recomputed_tokens > 0) == (mode == "swap", mode == "recompute")
 
 
+@pytest.mark.parametrize("host_blocks", [0, 3])
+def test_a_search_that_the_arena_has_no_room_for_is_recomputed(host_blocks: int) -> None:
+    one = OneWorker(SchedulerConfig(watermark=0.0, preemption_mode="swap"), max_slots=4, host_blocks=host_blocks)
+    group = search(one, n=3, beam_width=3, max_tokens=20)
+    for _ in range(9):
+        one.step()
+    one.submit("urgent", n=2, priority=1)
+    plans = one.run_until_idle()
+    assert answers(group) == expected(group)
+    assert not any(plan.swap_out for plan in plans)
+    assert one.dispatcher.loads().workers[0].preemptions_total == {"swap": 0, "recompute": 1}
+
+
 def test_a_recomputed_search_shares_again_what_its_beams_begin_with() -> None:
     one = OneWorker(SchedulerConfig(watermark=0.0, preemption_mode="recompute", prefix_cache=False), max_slots=4)
     group = search(one, n=3, beam_width=3, max_tokens=20)

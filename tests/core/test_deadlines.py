@@ -242,29 +242,3 @@ def check_gone(service: OneWorker, group: SequenceGroup) -> None:
         assert sequence.finish.reason is FinishReason.DEADLINE
         assert sequence.table.blocks == []
     assert service.dispatcher.loads().workers[0].host_blocks_used == 0
-
-
-def test_a_parked_request_whose_time_is_over_gives_the_arena_back_without_a_step() -> None:
-    service = OneWorker()
-    parked = service.submit("parked", max_tokens=20, deadline=DUE)
-    steps(4)(service)
-    assert service.dispatcher.park("parked", 500, service.tick()) is ParkingVerdict.OK
-    over = service.now + 500
-    held = service.submit("held", max_tokens=3, hold_ns=600)
-    service.run_until_idle()
-    assert held.is_finished
-    assert service.free_blocks == 16
-    (load,) = service.dispatcher.loads().workers
-    assert load.host_blocks_used == 4  # 8 and 7 tokens, in blocks of 4
-    assert service.dispatcher.next_expiry() == over
-    service.dispatcher.expire(over)
-    assert service.dispatcher.loads().workers[0].host_blocks_used == 2
-    assert parked.sequences[0].finish is not None
-    assert parked.sequences[0].finish.reason is FinishReason.CANCELLED
-    assert held.keep_until is not None
-    service.dispatcher.expire(held.keep_until)
-    assert service.dispatcher.loads().workers[0].host_blocks_used == 0
-    assert service.maybe_plan() is None
-    for name in ("parked", "held"):
-        verdict = service.dispatcher.resume(name, Continuation(), service.tick()).verdict
-        assert verdict is ParkingVerdict.NOT_PARKED

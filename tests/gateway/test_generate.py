@@ -294,6 +294,9 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(world: World, m
 
 NAN = inference_pb2.SamplingParams(temperature=float("nan"))
 TOO_FEW_BEAMS = inference_pb2.SamplingParams(beam_width=2, n=3)
+WARM_BEAMS = inference_pb2.SamplingParams(beam_width=2, temperature=0.5)
+TOO_MANY = inference_pb2.SamplingParams(n=129)
+MORE_THAN_MOST = inference_pb2.StopParams(min_tokens=6, max_tokens=5)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +308,11 @@ TOO_FEW_BEAMS = inference_pb2.SamplingParams(beam_width=2, n=3)
         (ask("a b " * CONTEXT), "INVALID_ARGUMENT", "PROMPT_TOO_LONG", "prompt.text"),
         (ask(model="another"), "NOT_FOUND", "MODEL_NOT_FOUND", None),
         (ask(sampling=TOO_FEW_BEAMS), "INVALID_ARGUMENT", "INVALID_FIELD", "sampling.n"),
+        (ask(sampling=WARM_BEAMS), "INVALID_ARGUMENT", "INVALID_FIELD", "sampling.temperature"),
+        (ask(sampling=TOO_MANY), "INVALID_ARGUMENT", "INVALID_FIELD", "sampling.n"),
+        (ask(stop=MORE_THAN_MOST), "INVALID_ARGUMENT", "INVALID_FIELD", "stop.min_tokens"),
     ],
-    ids=["nan", "vocabulary", "long ids", "long text", "model", "beams"],
+    ids=["nan", "vocabulary", "long ids", "long text", "model", "beams", "warm beams", "samples", "stop"],
 )  # fmt: skip
 async def test_a_bad_request_is_refused_with_code_reason_and_path(
     world: World, request_message: Message, code: str, reason: str, path: str | None
