@@ -31,7 +31,7 @@ class BlockManager:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
         self.host = BlockPool(host_blocks)
-        self.cache = PrefixCache(num_blocks)
+        self.cache = PrefixCache()
         self.tier = HostTier(self.host, is_on=host_cache and host_blocks > 0)
 
     @property

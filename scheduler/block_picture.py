@@ -118,8 +118,8 @@ class Painter:
                         cells[block] = number
             blocks = scheduler.blocks
             key = PoolKey(scheduler.worker_id, scheduler.epoch, False)
-            picture.pools[key] = Cells(here, blocks.pool.references.copy())
-            host_references = blocks.host.references.copy()
+            picture.pools[key] = Cells(here, blocks.pool.references.tolist())
+            host_references = blocks.host.references.tolist()
             for block in blocks.tier.blocks:
                 host_references[block] = 0  # the cache's own reference: no sequence's
             picture.pools[key._replace(on_host=True)] = Cells(there, host_references)

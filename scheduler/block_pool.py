@@ -11,6 +11,7 @@ The pool chooses no victims and knows no tokens.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
 
@@ -27,9 +28,11 @@ class BlockPool:
         if num_blocks < 0:
             raise ValueError(f"num_blocks is {num_blocks}, must not be negative")
         self.num_blocks = num_blocks
-        self.references = [0] * num_blocks  # by block id
+        # Arrays, because a pool of a thousand workers has 50 million blocks: a list of numbers would take ten times the
+        # memory, and every full garbage collection would go through it.
+        self.references = array("i", bytes(4 * num_blocks))  # by block id
         # A stack: the block freed last is reused first, which keeps the touched part of the pool small.
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free = array("i", range(num_blocks - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
@@ -49,7 +52,7 @@ class BlockPool:
         if count > len(self._free):
             raise OutOfBlocksError(f"{count} blocks are wanted, {len(self._free)} of {self.num_blocks} are free")
         first = len(self._free) - count
-        blocks = self._free[first:]
+        blocks = self._free[first:].tolist()
         del self._free[first:]
         blocks.reverse()
         for block in blocks:

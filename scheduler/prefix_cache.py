@@ -48,14 +48,14 @@ def extend_chain(chain: _Hash, tokens: list[int], block_size: int) -> list[bytes
 
 
 class PrefixCache:
-    """Key to block and back, over block ids 0..num_blocks-1, and the unreferenced blocks in the order in which they
-    will be given up. Those with a pinned key are set aside and not given up."""
+    """Key to block and back, and the unreferenced blocks in the order in which they will be given up. Those with a
+    pinned key are set aside and not given up."""
 
     __slots__ = ("_block_of", "_key_of", "_pinned", "_set_aside", "_unreferenced")
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
-        self._key_of: list[bytes | None] = [None] * num_blocks
+        self._key_of: dict[int, bytes] = {}
         self._unreferenced: OrderedDict[int, None] = OrderedDict()
         self._pinned: set[bytes] = set()  # whether there are blocks of them or not
         self._set_aside: dict[int, None] = {}  # unreferenced blocks with a pinned key
@@ -65,7 +65,7 @@ class PrefixCache:
         return len(self._unreferenced)
 
     def __contains__(self, block: int) -> bool:
-        return self._key_of[block] is not None
+        return block in self._key_of
 
     def find(self, keys: list[bytes]) -> list[int]:
         """Blocks of the longest known beginning of a chain. Nothing changes."""
@@ -81,12 +81,12 @@ class PrefixCache:
         """Makes used blocks findable. The first block of a key stays; a block has one key."""
         block_of, key_of = self._block_of, self._key_of
         for block, key in blocks:
-            if key_of[block] is None and block_of.setdefault(key, block) == block:
+            if block not in key_of and block_of.setdefault(key, block) == block:
                 key_of[block] = key
 
     def park(self, block: int) -> bool:
         """Keeps a block whose last reference is gone. False: the block is not registered, it should become free."""
-        key = self._key_of[block]
+        key = self._key_of.get(block)
         if key is None:
             return False
         if self._pinned and key in self._pinned:
@@ -108,9 +108,7 @@ class PrefixCache:
     def evict(self) -> tuple[int, bytes]:
         """Gives up the block that has been unreferenced for longest, and its key; KeyError when there is none."""
         block, _ = self._unreferenced.popitem(last=False)
-        key = self._key_of[block]
-        assert key is not None
-        self._key_of[block] = None
+        key = self._key_of.pop(block)
         del self._block_of[key]
         return block, key
 
@@ -149,7 +147,7 @@ class PrefixCache:
         block = self._block_of.pop(key, None)
         if block is None:
             return None
-        self._key_of[block] = None
+        del self._key_of[block]
         return block if self.revive(block) else None
 
     @property
@@ -159,8 +157,7 @@ class PrefixCache:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless both indexes say the same."""
-        key_of = {block: key for block, key in enumerate(self._key_of) if key is not None}
-        assert {block: key for key, block in self._block_of.items()} == key_of, "the two indexes differ"
-        assert self._unreferenced.keys() <= key_of.keys(), "an unreferenced block is not registered"
+        assert {block: key for key, block in self._block_of.items()} == self._key_of, "the two indexes differ"
+        assert self._unreferenced.keys() <= self._key_of.keys(), "an unreferenced block is not registered"
         assert not self._unreferenced.keys() & self._set_aside.keys(), "a block is set aside and to be given up"
         assert all(self._key_of[block] in self._pinned for block in self._set_aside), "a block is set aside unpinned"

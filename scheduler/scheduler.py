@@ -23,7 +23,7 @@ time, all of them or none, and never hold up anybody else.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -201,20 +201,18 @@ class Scheduler:
 
     def give_up_waiting(self, num_sequences: int) -> list[SequenceGroup]:
         """Gives back groups that have not started, of so many sequences, for another worker: some from all over the
-        queue, so that their order changes little. Those whose KV is here stay."""
-        movable = [group for group in self.waiting if not group.live[0].table.blocks]
-        every = sum(len(group.live) for group in movable)
-        given_up: dict[SequenceGroup, None] = {}
-        due = 0
-        for group in movable:
-            due += num_sequences * len(group.live)
-            if due >= every:
-                due -= every
-                given_up[group] = None
-        for group in given_up:
+        queue, so that their order changes little. Those whose KV is here stay. Only who goes is looked at."""
+        waiting, groups = self.waiting, []
+        take = min(num_sequences, len(waiting))
+        for index in [(number + 1) * len(waiting) // take - 1 for number in range(take)]:
+            group = waiting[index]
+            if num_sequences > 0 and not group.live[0].table.blocks:
+                groups.append(group)
+                num_sequences -= len(group.live)
+        for group in reversed(groups):
+            waiting.pop(bisect_left(waiting, group.rank, key=rank))
             self._forget_group(group)
-        self.waiting = [group for group in self.waiting if group not in given_up]
-        return list(given_up)
+        return groups
 
     def give_up_all(self) -> list[SequenceGroup]:
         """Gives back all groups, because the worker is lost: with the tokens known so far, and without any KV. Those

@@ -78,8 +78,8 @@ class VirtualWorker:
         for slot in plan.decode_add:
             self._start_decoding(slot, step)
         sampled, offers, load = self._compute(plan)
-        swap_out = self.profile.swap_ns(load.swapped_out_blocks)
-        swap_in = self.profile.swap_ns(load.swapped_in_blocks)
+        swap_out = self.profile.swap_ns(load.swapped_out_blocks) if load.swapped_out_blocks else 0
+        swap_in = self.profile.swap_ns(load.swapped_in_blocks) if load.swapped_in_blocks else 0
         forward = self.profile.forward_ns(load)
         timings = StepTimings(
             swap_out_ns=swap_out,
