@@ -15,7 +15,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ import numpy as np
 from benchmarks.planning import commit
 from benchmarks.simulator.profiles import A100_OPT_13B_LEAN, GIB, H200_LLAMA_8B, WorkerProfile
 from benchmarks.simulator.simulation import Arrival, Outcome, Simulation
-from benchmarks.simulator.traces import SHAREGPT_LIKE
+from benchmarks.simulator.traces import SHAREGPT_LIKE, Load
 from benchmarks.simulator.worker import STOP, TOKEN
+from pagewire.bench.workloads import Lengths
 from scheduler.policy import PreemptionMode, SchedulerConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,36 +84,88 @@ def chunking(
     return {"load": "sharegpt-like, 20 s of Poisson arrivals, seed 0", "rows": rows}
 
 
-AT_THE_KNEE = (A100_OPT_13B_LEAN, 0.1, 900.0)
-"""Profile, requests per second of the light tenant, seconds: the heavy tenant alone begins to queue."""
+LONG_PROMPTS = Load("long prompts", Lengths(2000, 0.6, 8000), Lengths(100, 0.6, 400))
+"""Documents and short answers: a tenant whose load is nearly all prefill."""
+
+
+@dataclass(frozen=True)
+class TwoTenants:
+    """A light tenant's ShareGPT-like load, and one of 20 times as many requests."""
+
+    profile: WorkerProfile
+    light_per_s: float
+    seconds: float
+    heavy: Load = SHAREGPT_LIKE
+
+    def arrivals(self) -> tuple[list[Arrival], list[Arrival]]:
+        """Of the light tenant, and of the heavy one."""
+        light = SHAREGPT_LIKE.arrivals(self.light_per_s, self.seconds, seed=1)
+        heavy = self.heavy.arrivals(20 * self.light_per_s, self.seconds, seed=2)
+        return [replace(one, tenant="light") for one in light], [replace(one, tenant="heavy") for one in heavy]
+
+
+AT_THE_KNEE = TwoTenants(A100_OPT_13B_LEAN, 0.1, 900.0)
+"""The heavy tenant alone begins to queue."""
 TENANTS = (
     AT_THE_KNEE,
-    (A100_OPT_13B_LEAN, 0.2, 600.0),
-    (H200, 1.0, 120.0),
-    (H200, 2.0, 60.0),
-    (H200, 4.0, 60.0),
+    TwoTenants(A100_OPT_13B_LEAN, 0.2, 600.0),
+    TwoTenants(H200, 1.0, 120.0),
+    TwoTenants(H200, 2.0, 60.0),
+    TwoTenants(H200, 4.0, 60.0),
+    TwoTenants(H200, 1.0, 180.0, LONG_PROMPTS),
 )
 
 
-def fairness(cases: Sequence[tuple[WorkerProfile, float, float]] = TENANTS) -> Result:
-    """A light tenant alone, beside one that sends 20 times as much, and both in one queue as if they were one."""
+def in_order(*loads: Sequence[Arrival]) -> list[Arrival]:
+    return sorted((one for load in loads for one in load), key=lambda one: one.at_ns)
+
+
+def free_batch(profile: WorkerProfile, heavy: Sequence[Arrival], rows: float) -> tuple[WorkerProfile, list[Arrival]]:
+    """The floor: as many sequences always decode beside the light tenant's, but their prompts cost nothing (4 tokens)
+    and the pool has no end."""
+    roomy = replace(profile, kv_bytes=100 * profile.kv_bytes, max_num_seqs=min(profile.max_num_seqs, int(rows) + 4))
+    return roomy, [replace(one, prompt=one.prompt[:4], output_tokens=2 * one.output_tokens) for one in heavy]
+
+
+def fairness(cases: Sequence[TwoTenants] = TENANTS) -> Result:
+    """A light tenant alone, beside one that sends 20 times as much, beside one whose prompts and memory cost nothing,
+    and both in one queue as if they were one tenant."""
     rows = []
-    for profile, light_rate, seconds in cases:
-        light = [replace(one, tenant="light") for one in SHAREGPT_LIKE.arrivals(light_rate, seconds, seed=1)]
-        heavy = [replace(one, tenant="heavy") for one in SHAREGPT_LIKE.arrivals(20 * light_rate, seconds, seed=2)]
-        both = sorted(light + heavy, key=lambda one: one.at_ns)
-        one_queue = [replace(one, tenant="") for one in both]
+    for case in cases:
+        light, heavy = case.arrivals()
         times = {one.at_ns for one in light}
-        row: Result = {"profile": profile.name, "light_per_s": light_rate, "heavy_per_s": round(20 * light_rate, 1)}
-        for name, load in (("alone", light), ("beside", both), ("one_queue", one_queue)):
-            outcome = simulate(profile, load)
+        row: Result = {
+            "profile": case.profile.name,
+            "heavy_load": case.heavy.name,
+            "light_per_s": case.light_per_s,
+            "heavy_per_s": round(20 * case.light_per_s, 1),
+        }
+        both = in_order(light, heavy)
+        beside = simulate(case.profile, both)
+        floor_profile, free = free_batch(case.profile, heavy, beside.mean_rows)
+        for name, outcome in (
+            ("alone", simulate(case.profile, light)),
+            ("beside", beside),
+            ("floor", simulate(floor_profile, in_order(light, free))),
+            ("one_queue", simulate(case.profile, [replace(one, tenant="") for one in both])),
+        ):
             first = [done.first_token_ns for done in outcome.completions if done.arrived in times]
+            others = [done.first_token_ns for done in outcome.completions if done.arrived not in times]
             row[f"light_ttft_ms_{name}"] = percentiles(first)
+            row[f"heavy_ttft_ms_{name}"] = percentiles(others) if others else None
+            row[f"itl_ms_{name}"] = percentiles(outcome.token_gaps)
             row[f"out_tok_s_{name}"] = round(outcome.output_tokens_per_second)
             row[f"preemptions_{name}"] = outcome.preemptions
-        row["p99_over_lone"] = round(row["light_ttft_ms_beside"]["p99"] / row["light_ttft_ms_alone"]["p99"], 2)
+        lone = row["light_ttft_ms_alone"]["p99"]
+        row["p99_over_lone"] = round(row["light_ttft_ms_beside"]["p99"] / lone, 2)
+        row["floor_over_lone"] = round(row["light_ttft_ms_floor"]["p99"] / lone, 2)
+        row["throughput_over_one_queue"] = round(row["out_tok_s_beside"] / row["out_tok_s_one_queue"], 3)
         rows.append(row)
-    return {"load": "sharegpt-like, Poisson, seed 1 (light) and 2 (heavy)", "rows": rows}
+    return {
+        "load": "sharegpt-like (light) and as named (heavy), Poisson, seeds 1 and 2",
+        "worst_p99_over_lone": max(row["p99_over_lone"] for row in rows),
+        "rows": rows,
+    }
 
 
 def overcommitted(profile: WorkerProfile, arrivals: Sequence[Arrival], overcommit: float, host: float) -> WorkerProfile:

@@ -397,8 +397,10 @@ class Dispatcher:
             del self._retained[request_id]
 
     def next_expiry(self) -> int | None:
-        """When expire() has something to do at the earliest; None: nothing is pending."""
-        times = [time for time in (self._deadlines.next, self._parking.next_expiry) if time is not None]
+        """When expire() or schedule() has something to do at the earliest, if nothing else happens; None: nothing is
+        pending."""
+        held = (scheduler.held_until for scheduler in self._schedulers.values())
+        times = [time for time in (self._deadlines.next, self._parking.next_expiry, *held) if time is not None]
         if self._retained:
             times.append((next(iter(self._retained.values())).finished_at or 0) + self._config.retention_ns)
         return min(times, default=None)

@@ -42,6 +42,7 @@ class Draft:
 
     step: int
     left: int = 0  # token budget not used yet
+    left_for_heavy: int = 0  # of that, for the prompts of heavy tenants
     has_preempted: bool = False
     serves_light_tenants: bool = False  # a prompt of one is in it, so those of heavy tenants wait for the next step
     release_slots: list[int] = field(default_factory=list)

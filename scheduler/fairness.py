@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from scheduler.light_tenants import Demand
 from scheduler.sequence import Sequence, SequenceGroup
 
 PROMPT_TOKEN = 1
@@ -19,8 +20,6 @@ OUTPUT_TOKEN = 2
 """Units; an output token occupies a row of a step, a prompt token shares its step with many others."""
 CREDIT = 4096
 """Units by which a tenant that comes back may be ahead of the others."""
-LIGHT = 4
-"""A tenant with so many times fewer decoding sequences than another is light."""
 NEW = -1 << 62
 """Stands for the counter of a tenant that nothing is known about."""
 MAX_REMEMBERED = 1024
@@ -30,7 +29,7 @@ MAX_REMEMBERED = 1024
 class TenantTokens:
     """Counters of the tenants with groups on one worker, and of some that had."""
 
-    __slots__ = ("_decoding", "_most_rows", "_num_groups", "_remembered", "_rows", "_served", "is_shared")
+    __slots__ = ("_decoding", "_num_groups", "_remembered", "_rows", "_served", "demand", "is_shared")
 
     def __init__(self) -> None:
         self._served: dict[str, int] = {}  # units; of the tenants with groups
@@ -38,12 +37,13 @@ class TenantTokens:
         self._remembered: dict[str, int] = {}  # units; of tenants without groups, in order of leaving
         self._decoding: list[Sequence] = []  # the decode set that _rows counts
         self._rows: dict[str, int] = {}
-        self._most_rows = 0  # of one tenant
-        self.is_shared = False  # whether there is anybody to be fair to; nothing is charged while there is not
+        self.demand = Demand()
+        self.is_shared = False  # whether there is anybody to be fair to
 
     def enter(self, group: SequenceGroup) -> None:
         """A group has come to the worker. Takes from its tenant what it has saved up beyond the credit."""
         tenant = group.request.tenant
+        self.demand.came(tenant)
         if tenant in self._served:
             self._num_groups[tenant] += 1
             if len(self._served) == 1:
@@ -79,23 +79,38 @@ class TenantTokens:
         own = self.served(group)
         return {tenant for tenant, served in self._served.items() if served > own}
 
+    def look(self, now: int) -> None:
+        """A step is about to be planned, `now` in nanoseconds."""
+        self.demand.look(now, self._served.keys())
+
     def is_light(self, group: SequenceGroup) -> bool:
-        """Whether another tenant decodes at least LIGHT times as many sequences as the group's, of those there were
-        when decodes were charged last. Each step computes something for a light one, or for the heavy ones."""
-        rows = self._rows.get(group.request.tenant, 0)
-        return self.is_shared and LIGHT * max(rows, 1) <= self._most_rows
+        """Whether the group's tenant asks for much less than another, that is here or was lately."""
+        return self.is_charged and self.demand.is_light(group.request.tenant)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether heavy tenants' steps are to be short, for a light one that is here or will be."""
+        return self.demand.is_guarded
+
+    @property
+    def is_charged(self) -> bool:
+        """Whether anybody wants to know who is served how much."""
+        return self.is_shared or self.demand.is_guarded
 
     def charge_prompt(self, group: SequenceGroup, num_tokens: int) -> None:
         """Prompt tokens of a group have been planned."""
-        self._served[group.request.tenant] += PROMPT_TOKEN * num_tokens
+        self._charge(group.request.tenant, PROMPT_TOKEN * num_tokens)
 
     def charge_decodes(self, decoding: list[Sequence]) -> None:
         """A step of the decode set has been planned. The set is told by its identity: it is never changed in place."""
         if self._decoding is not decoding:
             self._decoding, self._rows = decoding, rows_by_tenant(decoding)
-            self._most_rows = max(self._rows.values(), default=0)
         for tenant, rows in self._rows.items():
-            self._served[tenant] += OUTPUT_TOKEN * rows
+            self._charge(tenant, OUTPUT_TOKEN * rows)
+
+    def _charge(self, tenant: str, units: int) -> None:
+        self._served[tenant] += units
+        self.demand.charge(tenant, units)
 
     def check_integrity(self, groups: Iterable[SequenceGroup]) -> None:
         """Raises AssertionError unless exactly the groups' tenants are counted."""

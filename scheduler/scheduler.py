@@ -37,6 +37,7 @@ from scheduler.decode_calendar import DecodeCalendar
 from scheduler.draft import Draft, ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.fairness import TenantTokens, rows_by_tenant
+from scheduler.light_tenants import PlanAhead, heavy_budget
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
 from scheduler.prefix_cache import extend_chain, start_chain
@@ -54,6 +55,9 @@ PREEMPTED = SequenceStatus.PREEMPTED
 PROGRESS_TOKENS = 16
 """Output tokens per sequence after which a request is no longer suspected of having brought its worker down. One that
 does so by what it asks for, or at some position, does so again within the first tokens after it has been resumed."""
+
+MOST_LOOKED_AT = 32
+"""Waiting groups whose prompts are counted as backlog; more would not be admitted within a few steps."""
 
 NEVER_STARTS = 1 << 62
 """A step number that no epoch reaches."""
@@ -113,6 +117,8 @@ class Scheduler:
         self.last_step = 0  # last plan made
         self.last_applied = 0  # last result applied
         self.in_flight: deque[Draft] = deque()
+        self.ahead = PlanAhead()
+        self.held_until: int | None = None  # a plan that could be made now is to be made then; nanoseconds
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
         self.stop_counts: dict[int, int] = {}  # stop token -> groups of this worker that have it
         self.searches: dict[SequenceGroup, None] = {}  # groups of this worker that are beam searches
@@ -297,10 +303,17 @@ class Scheduler:
     # ------------------------------------------------------------------ the policy
 
     def schedule(self, now: int) -> StepPlan | None:
-        """The next plan. None: enough plans are in flight, or there is nothing to compute now."""
+        """The next plan. None: enough plans are in flight, there is nothing to compute now, or it is too early
+        (`held_until`)."""
+        self.held_until = None
         if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self._leaving):
             return None
         self._firsts.clear()
+        self.tenants.look(now)
+        if self.tenants.is_guarded and self.in_flight:
+            self.held_until = self._hold_until(now)
+            if self.held_until is not None:
+                return None
         if self.blocks.tier.is_on:
             self.blocks.tier.is_worth_it = self.costs.is_worth_keeping(
                 self.capacity.block_bytes, self.capacity.block_size
@@ -319,7 +332,7 @@ class Scheduler:
                     self._admit_waiting(draft, now)  # who passes them
                     self._resume_preempted(draft, now)
                 self._admit_waiting(draft, now)
-            plan = self._commit(draft)
+            plan = self._commit(draft, now)
             # Whoever yielded in a step without other work may start again in the next: once per running group at most.
             if plan is not None or not draft.has_preempted:
                 return plan
@@ -356,7 +369,10 @@ class Scheduler:
             draft.decode_add.extend(sequence.slot for sequence in joining)
         if self.moved_beams:
             self._move_beams(draft)
-        draft.left = self._prefill_budget(len(self.decoding) + len(draft.beams))
+        decodes = len(self.decoding) + len(draft.beams)
+        draft.left = draft.left_for_heavy = self._prefill_budget(decodes)
+        if self.tenants.is_guarded:
+            draft.left_for_heavy = heavy_budget(draft.left, self._backlog(), decodes, self.costs.step_time)
 
     def _move_beams(self, draft: Draft) -> None:
         """All beams of the searches whose last results are in decode in this step: each row becomes its beam, and has
@@ -390,6 +406,27 @@ class Scheduler:
             return self.costs.step_time.chunk_budget(left, target, decodes)
         return left
 
+    def _backlog(self) -> int:
+        """Prompt tokens that could be computed now if a step had no end: of prompts that are under way, and of waiting
+        ones as far as there are rows and blocks for them."""
+        room = self.blocks.num_free * self.capacity.block_size
+        rows = self.max_rows - self.rows_held
+        waiting = sum(len(group.request.prompt) for group in self.waiting[: max(0, min(rows, MOST_LOOKED_AT))])
+        return min(waiting, room) + sum(sequence.num_tokens - sequence.computed for sequence in self.prefilling)
+
+    def _hold_until(self, now: int) -> int | None:
+        """When the plan behind those in flight should be made, because a light tenant's request may still come and be
+        in it; None: now."""
+        if self.ahead.due <= now or any(self.tenants.is_light(sequence.group) for sequence in self.prefilling):
+            return None
+        return None if self.waiting and self.tenants.is_light(self._first(self.waiting)) else self.ahead.due
+
+    def _left_for(self, group: SequenceGroup, draft: Draft) -> int:
+        """Chunk tokens of the step that a group may have."""
+        if self.tenants.is_guarded and not self.tenants.is_light(group):
+            return min(draft.left, draft.left_for_heavy)
+        return draft.left
+
     def _continue_prefills(self, draft: Draft, now: int) -> None:
         """Prompts that are being computed get further chunks, oldest first, or by place in line where that differs.
         Waiting groups with a place before theirs start before they go on."""
@@ -410,6 +447,8 @@ class Scheduler:
             group = self._first(self.preempted)
             if group.resumable_after > self.last_applied or not self._has_rows(group) or self._must_be_alone(group):
                 return
+            if group.live[0].status is PREEMPTED and self._left_for(group, draft) <= 0:
+                return
             if self.waiting and self._passes(self._first(self.waiting), group):
                 return
             if group.is_protected and not self._has_reserve(group):
@@ -424,8 +463,10 @@ class Scheduler:
     def _admit_waiting(self, draft: Draft, now: int, before: SequenceGroup | None = None) -> None:
         """Waiting groups start, by place; none but those that pass the first of the preempted ones, and only those with
         a place before a group's, if one is given."""
-        while self.waiting and draft.left > 0:
+        while self.waiting:
             group = self._first(self.waiting)
+            if self._left_for(group, draft) <= 0:
+                return
             if self.preempted and not self._passes(group, self._first(self.preempted)):
                 return
             if before is not None and self.place(group) >= self.place(before):
@@ -435,7 +476,7 @@ class Scheduler:
             if not self._has_rows(group) or not self._start(group, draft, now):
                 return
 
-    def _commit(self, draft: Draft) -> StepPlan | None:
+    def _commit(self, draft: Draft, now: int) -> StepPlan | None:
         """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next."""
         if self.blocks.tier.is_on:
             kept = self.blocks.tier.flush()
@@ -458,7 +499,9 @@ class Scheduler:
         self.swap_out_blocks_total += len(draft.swap_out)
         self.swap_in_blocks_total += len(draft.swap_in)
         self.in_flight.append(draft)
-        if self.tenants.is_shared:
+        decodes, chunks = len(self.decoding) + len(draft.beams), sum(draft.chunk_tokens)
+        self.ahead.planned(int(self.costs.step_time.ns(decodes, chunks)) if self.tenants.is_guarded else 0, now)
+        if self.tenants.is_charged:
             self.tenants.charge_decodes(self.decoding + draft.beams)
         return draft.plan(self.epoch)
 
@@ -702,7 +745,11 @@ class Scheduler:
             return
         size = self.capacity.block_size
         start, known = sequence.computed, sequence.num_tokens
-        end = min(known, start + draft.left)
+        left = self._left_for(group, draft)
+        if left <= 0:
+            return
+        end = min(known, start + left)
+        draft.left_for_heavy -= end - start
         if not sequence.has_row:
             draft.new_sequences.append(self._new_row(sequence, start))
         draft.add_chunk(sequence, end - start)
@@ -711,7 +758,7 @@ class Scheduler:
             again = min(end, sequence.computed_before) - start
             group.recomputed_tokens += again
             draft.recomputed_tokens += again
-        if self.tenants.is_shared:
+        if self.tenants.is_charged:
             draft.serves_light_tenants = draft.serves_light_tenants or self.tenants.is_light(group)
             self.tenants.charge_prompt(group, max(0, end - max(start, sequence.computed_before)))
         if self.config.prefix_cache:
@@ -1083,6 +1130,7 @@ class Scheduler:
         self._check_result(flight, len(rows), result)
         self.in_flight.popleft()
         self.last_applied = flight.step
+        self.ahead.applied(now)
         self._learn(flight, result)
         if result.nonfinite_rows or result.out_of_memory_slots:
             self._drop_failed_rows(flight, rows, result, now)

@@ -107,6 +107,9 @@ class Outcome:
         return sum(done.output_tokens * done.n for done in self.completions) / (self.end_ns * 1e-9)
 
 
+NEVER = 1 << 62
+"""Nanoseconds that no simulation reaches."""
+
 SchedulerFactory = Callable[..., Scheduler]
 Observer = Callable[[Scheduler, StepLoad, int], None]
 """Called after each applied result with the worker's scheduler, what the step did and how long it took."""
@@ -157,6 +160,7 @@ class Simulation:
         self._held: dict[SequenceGroup, None] = {}  # ended and not answered yet; an ordered set
         self._free_at = dict.fromkeys(range(len(profiles)), 0)  # when a worker has executed all its plans
         self._events: list[tuple[int, int, int, StepResult, StepLoad, int, int]] = []
+        self._timers: list[tuple[int, int]] = []  # when a plan that was held back is due, and for which worker
         self._made = 0  # events ever made, so that equal times are taken in order
         for index, each in enumerate(profiles):
             name, epoch = str(index), index + 1
@@ -172,7 +176,12 @@ class Simulation:
         arrivals, events = self._arrivals, self._events
         following = 0
         while following < len(arrivals) or events:
-            if following < len(arrivals) and (not events or arrivals[following].at_ns <= events[0][0]):
+            next_event = events[0][0] if events else NEVER
+            next_arrival = arrivals[following].at_ns if following < len(arrivals) else NEVER
+            if self._timers and self._timers[0][0] < min(next_event, next_arrival):
+                now, index = heappop(self._timers)
+                self._plan(str(index), now)
+            elif next_arrival <= next_event:
                 now = arrivals[following].at_ns
                 if self._give_up_ns is not None and now > self._give_up_ns:
                     break
@@ -221,6 +230,9 @@ class Simulation:
             self._made += 1
             num_rows = load.decode_tokens + load.num_chunks
             heappush(self._events, (end + delay, self._made, index, result, load, duration, num_rows))
+        due = self.schedulers[name].held_until
+        if due is not None and (due, index) not in self._timers:
+            heappush(self._timers, (due, index))
 
     def _finish_step(
         self, now: int, index: int, result: StepResult, load: StepLoad, duration: int, num_rows: int

@@ -125,10 +125,10 @@ def test_two_floods_are_served_by_turns() -> None:
 
 
 def test_a_light_tenants_prompt_does_not_share_its_step_with_those_of_a_flood() -> None:
-    service = OneWorker(SchedulerConfig(prefix_cache=False), num_blocks=64)
-    for number in range(4):
+    service = OneWorker(SchedulerConfig(prefix_cache=False), num_blocks=128, max_slots=16)
+    for number in range(10):
         service.submit(f"flood-{number}", tenant="heavy", max_tokens=20)
-    service.submit("first", tenant="light")
+    service.submit("first", [1], tenant="light")
     for _ in range(3):
         service.step()
     service.submit("late", tenant="heavy")

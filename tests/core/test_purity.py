@@ -27,6 +27,7 @@ CORE = {
     "host_tier",
     "hypotheses",
     "inspection",
+    "light_tenants",
     "loads",
     "parking",
     "pins",
