@@ -9,6 +9,7 @@ import enum
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from itertools import chain
 from math import ceil
 from typing import NamedTuple
@@ -123,6 +124,7 @@ class Dispatcher:
         self._last_epoch = 0
         self._stale_results = 0
         self._events: list[Event] = []
+        self._held: list[tuple[int, int, str]] = []  # heap of plans held back: time, epoch, worker id; some outdated
         self._woken: dict[str, None] = {}  # workers that may have something to plan; an ordered set
 
     # ------------------------------------------------------------------ workers
@@ -384,7 +386,12 @@ class Dispatcher:
 
     def expire(self, now: int) -> None:
         """Ends requests whose deadline has passed, or cannot be met because they still wait, and those that have been
-        parked for long enough; forgets finished ones whose retention is over."""
+        parked for long enough; forgets finished ones whose retention is over; wakes workers whose next plan was held
+        back until now."""
+        while self._held and self._held[0][0] <= now:
+            due, epoch, worker_id = heappop(self._held)
+            if self._is_held(due, epoch, worker_id):
+                self._woken[worker_id] = None
         for group in self._parking.expired(now):
             self._let_go(group, FinishReason.CANCELLED)
         for group in self._deadlines.take(now, self._groups):
@@ -397,10 +404,12 @@ class Dispatcher:
             del self._retained[request_id]
 
     def next_expiry(self) -> int | None:
-        """When expire() or schedule() has something to do at the earliest, if nothing else happens; None: nothing is
-        pending."""
-        held = (scheduler.held_until for scheduler in self._schedulers.values())
-        times = [time for time in (self._deadlines.next, self._parking.next_expiry, *held) if time is not None]
+        """When expire() has something to do at the earliest; None: nothing is pending."""
+        times = [time for time in (self._deadlines.next, self._parking.next_expiry) if time is not None]
+        while self._held and not self._is_held(*self._held[0]):
+            heappop(self._held)
+        if self._held:
+            times.append(self._held[0][0])
         if self._retained:
             times.append((next(iter(self._retained.values())).finished_at or 0) + self._config.retention_ns)
         return min(times, default=None)
@@ -427,8 +436,8 @@ class Dispatcher:
 
     def take_woken(self) -> list[str]:
         """Workers that may have something to plan for another reason than a result of theirs: a request has come to
-        them, ended or left. Any other worker whose last schedule() gave None would give None again, so that nobody has
-        to ask a whole pool. They are named once."""
+        them, ended or left, or expire() has found that a plan was held back until now. Any other worker whose last
+        schedule() gave None would give None again, so nobody has to ask a whole pool. They are named once."""
         if not self._woken:
             return []
         woken, self._woken = self._woken, {}
@@ -442,6 +451,8 @@ class Dispatcher:
         started = scheduler.groups_started_total
         plan = scheduler.schedule(now)
         self._num_waiting -= scheduler.groups_started_total - started
+        if scheduler.held_until is not None:
+            heappush(self._held, (scheduler.held_until, scheduler.epoch, worker_id))
         return plan
 
     def apply(self, worker_id: str, result: StepResult, now: int) -> StepOutput:
@@ -610,6 +621,11 @@ class Dispatcher:
             return None
         self._woken[worker_id] = None
         return self._schedulers[worker_id]
+
+    def _is_held(self, due: int, epoch: int, worker_id: str) -> bool:
+        """Whether a worker's next plan is still held back until `due`."""
+        scheduler = self._schedulers.get(worker_id)
+        return scheduler is not None and scheduler.epoch == epoch and scheduler.held_until == due
 
     def _assign(self, group: SequenceGroup, worker: Scheduler | None) -> None:
         """Gives a group to a worker, if there is one."""

@@ -161,6 +161,7 @@ class Simulation:
         self._free_at = dict.fromkeys(range(len(profiles)), 0)  # when a worker has executed all its plans
         self._events: list[tuple[int, int, int, StepResult, StepLoad, int, int]] = []
         self._timers: list[tuple[int, int]] = []  # when a plan that was held back is due, and for which worker
+        self._timer_of: dict[int, int] = {}  # the last of a worker's timers
         self._made = 0  # events ever made, so that equal times are taken in order
         for index, each in enumerate(profiles):
             name, epoch = str(index), index + 1
@@ -231,7 +232,8 @@ class Simulation:
             num_rows = load.decode_tokens + load.num_chunks
             heappush(self._events, (end + delay, self._made, index, result, load, duration, num_rows))
         due = self.schedulers[name].held_until
-        if due is not None and (due, index) not in self._timers:
+        if due is not None and self._timer_of.get(index) != due:
+            self._timer_of[index] = due
             heappush(self._timers, (due, index))
 
     def _finish_step(

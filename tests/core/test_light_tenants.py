@@ -124,6 +124,11 @@ def test_a_plan_waits_for_a_light_tenants_request_until_the_worker_needs_it() ->
     assert due is not None
     assert abs(due - begun - (20 * MS - 2.5 * MS)) < 0.1 * MS, "an eighth of the step before its end"
     assert 2.5 * MS > LEAD_NS
+    service.dispatcher.take_woken()
+    service.dispatcher.expire(due - 1)
+    assert service.dispatcher.take_woken() == []
+    service.dispatcher.expire(due)
+    assert service.dispatcher.take_woken() == ["w"]
     service.now = due
     assert service.maybe_plan() is not None
     assert service.dispatcher.next_expiry() is None
