@@ -50,13 +50,18 @@ class BlockManager:
         table.blocks.append(block)
         return block
 
+    def append_to_each(self, tables: list[BlockTable]) -> list[int]:
+        """Appends a block to every table and returns their ids. Raises OutOfBlocksError."""
+        blocks = self._take_many(len(tables))
+        for table, block in zip(tables, blocks, strict=True):
+            table.blocks.append(block)
+        return blocks
+
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         """Appends blocks until the table holds `num_tokens` tokens."""
         count = blocks_for(num_tokens, self.block_size) - len(table.blocks)
         if count > 0:
-            for _ in range(min(count - self.pool.num_free, self.cache.num_unreferenced)):
-                self._evict()
-            table.blocks.extend(self.pool.take_many(count))
+            table.blocks.extend(self._take_many(count))
 
     def fork(self, parent: BlockTable, num_blocks: int | None = None) -> BlockTable:
         """A new table that shares the parent's blocks, or its first `num_blocks`, in the memory where they are."""
@@ -196,6 +201,11 @@ class BlockManager:
         if not self.pool.num_free and self.cache.num_unreferenced:
             self._evict()
         return self.pool.take()
+
+    def _take_many(self, count: int) -> list[int]:
+        for _ in range(min(count - self.pool.num_free, self.cache.num_unreferenced)):
+            self._evict()
+        return self.pool.take_many(count)
 
     def _evict(self) -> None:
         block, key = self.cache.evict()

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from scheduler.block_pool import BlockPool
 from scheduler.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -118,13 +119,18 @@ class Painter:
                         cells[block] = number
             blocks = scheduler.blocks
             key = PoolKey(scheduler.worker_id, scheduler.epoch, False)
-            picture.pools[key] = Cells(here, blocks.pool.references.tolist())
-            host_references = blocks.host.references.tolist()
+            picture.pools[key] = Cells(here, _references(blocks.pool))
+            host_references = _references(blocks.host)
             for block in blocks.tier.blocks:
                 host_references[block] = 0  # the cache's own reference: no sequence's
             picture.pools[key._replace(on_host=True)] = Cells(there, host_references)
         self._numbers = numbers
         return picture
+
+
+def _references(pool: BlockPool) -> list[int]:
+    """Reference counts of all blocks."""
+    return pool.references + [0] * (pool.num_blocks - len(pool.references))
 
 
 def _blank(blocks: BlockManager) -> tuple[list[int], list[int]]:

@@ -11,7 +11,6 @@ The pool chooses no victims and knows no tokens.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 
 
@@ -28,35 +27,43 @@ class BlockPool:
         if num_blocks < 0:
             raise ValueError(f"num_blocks is {num_blocks}, must not be negative")
         self.num_blocks = num_blocks
-        # Arrays, because a pool of a thousand workers has 50 million blocks: a list of numbers would take ten times the
-        # memory, and every full garbage collection would go through it.
-        self.references = array("i", bytes(4 * num_blocks))  # by block id
-        # A stack: the block freed last is reused first, which keeps the touched part of the pool small.
-        self._free = array("i", range(num_blocks - 1, -1, -1))
+        # Both know only blocks that have been taken before: a pool of a thousand workers may have 50 million, and what
+        # is kept of each costs memory and the time of a full garbage collection.
+        self.references: list[int] = []  # by block id
+        self._free: list[int] = []  # a stack: the block freed last is reused first, so the touched part stays small
 
     @property
     def num_free(self) -> int:
-        """Blocks on the free list; parked ones are not counted."""
-        return len(self._free)
+        """Free blocks; parked ones are not counted."""
+        return len(self._free) + self.num_blocks - len(self.references)
 
     def take(self) -> int:
         """A free block, with one reference. Raises OutOfBlocksError when there is none."""
-        if not self._free:
+        if self._free:
+            block = self._free.pop()
+            self.references[block] = 1
+            return block
+        block = len(self.references)
+        if block >= self.num_blocks:
             raise OutOfBlocksError(f"all {self.num_blocks} blocks are taken")
-        block = self._free.pop()
-        self.references[block] = 1
+        self.references.append(1)
         return block
 
     def take_many(self, count: int) -> list[int]:
         """`count` free blocks, with one reference each. Raises OutOfBlocksError, and takes none, if there are fewer."""
-        if count > len(self._free):
-            raise OutOfBlocksError(f"{count} blocks are wanted, {len(self._free)} of {self.num_blocks} are free")
-        first = len(self._free) - count
-        blocks = self._free[first:].tolist()
+        if count > self.num_free:
+            raise OutOfBlocksError(f"{count} blocks are wanted, {self.num_free} of {self.num_blocks} are free")
+        references = self.references
+        first = max(0, len(self._free) - count)
+        blocks = self._free[first:]
         del self._free[first:]
         blocks.reverse()
         for block in blocks:
-            self.references[block] = 1
+            references[block] = 1
+        fresh = count - len(blocks)
+        if fresh:
+            blocks.extend(range(len(references), len(references) + fresh))
+            references.extend([1] * fresh)
         return blocks
 
     def share(self, block: int) -> None:
@@ -65,7 +72,7 @@ class BlockPool:
 
     def drop(self, block: int) -> bool:
         """One reference less. True: it was the last one; the caller then puts the block back or parks it."""
-        left = self.references[block] - 1
+        left = self.references[block] - 1 if block < len(self.references) else -1
         if left < 0:
             raise AssertionError(f"block {block} has no reference to drop")
         self.references[block] = left
@@ -83,6 +90,6 @@ class BlockPool:
         assert not free & used, f"blocks {sorted(free & used)} are free and used"
         assert not free & parked, f"blocks {sorted(free & parked)} are free and parked"
         assert not used & parked, f"blocks {sorted(used & parked)} are used and parked"
-        assert len(free) + len(used) + len(parked) == self.num_blocks, "a block is lost"
+        assert len(free) + len(used) + len(parked) == len(self.references) <= self.num_blocks, "a block is lost"
         counted = {block: self.references[block] for block in used}
         assert counted == expected_references, f"references {counted} != table entries {expected_references}"

@@ -73,6 +73,9 @@ class Demand:
 
     def look(self, now: int, present: Collection[str]) -> None:
         """A step is about to be planned; `present`: the tenants with groups."""
+        if now < self._look_again_at and not self._came:
+            self.is_guarded = now < self._expected_until
+            return
         halvings = (now - self._halved_at) // HALF_LIFE_NS
         if now >= self._look_again_at:
             self._look_again_at = now + LOOK_NS

@@ -42,7 +42,7 @@ from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
 from scheduler.prefix_cache import extend_chain, start_chain
 from scheduler.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
-from scheduler.step_plan import Fork, NewSequence, StepPlan, StepResult, TokenLogprobs
+from scheduler.step_plan import NO_MOVES, Fork, NewSequence, StepPlan, StepResult, TokenLogprobs
 
 # Names of their own: looking up an enum's member costs more than comparing it.
 WAITING = SequenceStatus.WAITING
@@ -356,9 +356,9 @@ class Scheduler:
             need += sum(beams.blocks_to_write(group, blocks.block_size) for group in self.moved_beams)
         if need > blocks.num_free:
             self._make_room(self._needs(due, copying), draft, now)
-        for sequence in due:
-            draft.append_slots.append(sequence.slot)
-            draft.append_blocks.append(blocks.append(sequence.table))
+        if due:
+            draft.append_slots += [sequence.slot for sequence in due]
+            draft.append_blocks += blocks.append_to_each([sequence.table for sequence in due])
         for sequence in copying:
             if sequence.status is RUNNING:
                 self._copy_on_write(sequence, draft)
@@ -483,7 +483,8 @@ class Scheduler:
             if kept:
                 draft.add_swap_out(kept)
                 draft.cache_blocks_out = len(kept)
-        if not (self.decoding or draft.beams or draft.chunk_slots or draft.swap_out or draft.swap_in):
+        num_out, num_in = len(draft.swap_out), len(draft.swap_in)
+        if not (self.decoding or draft.beams or draft.chunk_slots or num_out or num_in):
             self._give_back_released(draft)
             return None
         if self._beams_in_set or draft.beams:
@@ -494,13 +495,17 @@ class Scheduler:
         draft.decoding = self.decoding
         for sequence in self.calendar.ending(step):
             self._expect_end(sequence, draft)
-        size = self.capacity.block_bytes
-        self.costs.planned(len(draft.swap_out) * size, len(draft.swap_in) * size)
-        self.swap_out_blocks_total += len(draft.swap_out)
-        self.swap_in_blocks_total += len(draft.swap_in)
+        if num_out or num_in:
+            size = self.capacity.block_bytes
+            self.costs.planned(num_out * size, num_in * size)
+            self.swap_out_blocks_total += num_out
+            self.swap_in_blocks_total += num_in
         self.in_flight.append(draft)
-        decodes, chunks = len(self.decoding) + len(draft.beams), sum(draft.chunk_tokens)
-        self.ahead.planned(int(self.costs.step_time.ns(decodes, chunks)) if self.tenants.is_guarded else 0, now)
+        step_ns = 0.0
+        if self.tenants.is_guarded:
+            decodes, chunks = len(self.decoding) + len(draft.beams), sum(draft.chunk_tokens)
+            step_ns = self.costs.step_time.ns(decodes, chunks)
+        self.ahead.planned(int(step_ns), now)
         if self.tenants.is_charged:
             self.tenants.charge_decodes(self.decoding + draft.beams)
         return draft.plan(self.epoch)
@@ -1248,6 +1253,9 @@ class Scheduler:
         size, timings = self.capacity.block_bytes, result.timings
         if flight.recomputed_tokens:
             self.actual_ns["recompute"] += self.costs.recomputing_ns(flight.recomputed_tokens, timings)
+        if flight.swap_out is NO_MOVES and flight.swap_in is NO_MOVES:  # nearly always
+            self.costs.learn(0, 0, timings)
+            return
         self.costs.learn(len(flight.swap_out) * size, len(flight.swap_in) * size, timings)
         for moves, of_cache, took_ns in (
             (flight.swap_out, flight.cache_blocks_out, timings.swap_out_ns),
