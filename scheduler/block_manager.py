@@ -203,8 +203,10 @@ class BlockManager:
         return self.pool.take()
 
     def _take_many(self, count: int) -> list[int]:
-        for _ in range(min(count - self.pool.num_free, self.cache.num_unreferenced)):
-            self._evict()
+        missing = count - self.pool.num_free
+        if missing > 0:
+            for _ in range(min(missing, self.cache.num_unreferenced)):
+                self._evict()
         return self.pool.take_many(count)
 
     def _evict(self) -> None:
