@@ -93,6 +93,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
         assert places == (0 if only_ending else 1), f"{group} is in {places} places"
     for queue in (scheduler.waiting, scheduler.preempted):
         assert [group.rank for group in queue] == sorted(group.rank for group in queue), "a queue is out of order"
+    scheduler.waiting_lines.check_integrity(scheduler.waiting)
+    scheduler.preempted_lines.check_integrity(scheduler.preempted)
     assert not {*scheduler.waiting, *scheduler.preempted, *scheduler.running} - scheduler.groups.keys(), (
         "a finished group is queued"
     )

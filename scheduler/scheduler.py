@@ -23,7 +23,6 @@ time, all of them or none, and never hold up anybody else.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -43,6 +42,7 @@ from scheduler.preemption import CostModel, Place, choose_to_displace, choose_vi
 from scheduler.prefix_cache import extend_chain, start_chain
 from scheduler.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
 from scheduler.step_plan import NO_MOVES, Fork, NewSequence, StepPlan, StepResult, TokenLogprobs
+from scheduler.tenant_lines import TenantLines, put_in, rank, take_out
 
 # Names of their own: looking up an enum's member costs more than comparing it.
 WAITING = SequenceStatus.WAITING
@@ -98,7 +98,7 @@ class Scheduler:
         self.preempted: list[SequenceGroup] = []  # swapped out or to be recomputed; by rank
         self.parked: dict[SequenceGroup, None] = {}  # ended for now, and not in `groups`; their KV is kept here
         self._leaving: list[SequenceGroup] = []  # of those, whose KV the next plan copies out
-        self._firsts: dict[int, list[SequenceGroup]] = {}  # of each tenant in a queue, by its id; within one schedule()
+        self.waiting_lines, self.preempted_lines = TenantLines(), TenantLines()  # of these two queues
         self.running: dict[SequenceGroup, None] = {}  # has sequences that go on; in order of admission
         self.prefilling: list[Sequence] = []  # in order of admission
         self.decoding: list[Sequence] = []  # the decode set in the worker's order; replaced, never changed in place
@@ -191,11 +191,12 @@ class Scheduler:
         if group.losses:
             group.acquitted_at = _num_output(group) + PROGRESS_TOKENS * len(group.live)
             self.suspects[group] = None
-        queue = self.waiting if group.started_at is None else self.preempted
-        if queue and group.rank < queue[-1].rank:
-            insort(queue, group, key=rank)
+        if group.started_at is None:
+            queue, lines = self.waiting, self.waiting_lines
         else:
-            queue.append(group)
+            queue, lines = self.preempted, self.preempted_lines
+        put_in(queue, group)
+        lines.add(group)
 
     def pin(self, tenant: str, tokens: list[int]) -> None:
         """Keeps the full blocks of a prefix in the pool, from when a request has computed them on."""
@@ -216,7 +217,8 @@ class Scheduler:
                 groups.append(group)
                 num_sequences -= len(group.live)
         for group in reversed(groups):
-            waiting.pop(bisect_left(waiting, group.rank, key=rank))
+            take_out(waiting, group)
+            self.waiting_lines.remove(group)
             self._forget_group(group)
         return groups
 
@@ -308,7 +310,6 @@ class Scheduler:
         self.held_until = None
         if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self._leaving):
             return None
-        self._firsts.clear()
         self.tenants.look(now)
         if self.tenants.is_guarded and self.in_flight:
             self.held_until = self._hold_until(now)
@@ -532,10 +533,7 @@ class Scheduler:
         """Who is first in line in a queue that is sorted by rank and not empty."""
         if not self.tenants.is_shared:
             return queue[0]
-        firsts = self._firsts.get(id(queue))
-        if firsts is None:
-            firsts = self._firsts[id(queue)] = firsts_of_tenants(queue)
-        return min(firsts, key=self.place)
+        return (self.waiting_lines if queue is self.waiting else self.preempted_lines).first(self.place)
 
     def _passes(self, waiting: SequenceGroup, preempted: SequenceGroup) -> bool:
         """Whether a waiting group may start although a preempted one waits to come back: its priority is higher, or its
@@ -936,8 +934,8 @@ class Scheduler:
         self.running.pop(group, None)
         self.moved_beams.pop(group, None)
         if group not in self.preempted:
-            insort(self.preempted, group, key=rank)
-            self._firsts.clear()
+            put_in(self.preempted, group)
+            self.preempted_lines.add(group)
 
     def _preemption_mode(self, live: list[Sequence]) -> str:
         """Swap or recompute. Whoever is still being prefilled is recomputed: it has no output to lose, and what it
@@ -1081,9 +1079,12 @@ class Scheduler:
 
     def _leave_queue(self, group: SequenceGroup, live: list[Sequence]) -> None:
         """A waiting or preempted group starts to run: it has rows from now on."""
-        queue = self.waiting if live[0].status is WAITING else self.preempted
-        queue.remove(group)
-        self._firsts.clear()
+        if live[0].status is WAITING:
+            take_out(self.waiting, group)
+            self.waiting_lines.remove(group)
+        else:
+            take_out(self.preempted, group)
+            self.preempted_lines.remove(group)
         self.running[group] = None
         self.rows_held += len(live)
 
@@ -1429,10 +1430,12 @@ class Scheduler:
         self.running.pop(group, None)
         self.moved_beams.pop(group, None)
         self._resumed.discard(group)
-        queue = self.waiting if group.started_at is None else self.preempted
-        if group in queue:
-            queue.remove(group)
-            self._firsts.clear()
+        if group.started_at is None:
+            queue, lines = self.waiting, self.waiting_lines
+        else:
+            queue, lines = self.preempted, self.preempted_lines
+        if take_out(queue, group):
+            lines.remove(group)
         self._forget_group(group)
         group.resumable_after = self.last_step
         group.parked_epoch = self.epoch
@@ -1458,21 +1461,6 @@ class Scheduler:
                 self.stop_counts[token] = count
             else:
                 del self.stop_counts[token]
-
-
-def firsts_of_tenants(queue: list[SequenceGroup]) -> list[SequenceGroup]:
-    """The first group of each tenant among those of the highest rank's priority."""
-    highest = queue[0].rank[:2]
-    firsts: dict[str, SequenceGroup] = {}
-    for group in queue:
-        if group.rank[:2] != highest:
-            break
-        firsts.setdefault(group.request.tenant, group)
-    return list(firsts.values())
-
-
-def rank(group: SequenceGroup) -> tuple[int, int, int, int]:
-    return group.rank
 
 
 def _num_parked(group: SequenceGroup) -> int:

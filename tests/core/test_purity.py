@@ -39,6 +39,7 @@ CORE = {
     "sequence",
     "step_plan",
     "step_time",
+    "tenant_lines",
 }
 FORBIDDEN = {"asyncio", "datetime", "os", "random", "secrets", "select", "socket", "threading", "time", "uuid"}
 

@@ -74,6 +74,16 @@ class CountedWorkers(dict[str, Scheduler]):
         return super().items()
 
 
+class CountedQueue(list[SequenceGroup]):
+    """A queue that counts who is looked at when somebody goes through it."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[SequenceGroup]:
+        self.looks += len(self)
+        return super().__iter__()
+
+
 class ManyWorkers:
     """A pool of simulated workers. Every worker is driven only when the dispatcher names it or its result is in."""
 
@@ -203,3 +213,15 @@ def test_the_figures_of_a_worker_do_not_go_through_its_decode_set(monkeypatch: p
     assert figures.running_sequences == 8
     assert figures.kv_waste_ratio > 0
     assert looked_at == []
+
+
+def test_a_request_that_starts_is_found_without_a_look_at_all_who_wait() -> None:
+    pool = ManyWorkers(1)
+    for number in range(300):
+        pool.submit(str(number), tenant=f"tenant {number % 3}", priority=number % 2)
+    (scheduler,) = pool.dispatcher.schedulers
+    scheduler.waiting = queue = CountedQueue(scheduler.waiting)
+    pool.run_until_idle()
+    assert not queue
+    assert queue.looks == 0
+    pool.dispatcher.check_integrity()
