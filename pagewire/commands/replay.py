@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 EXIT_DIFFERENT = 1
 WIDTH = 120
 """Columns that the table needs; a narrower terminal wraps it."""
+COSTS = (
+    "per step",
+    "per decode sequence",
+    "per prefill token",
+    "per context token",
+    "per block copied",
+    "per block swapped",
+)
+"""The fields of StepCosts, for people."""
 STOP_S = 10.0
 """Time for the worker between SIGTERM and SIGKILL."""
 
@@ -48,6 +57,9 @@ def replay(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="No worker: schedule the recorded run again and compare the plans.")
     ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="No worker: fit what a step costs to the recorded step times.")
+    ] = False,
 ) -> None:
     """Execute the plans of a recorded run on a worker and compare the results, token by token.
 
@@ -59,6 +71,9 @@ def replay(
         recording = Recording(file)
         if simulate:
             _simulate(recording)
+        if calibrate:
+            _calibrate(recording)
+        if simulate or calibrate:
             return
         from pagewire.replay import epochs_of
 
@@ -90,6 +105,31 @@ def _simulate(recording: Recording) -> None:
         print(f"different: {report.first_difference}")
         raise typer.Exit(EXIT_DIFFERENT)
     print("equal: every plan and every verdict is as recorded")
+
+
+def _calibrate(recording: Recording) -> None:
+    """Fits step costs and shows how well they fit."""
+    from dataclasses import astuple
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pagewire.recording import RecordingError
+    from pagewire.simulation.costs import fit, steps_of
+
+    try:
+        found = fit(steps_of(recording)[0])
+    except ValueError as error:
+        raise RecordingError(f"{recording.path}: {error}") from None
+    table = Table("cost", "microseconds", "steps with it")
+    for name, ns, num_steps in zip(COSTS, astuple(found.costs), found.num_with, strict=True):
+        table.add_row(name, f"{ns / 1e3:.4g}" if num_steps else "not in the recording", str(num_steps))
+    table.add_row("scheduler and wire, per step (median)", f"{found.link_ns / 1e3:.4g}", str(found.num_steps))
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, WIDTH))
+    console.print(table)
+    shares = ", ".join(f"p{round(100 * share)} {100 * found.residual(share):.1f} %" for share in (0.5, 0.9, 0.99))
+    console.print(f"relative error of a step: {shares}")
+    console.print(f"all steps: measured {found.took_ns / 1e9:.3f} s, fitted {found.fitted_ns / 1e9:.3f} s")
 
 
 def _on_a_worker(

@@ -18,6 +18,11 @@ def replay(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=service.ROOT)
 
 
+def _cells(line: str) -> list[str]:
+    """The cells of a table's row; empty for another line."""
+    return line.split("│") if "│" in line else []
+
+
 async def test_mixed_traffic_with_preemptions_and_a_killed_worker_replays_equal(tmp_path: Path) -> None:
     model, path = tiny_models.make_tiny_model("llama", tmp_path / "model"), tmp_path / "run.rec"
     requests = seeded_requests()[:12]
@@ -44,6 +49,14 @@ async def test_mixed_traffic_with_preemptions_and_a_killed_worker_replays_equal(
     done = await asyncio.to_thread(replay, path, "--model", model, "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal: every result is as recorded" in done.stdout
+
+    simulated = await asyncio.to_thread(replay, path, "--simulate", "--calibrate")
+    assert simulated.returncode == 0, simulated.stdout + simulated.stderr
+    assert "equal: every plan and every verdict is as recorded" in simulated.stdout
+    costs = {cells[1].strip(): cells[2].strip() for cells in map(_cells, simulated.stdout.splitlines()) if cells}
+    assert float(costs["per step"]) > 0
+    assert float(costs["per decode sequence"]) >= 0
+    assert "relative error of a step: p50 " in simulated.stdout
 
     other = tiny_models.make_tiny_model("llama_tied", tmp_path / "other")
     refused = await asyncio.to_thread(replay, path, "--model", other, "--device", "cpu")

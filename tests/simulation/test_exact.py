@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pagewire.cli import main
 from pagewire.recording import Recording, RecordingError, frame
 from pagewire.simulation.exact import simulate
 from pagewire.v1 import recording_pb2
 from tests.scheduler.recordings import record_run, rewrite, with_header
+from tests.simulation.commands import replay
 from tests.simulation.lives import RecordedLife
 
 SEEDS = range(60)
@@ -23,15 +23,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recording") / "run.rec"
     asyncio.run(record_run(path, kill_a_worker=True))
     return path
-
-
-def replay(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `pagewire replay`."""
-    with pytest.raises(SystemExit) as ended:
-        main(["replay", *map(str, arguments)])
-    said = capsys.readouterr()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, said.out, said.err
 
 
 def test_every_life_of_the_core_is_scheduled_again_plan_by_plan(tmp_path: Path) -> None:

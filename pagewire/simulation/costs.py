@@ -1,0 +1,184 @@
+"""What a step costs on the machine of a recording, fitted to the step times in it.
+
+    step = fixed + a * decode sequences + b * prefill tokens + c * context tokens
+                 + d * copied blocks + e * swapped blocks
+
+It is fitted by least squares of the relative error, so that a few slow steps weigh no more than many quick ones, and no
+cost may be negative. What the line cannot follow is in its residuals: weights that hide the arithmetic of small chunks,
+sizes that steps are padded to, and copies that overlap with computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from statistics import median
+
+from pagewire.recording import Recording, RecordingError
+from pagewire.simulation.batch import Batch, StepWork
+from pagewire.simulation.exact import ExactReport, Watch, simulate
+from pagewire.v1 import worker_pb2
+from scheduler.draft import StepOutput
+from scheduler.step_plan import StepPlan, StepResult, StepTimings
+
+LEAST_STEPS = 16
+"""Fewer say nothing about six costs."""
+SINGULAR = 1e-9
+"""Of a column's square, what must be left of it without the columns before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Nanoseconds; 0 also where no step of the recording depends on it."""
+
+    fixed_ns: float = 0.0
+    """Per step."""
+    decode_ns: float = 0.0
+    """Per decode sequence."""
+    prefill_ns: float = 0.0
+    """Per token computed by a chunk."""
+    context_ns: float = 0.0
+    """Per pair of a computed token and a token that it attends to."""
+    copy_ns: float = 0.0
+    """Per block copied within the pool."""
+    swap_ns: float = 0.0
+    """Per block copied to or from the host arena."""
+
+    def step_ns(self, work: StepWork) -> float:
+        """Time of a step."""
+        ns: float = sum(cost * amount for cost, amount in zip(astuple(self), amounts(work), strict=True))
+        return ns
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step that was executed."""
+
+    work: StepWork
+    took_ns: int
+    """Of the worker's time: model, sampling, copies."""
+    turnaround_ns: int
+    """From when the worker could begin, plan made and result before it in, to its result."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Costs and how well the steps agree with them."""
+
+    costs: StepCosts
+    num_steps: int
+    num_with: tuple[int, ...]
+    """Steps that each cost was fitted to, in the order of StepCosts' fields."""
+    link_ns: float
+    """Median time per step that is not the worker's: wire, queues, both ends' own work."""
+    residuals: tuple[float, ...]
+    """Relative error of every step's fitted time, unsigned, ascending."""
+    took_ns: int
+    """All steps together, as measured."""
+    fitted_ns: float
+    """All steps together, as fitted."""
+
+    def residual(self, share: float) -> float:
+        """The relative error that this share of the steps does not pass."""
+        return self.residuals[min(len(self.residuals) - 1, int(share * len(self.residuals)))]
+
+
+def amounts(work: StepWork) -> tuple[int, ...]:
+    """What each cost is multiplied with, in the order of StepCosts' fields."""
+    return 1, *astuple(work)
+
+
+def steps_of(recording: Recording) -> tuple[list[Step], ExactReport]:
+    """The executed steps of a recording. Raises RecordingError when they cannot be simulated up to its end."""
+    watch = StepWatch()
+    report = simulate(recording, watch)
+    if report.first_difference:
+        raise RecordingError(f"{recording.path}: cannot be simulated: {report.first_difference}")
+    return watch.steps, report
+
+
+def fit(steps: Sequence[Step]) -> Fit:
+    """The costs that fit the steps best. Raises ValueError when there are too few."""
+    steps = [step for step in steps if step.took_ns > 0]
+    if len(steps) < LEAST_STEPS:
+        raise ValueError(f"it has {len(steps)} steps with times; a fit needs {LEAST_STEPS} at least")
+    rows = [amounts(step.work) for step in steps]
+    weighted = [[amount / step.took_ns for amount in row] for row, step in zip(rows, steps, strict=True)]
+    costs = StepCosts(*_least_squares(weighted))
+    fitted = [costs.step_ns(step.work) for step in steps]
+    return Fit(
+        costs=costs,
+        num_steps=len(steps),
+        num_with=tuple(sum(1 for row in rows if row[column]) for column in range(len(fields(StepCosts)))),
+        link_ns=median(max(0, step.turnaround_ns - step.took_ns) for step in steps),
+        residuals=tuple(sorted(abs(ns - step.took_ns) / step.took_ns for ns, step in zip(fitted, steps, strict=True))),
+        took_ns=sum(step.took_ns for step in steps),
+        fitted_ns=sum(fitted),
+    )
+
+
+class StepWatch(Watch):
+    """Collects the steps of a simulation."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._batches: dict[int, Batch] = {}  # by epoch
+        self._pending: dict[tuple[int, int], tuple[StepWork, int]] = {}  # (epoch, step): its work, when it was planned
+        self._result_at: dict[int, int] = {}  # by epoch, of the last one
+
+    def joined(self, hello: worker_pb2.WorkerHello, epoch: int) -> None:
+        self._batches[epoch] = Batch()
+
+    def planned(self, worker_id: str, plan: StepPlan, now: int) -> None:
+        _, work = self._batches[plan.epoch].execute(plan)
+        self._pending[plan.epoch, plan.step] = work, now
+
+    def applied(self, worker_id: str, result: StepResult, output: StepOutput, now: int) -> None:
+        found = self._pending.pop((result.epoch, result.step), None)
+        if found is None:
+            return  # it came twice
+        work, planned_at = found
+        begun = max(planned_at, self._result_at.get(result.epoch, 0))
+        self._result_at[result.epoch] = now
+        self.steps.append(Step(work, took_ns(result.timings), now - begun))
+
+
+def took_ns(timings: StepTimings) -> int:
+    """The worker's time for a step."""
+    return timings.swap_out_ns + timings.swap_in_ns + timings.copy_ns + timings.forward_ns + timings.sample_ns
+
+
+def _least_squares(rows: list[list[float]]) -> list[float]:
+    """x >= 0 for which the sum of squares of (row . x - 1) is small: columns that would be negative are left out, the
+    most negative first; so are columns that depend on the others."""
+    width = len(rows[0])
+    scale = [max(abs(row[column]) for row in rows) or 1.0 for column in range(width)]
+    scaled = [[value / size for value, size in zip(row, scale, strict=True)] for row in rows]
+    free = [column for column in range(width) if any(row[column] for row in scaled)]
+    squares = [[sum(row[one] * row[other] for row in scaled) for other in range(width)] for one in range(width)]
+    sums = [sum(row[column] for row in scaled) for column in range(width)]
+    while True:
+        found = _solve(squares, sums, free)
+        negative = [column for column in free if found[column] < 0]
+        if not negative:
+            return [value / size for value, size in zip(found, scale, strict=True)]
+        free.remove(min(negative, key=lambda column: found[column]))
+
+
+def _solve(squares: list[list[float]], sums: list[float], free: list[int]) -> list[float]:
+    """Gaussian elimination of a symmetric system; columns that are left out are 0."""
+    matrix = {one: [*squares[one], sums[one]] for one in free}
+    kept = []
+    for column in free:
+        pivot = matrix[column][column]
+        if pivot <= SINGULAR * squares[column][column]:
+            continue  # it is a sum of those before it
+        kept.append(column)
+        for other in free:
+            if other != column:
+                factor = matrix[other][column] / pivot
+                matrix[other] = [a - factor * b for a, b in zip(matrix[other], matrix[column], strict=True)]
+    found = [0.0] * len(squares)
+    for column in kept:
+        found[column] = matrix[column][-1] / matrix[column][column]
+    return found
