@@ -5,8 +5,8 @@ sequences whose beams have died. All children share their parent's blocks, the l
 held alone is free at once. With a width of 3, block size 4:
 
     before                    chosen             after
-    row 0  a: [5, 9, 2]       a1, a2 from a      row 0  a1: [5, 9, 2]
-    row 1  b: [5, 9, 7]       c1 from c          row 1  a2: [5, 9, 2]     7 is free; 2 is copied before it is written
+    row 0  a: [5, 9, 2]       a1, a2 from a      row 0  a1: [5, 9, 2]     2 is copied before it is written
+    row 1  b: [5, 9, 7]       c1 from c          row 1  a2: [5, 9, 2]     7 is free
     row 2  c: [5, 4, 6]                          row 2  c1: [5, 4, 6]
 """
 

@@ -220,7 +220,7 @@ def batched_requests() -> Result:
 
 SHARING_LOADS = ((ALPACA_LIKE, 5.0, 120.0), (SHAREGPT_LIKE, 0.3, 900.0))
 WIDTHS = (2, 4, 6)
-CERTAINTY, OTHER_CERTAINTIES = 0.7, (0.5, 0.85)
+CERTAINTY, OTHER_CERTAINTIES = 0.7, (0.5, 0.85, 0.97)
 """Mean probability of the likeliest token in the synthetic model that beam searches ask."""
 
 

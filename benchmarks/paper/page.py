@@ -97,7 +97,7 @@ def sharing(report: Report) -> str:
 
 
 def by_width(ours: dict[str, Any], name: str) -> str:
-    return ", ".join(f"{each['percent']} ({name} {width})" for width, each in ours.items())
+    return ", ".join(f"{each['percent']} ({name}={width})" for width, each in ours.items())
 
 
 def shared_prefix(report: Report) -> str:

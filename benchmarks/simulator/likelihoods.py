@@ -9,10 +9,11 @@ but no more than the one before it.
     0.5           0.5         5 %         30 %
     0.7           0.7        28 %         14 %
     0.85          0.85       59 %          6 %
+    0.97          0.97       91 %          1 %
 
 Why it matters: the surer a model, the rarer a child of another beam overtakes, the longer the beams differ, and the
-less they share. Beams that differ in one token draw independently here. What a real model finds likely behind two such
-beams is much alike, so that they run side by side for longer; that is not in this model.
+less they share. Beams that differ in one token draw independently here. It hardly matters: with draws by the last 2 to
+16 tokens alone, so that two such beams soon go on alike, savings change by less than a point.
 """
 
 from __future__ import annotations

@@ -270,6 +270,8 @@ class Blocks(RuleBasedStateMachine):
         self.tables: list[BlockTable] = []
         self.model: list[list[int]] = []  # per table: the values of its tokens
         self.cached: dict[bytes, tuple[int, ...]] = {}  # every key ever registered: what its block must hold
+        self.pinned: set[bytes] = set()
+        self.pinned_blocks: set[bytes] = set()  # keys of those, whose blocks may not be given up
 
     def write(self, number: int, position: int, value: int) -> None:
         """Writes one token's value through the block table; the block must be private."""
@@ -419,8 +421,42 @@ class Blocks(RuleBasedStateMachine):
     def forget(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(list(self.cached)))
         self.manager.forget([key])
+        self.pinned_blocks.discard(key)
         assert self.manager.find_prefix([key]) == []
         assert self.manager.tier.find([key]) == []
+
+    @precondition(lambda self: self.cached)
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(list(self.cached)))
+        self.manager.cache.pin([key])
+        self.pinned.add(key)
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.pinned)))
+        self.manager.cache.unpin([key])
+        self.pinned.remove(key)
+        self.pinned_blocks.discard(key)
+
+    @precondition(lambda self: self.pinned_blocks)
+    @rule()
+    def yield_pinned(self) -> None:
+        """A request that fits in no other way goes before pins."""
+        num_free, num_set_aside = self.manager.num_free, self.manager.cache.num_set_aside
+        assert self.manager.cache.yield_pinned() == (num_set_aside > 0)
+        assert self.manager.num_free == num_free + num_set_aside
+        self.pinned_blocks.clear()
+
+    @invariant()
+    def pinned_blocks_stay(self) -> None:
+        cache, find = self.manager.cache, self.manager.find_prefix
+        for key in self.pinned_blocks:
+            assert find([key]), "a pinned block was given up"
+            assert not cache.is_parked(find([key])[0]), "a pinned block may be given up"
+        # Those that have yielded are like all others until they have been used again.
+        self.pinned_blocks |= {key for key in self.pinned for block in find([key]) if not cache.is_parked(block)}
 
     @invariant()
     def the_books_balance(self) -> None:
