@@ -38,8 +38,9 @@ BUDGET = 2048
 RESULTS = Path(__file__).parent / "results" / "planning.json"
 
 
-def make_dispatcher(num_seqs: int) -> Dispatcher:
-    config = SchedulerConfig(max_num_seqs=num_seqs, token_budget=max(BUDGET, num_seqs), max_waiting=num_seqs + 1)
+def make_dispatcher(num_seqs: int, num_waiting: int = 1) -> Dispatcher:
+    max_waiting = num_seqs + num_waiting
+    config = SchedulerConfig(max_num_seqs=num_seqs, token_budget=max(BUDGET, num_seqs), max_waiting=max_waiting)
     capacity = WorkerCapacity(
         block_size=16,
         num_blocks=num_seqs * 160,
@@ -53,11 +54,19 @@ def make_dispatcher(num_seqs: int) -> Dispatcher:
     return dispatcher
 
 
-def make_request(number: int, prompt: list[int]) -> Request:
+def make_request(number: int, prompt: list[int], tenant: str = "", priority: int = 0) -> Request:
     submit = scheduler_pb2.Submit(request_id=f"request-{number}", token_ids=prompt)
     submit.sampling.temperature = 0.0
     submit.sampling.seed = number
-    return Request(submit.request_id, prompt, max_tokens=16384, stop_ids=frozenset({2}), payload=submit)
+    return Request(
+        submit.request_id,
+        prompt,
+        max_tokens=16384,
+        stop_ids=frozenset({2}),
+        tenant=tenant,
+        priority=priority,
+        payload=submit,
+    )
 
 
 def submit_all(dispatcher: Dispatcher, requests: list[Request]) -> None:
@@ -88,14 +97,18 @@ def spread(nanoseconds: list[int], scale: float = 1e3) -> dict[str, float]:
     }
 
 
-def steady_decode(num_seqs: int, steps: int) -> dict[str, Any]:
-    """The three parts of a steady step, in microseconds, and the plan's bytes."""
+def steady_decode(num_seqs: int, steps: int, *, crowded: bool = False) -> dict[str, Any]:
+    """The three parts of a steady step, in microseconds, and the plan's bytes. `crowded`: of four tenants and two
+    priorities, and half as many requests more wait for rows in every step."""
     dice = random.Random(SEED)
-    dispatcher = make_dispatcher(num_seqs)
-    for number in range(num_seqs):
+    dispatcher = make_dispatcher(num_seqs, num_seqs // 2 if crowded else 1)
+    for number in range(num_seqs + num_seqs // 2 if crowded else num_seqs):
         length = min(1024, max(4, round(dice.lognormvariate(math.log(PROMPT) - 0.5, 1.0))))
-        request = make_request(number, [dice.randrange(10, 31000) for _ in range(length)])
-        assert dispatcher.submit(request, 0).group is not None
+        prompt = [dice.randrange(10, 31000) for _ in range(length)]
+        tenant, priority = (f"tenant {number % 4}", number % 8 // 4) if crowded and number < num_seqs else ("", 0)
+        if crowded and number >= num_seqs:
+            tenant = f"tenant {number % 4}"
+        assert dispatcher.submit(make_request(number, prompt, tenant, priority), 0).group is not None
     rows = 0
     waiting: list[tuple[StepPlan, int]] = []
     schedule: list[int] = []
@@ -104,28 +117,29 @@ def steady_decode(num_seqs: int, steps: int) -> dict[str, Any]:
     total: list[int] = []
     sizes: list[int] = []
     known = [0] * num_seqs  # tokens of the row in each slot that are still to be computed
-    decoding = 0
+    decoding: set[int] = set()  # slots
     step = 0
     gc.collect()
     gc.freeze()
     while len(total) < steps:
         plan = timed(schedule, partial(dispatcher.schedule, "w", step))
         data = timed(encode, partial(encode_plan, plan))
-        decoding += len(plan.decode_add)
+        decoding.difference_update(plan.release_slots)
+        decoding.update(plan.decode_add)
         for new in plan.new_sequences:
             known[new.slot] = len(new.token_ids) - new.computed_tokens
         sampling = 0
         for slot, tokens in zip(plan.chunk_slots, plan.chunk_tokens, strict=True):
             known[slot] -= tokens
             sampling += known[slot] == 0
-        rows = decoding + sampling
+        rows = len(decoding) + sampling
         waiting.append((plan, rows))
         if len(waiting) == 2:
             result = answer(*waiting.pop(0), dice)
             timed(apply, partial(dispatcher.apply, "w", result, step))
             dispatcher.take_events()
         step += 1
-        if decoding < num_seqs or plan.decode_add or not apply:
+        if len(decoding) < num_seqs or plan.decode_add or not apply:
             for times in (schedule, encode, apply):
                 times.clear()
         else:

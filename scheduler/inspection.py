@@ -123,6 +123,12 @@ def check_scheduler(scheduler: Scheduler) -> None:
     rows = [sequence.slot for sequence in sequences if sequence.has_row]
     promised = sum(1 for s in sequences if s.status in (PREFILLING, RUNNING) and not s.has_row)
     assert scheduler.rows_held == len(rows) + len(scheduler.released_slots) + promised, "rows are miscounted"
+    rows_by: dict[tuple[str, int], int] = {}
+    for sequence in sequences:
+        if sequence.status in (PREFILLING, RUNNING):
+            key = (sequence.request.tenant, sequence.request.priority)
+            rows_by[key] = rows_by.get(key, 0) + 1
+    assert rows_by == scheduler.rows_by, "rows of tenants are miscounted"
     every_slot = sorted(rows + scheduler.released_slots + scheduler.free_slots)
     assert every_slot == list(range(scheduler.capacity.max_slots)), "a slot is lost or held twice"
     assert scheduler.assigned_sequences == len(sequences), "assigned sequences are miscounted"

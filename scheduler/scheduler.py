@@ -35,7 +35,7 @@ from scheduler.deadlines import least_ns
 from scheduler.decode_calendar import DecodeCalendar
 from scheduler.draft import Draft, ResultError, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
-from scheduler.fairness import TenantTokens, rows_by_tenant
+from scheduler.fairness import TenantTokens
 from scheduler.light_tenants import PlanAhead, heavy_budget
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
@@ -114,6 +114,7 @@ class Scheduler:
         self.free_slots = list(range(capacity.max_slots - 1, -1, -1))
         self.released_slots: list[int] = []  # rows that the next plan releases
         self.rows_held = 0  # rows held or promised to running groups
+        self.rows_by: dict[tuple[str, int], int] = {}  # those that are not released, by tenant and priority
         self.last_step = 0  # last plan made
         self.last_applied = 0  # last result applied
         self.in_flight: deque[Draft] = deque()
@@ -550,6 +551,9 @@ class Scheduler:
             claimant = self._first(self.waiting)
         if claimant.resumable_after > self.last_applied or self._must_be_alone(claimant):
             return
+        held = self._rows_by_tenant()
+        if not self._may_displace(claimant, held):
+            return
         # One more preemption would protect a group, which would then come back before the claimant.
         last = self.config.max_preemptions - 1
         priority, heavier = claimant.request.priority, self.tenants.served_more(claimant)
@@ -566,7 +570,6 @@ class Scheduler:
         need += sum(len(group.beams) for group in self.moved_beams)
         blocks = need + max(len(live) - 1, self.watermark_blocks) - self.blocks.num_free
         if rows > 0 or blocks > 0:
-            held = rows_by_tenant(s for group in self.running for s in group.live) if self.tenants.is_shared else {}
             others = [group for group in takeable if group not in self._resumed]
             for groups in (others, takeable):  # who has just been resumed only if nothing else helps
                 victims = choose_to_displace(claimant, groups, held, rows, blocks, self.place, self._sole_blocks)
@@ -574,6 +577,31 @@ class Scheduler:
                     self._preempt(victim, draft)
                 if victims:
                     return
+
+    def _rows_by_tenant(self) -> dict[str, int]:
+        """Rows that each tenant holds."""
+        held: dict[str, int] = {}
+        for (tenant, _), rows in self.rows_by.items():
+            held[tenant] = held.get(tenant, 0) + rows
+        return held
+
+    def _may_displace(self, claimant: SequenceGroup, held: dict[str, int]) -> bool:
+        """Whether there is a running group that choose_to_displace would take for a claimant. Told from who holds how
+        many rows, because it is asked in every step in which somebody waits."""
+        priority, own = claimant.request.priority, claimant.request.tenant
+        if any(other < priority for _, other in self.rows_by):
+            return True
+        share = 2 * (held.get(own, 0) + len(claimant.live))
+        heavier = self.tenants.served_more(claimant)
+        return any(rows > share and tenant in heavier for tenant, rows in held.items())
+
+    def _count_rows(self, group: SequenceGroup, change: int) -> None:
+        key = (group.request.tenant, group.request.priority)
+        rows = self.rows_by.get(key, 0) + change
+        if rows:
+            self.rows_by[key] = rows
+        else:
+            del self.rows_by[key]
 
     def _blocks_to_start(self, group: SequenceGroup) -> int:
         """Blocks that a waiting or preempted group needs to start, at most."""
@@ -1087,6 +1115,7 @@ class Scheduler:
             self.preempted_lines.remove(group)
         self.running[group] = None
         self.rows_held += len(live)
+        self._count_rows(group, len(live))
 
     def _take_row(self, sequence: Sequence) -> None:
         sequence.slot = self.free_slots.pop()
@@ -1095,6 +1124,7 @@ class Scheduler:
     def _release_row(self, sequence: Sequence) -> None:
         """Gives a running sequence's row, or its promise of one, back. A row can be filled again from the plan on that
         releases it."""
+        self._count_rows(sequence.group, -1)
         if sequence.has_row:
             sequence.has_row = False
             self.released_slots.append(sequence.slot)

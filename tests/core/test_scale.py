@@ -84,6 +84,16 @@ class CountedQueue(list[SequenceGroup]):
         return super().__iter__()
 
 
+class CountedGroups(dict[SequenceGroup, None]):
+    """Running groups; counts who is looked at when somebody goes through them."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[SequenceGroup]:
+        self.looks += len(self)
+        return super().__iter__()
+
+
 class ManyWorkers:
     """A pool of simulated workers. Every worker is driven only when the dispatcher names it or its result is in."""
 
@@ -224,4 +234,22 @@ def test_a_request_that_starts_is_found_without_a_look_at_all_who_wait() -> None
     pool.run_until_idle()
     assert not queue
     assert queue.looks == 0
+    pool.dispatcher.check_integrity()
+
+
+def test_a_step_in_which_somebody_waits_for_rows_goes_through_no_running_groups() -> None:
+    pool = ManyWorkers(1)
+    for number in range(24):  # eight rows, and a prompt for each tenant and priority in all of them
+        pool.submit(str(number), max_tokens=30, tenant=f"tenant {number % 2}", priority=number // 2 % 2)
+    for _ in range(3):
+        pool.plan(["0"])
+        pool.dispatcher.apply("0", pool.workers["0"].execute(pool.plans["0"].pop(0)), 0)
+    (scheduler,) = pool.dispatcher.schedulers
+    scheduler.running = running = CountedGroups(scheduler.running)
+    for _ in range(10):
+        pool.dispatcher.apply("0", pool.workers["0"].execute(pool.plans["0"].pop(0)), 0)
+        pool.plan(["0"])
+    assert len(running) == 8
+    assert len(scheduler.waiting) == 16
+    assert running.looks == 0
     pool.dispatcher.check_integrity()
