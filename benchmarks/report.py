@@ -294,16 +294,18 @@ def planning(content: Content | None) -> str:
     if content is None:
         return _unmeasured(content)
     lines = []
-    for row in content["steady_decode"]:
-        parts = [f"{row[key]['median']:.0f}" for key in ("schedule_us", "encode_us", "apply_us")]
-        total = row["total_us"]
-        lines.append([f"{row['running']}", *parts, f"{total['median']:.0f}", f"{row['plan_bytes']['median']:.0f}"])
+    for kind in ("steady_decode", "crowded"):
+        for row in content.get(kind, []):
+            parts = [f"{row[key]['median']:.0f}" for key in ("schedule_us", "encode_us", "apply_us")]
+            running, total = f"{row['running']}{', crowded' if kind == 'crowded' else ''}", row["total_us"]
+            lines.append([running, *parts, f"{total['median']:.0f}", f"{row['plan_bytes']['median']:.0f}"])
     heading = ["running sequences", "schedule us", "encode us", "apply us", "all us", "plan bytes"]
     admitted = content["admission"]
     text = (
         "Steady decode steps, pure core without gRPC. Goal: at most 500 us at 256 sequences and 2,000 us at 1024,\n"
         "plans of at most 1.5 kB at 256, 30 us per admitted request. Anchor:\n"
-        f"{content['anchor']}.\n\n"
+        f"{content['anchor']}.\n"
+        "Crowded: four tenants, two priorities, and half as many requests more wait for rows in every step.\n\n"
     )
     after = (
         f"\nAn admitted request of {admitted['prompt_tokens']} prompt tokens costs "
