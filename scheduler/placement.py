@@ -98,6 +98,8 @@ class WorkersOfOneKind:
         """The entry of the least loaded worker that could run a group; None: nobody could."""
         if self.largest is None or self.largest.why_never(group) is not None:
             return None
+        if len(self.workers) == 1:
+            return entry_of(self.largest)
         too_small = []
         while True:
             entry = self._top()

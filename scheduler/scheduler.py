@@ -766,7 +766,8 @@ class Scheduler:
             keys = self._prompt_keys(group)
             if leader.output:
                 keys = keys + self._output_keys(leader, leader.num_tokens)
-            group.lookup_keys = keys[: (leader.num_tokens - 1) // self.capacity.block_size]
+            most = (leader.num_tokens - 1) // self.capacity.block_size
+            group.lookup_keys = keys if len(keys) <= most else keys[:most]
         return group.lookup_keys
 
     def _plan_chunk(self, sequence: Sequence, draft: Draft) -> None:
