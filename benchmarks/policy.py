@@ -2,6 +2,7 @@
 
     python -m benchmarks.policy chunking     step times kept to a target: benchmarks/results/chunking.json
     python -m benchmarks.policy fairness     a light tenant beside a heavy one: benchmarks/results/fairness.json
+    python -m benchmarks.policy deadlines    deadlines told, or only kept: benchmarks/results/deadlines.json
     python -m benchmarks.policy preemption   modes under memory pressure: benchmarks/results/preemption.json
     python -m benchmarks.policy host_tier    conversations that come back: benchmarks/results/host_tier.json
     python -m benchmarks.policy all
@@ -69,7 +70,7 @@ def latencies(outcome: Outcome) -> Result:
 
 
 def chunking(
-    rates: Sequence[float] = (10, 30),
+    rates: Sequence[float] = (10, 20, 30),
     targets_ms: Sequence[int] = (0, 7, 8, 9, 10, 12, 14),
     profiles: Sequence[WorkerProfile] = (H200, H200_EAGER),
 ) -> Result:
@@ -80,7 +81,10 @@ def chunking(
             for target_ms in targets_ms:
                 outcome = simulate(profile, SHAREGPT_LIKE.arrivals(rate, 20.0), target_itl_ns=target_ms * 1_000_000)
                 row = {"profile": profile.name, "rate": rate, "target_itl_ms": target_ms}
-                rows.append(row | latencies(outcome))
+                row |= latencies(outcome)
+                if target_ms:
+                    row["itl_p99_over_target"] = round(row["itl_ms"]["p99"] / target_ms, 3)
+                rows.append(row)
     return {"load": "sharegpt-like, 20 s of Poisson arrivals, seed 0", "rows": rows}
 
 
@@ -166,6 +170,43 @@ def fairness(cases: Sequence[TwoTenants] = TENANTS) -> Result:
         "worst_p99_over_lone": max(row["p99_over_lone"] for row in rows),
         "rows": rows,
     }
+
+
+URGENT_NS, PATIENT_NS = 10_000_000_000, 40_000_000_000
+"""Within so much time every second request wants its whole answer, and the others theirs."""
+
+
+def in_time(outcome: Outcome, load: Sequence[Arrival]) -> Result:
+    """Shares of requests that were answered in time, and what was computed for those that were not."""
+    timeouts = {one.at_ns: one.timeout_ns for one in load}
+    answered = [done for done in outcome.completions if not done.too_late]
+    late = [done for done in outcome.completions if done.too_late]
+    row: Result = {}
+    for name, timeout in (("urgent", URGENT_NS), ("patient", PATIENT_NS)):
+        of = sum(one.timeout_ns == timeout for one in load)
+        row[f"{name}_in_time"] = round(sum(timeouts[done.arrived] == timeout for done in answered) / of, 3)
+    row["in_time"] = round(len(answered) / len(load), 3)
+    row["refused_early"] = round((outcome.refused + len(outcome.failures)) / len(load), 3)
+    row["tokens_for_late_answers"] = sum(done.output_tokens for done in late)
+    row["tokens_in_time_per_s"] = round(sum(done.output_tokens for done in answered) / (outcome.end_ns * 1e-9))
+    return row
+
+
+def deadlines(rates: Sequence[float] = (40, 55, 70, 110), seconds: float = 60.0) -> Result:
+    """Requests with deadlines below, at and beyond what the machine can serve: told to the scheduler, which goes by
+    them and refuses early, or only kept by clients that cancel. Every request asks for half its answer at least."""
+    rows = []
+    for rate in rates:
+        arrivals = SHAREGPT_LIKE.arrivals(rate, seconds)
+        load = [
+            replace(one, timeout_ns=(URGENT_NS, PATIENT_NS)[number % 2], min_tokens=one.output_tokens // 2)
+            for number, one in enumerate(arrivals)
+        ]
+        row: Result = {"profile": H200.name, "rate": rate}
+        for name, tells in (("told", True), ("cancelled", False)):
+            row[name] = in_time(Simulation([H200], load, config=config(H200, load), tells_deadlines=tells).run(), load)
+        rows.append(row)
+    return {"load": "sharegpt-like, Poisson, seed 0; deadlines of 10 s and 40 s in turn", "rows": rows}
 
 
 def overcommitted(profile: WorkerProfile, arrivals: Sequence[Arrival], overcommit: float, host: float) -> WorkerProfile:
@@ -266,6 +307,7 @@ def host_tier(counts: Sequence[int] = (40, 80, 160), links: Sequence[float] = (1
 EXPERIMENTS: dict[str, Callable[[], Result]] = {
     "chunking": chunking,
     "fairness": fairness,
+    "deadlines": deadlines,
     "preemption": preemption,
     "host_tier": host_tier,
 }

@@ -45,6 +45,7 @@ class Draft:
     left_for_heavy: int = 0  # of that, for the prompts of heavy tenants
     has_preempted: bool = False
     serves_light_tenants: bool = False  # a prompt of one is in it, so those of heavy tenants wait for the next step
+    decodes_sit_out: bool = False  # the decode set waits for the next step
     release_slots: list[int] = field(default_factory=list)
     swap_out: BlockMoves = NO_MOVES
     swap_in: BlockMoves = NO_MOVES

@@ -61,12 +61,12 @@ def kv_waste_ratio(scheduler: Scheduler) -> float:
         return 0.0
     beams = [sequence for group in scheduler.searches for sequence in group.live]
     others = empty_slots(chain(scheduler.prefilling, scheduler.joining, scheduler.ending, beams), scheduler)
-    return (scheduler.calendar.empty_slots(scheduler.last_step) + others) / (used * size)
+    return (scheduler.calendar.empty_slots(scheduler.last_decode_step) + others) / (used * size)
 
 
 def empty_slots(sequences: Iterable[Sequence], scheduler: Scheduler) -> int:
     """Slots without a token in the last blocks of sequences; several may end in one block."""
-    size, following = scheduler.capacity.block_size, scheduler.last_step + 1
+    size, following = scheduler.capacity.block_size, scheduler.last_decode_step + 1
     slots: dict[int, int] = {}  # by block
     for sequence in sequences:
         blocks = sequence.table.blocks

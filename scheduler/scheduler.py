@@ -56,6 +56,9 @@ PROGRESS_TOKENS = 16
 """Output tokens per sequence after which a request is no longer suspected of having brought its worker down. One that
 does so by what it asks for, or at some position, does so again within the first tokens after it has been resumed."""
 
+TARGET_SHARE = 0.96
+"""Of the target for the time between two tokens, what a step is predicted to take: predictions err by a few percent."""
+
 MOST_LOOKED_AT = 32
 """Waiting groups whose prompts are counted as backlog; more would not be admitted within a few steps."""
 
@@ -116,6 +119,8 @@ class Scheduler:
         self.rows_held = 0  # rows held or promised to running groups
         self.rows_by: dict[tuple[str, int], int] = {}  # those that are not released, by tenant and priority
         self.last_step = 0  # last plan made
+        self.last_decode_step = 0  # of those, how many the decode set did not sit out: the calendar's step
+        self._sits_out = False  # the decode set sits out the last plan
         self.last_applied = 0  # last result applied
         self.in_flight: deque[Draft] = deque()
         self.ahead = PlanAhead()
@@ -326,6 +331,8 @@ class Scheduler:
                 self._swap_out_parked(draft)
             if self._has_order:
                 self._displace(draft)
+            if self._may_sit_out() and self._plan_light_prompts(draft, now):
+                return self._commit(draft, now)
             self._keep_running(draft, now)
             self._take_released(draft)
             self._continue_prefills(draft, now)
@@ -342,7 +349,7 @@ class Scheduler:
     def _keep_running(self, draft: Draft, now: int) -> None:
         """All decoding sequences go on, those whose prefill has just been planned join them, and each has a block
         for the position it will write."""
-        step, blocks = draft.step, self.blocks
+        step, blocks = self.last_decode_step + 1, self.blocks
         joining = self.joining
         if joining:
             self.joining = []
@@ -368,13 +375,43 @@ class Scheduler:
             joining = [sequence for sequence in joining if sequence.status is RUNNING]
             self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING] + joining
             self._decoding_changed = False
-            draft.decode_add.extend(sequence.slot for sequence in joining)
+        draft.decode_add.extend(sequence.slot for sequence in (self.decoding if self._sits_out else joining))
         if self.moved_beams:
             self._move_beams(draft)
         decodes = len(self.decoding) + len(draft.beams)
         draft.left = draft.left_for_heavy = self._prefill_budget(decodes)
         if self.tenants.is_guarded:
             draft.left_for_heavy = heavy_budget(draft.left, self._backlog(), decodes, self.costs.step_time)
+
+    def _may_sit_out(self) -> bool:
+        """Whether the decode set may sit out a step, so that a light tenant's prompt has it to itself. Never two steps
+        in a row, and not where the time between two tokens has a target."""
+        if not self.tenants.is_guarded or not self.decoding or self._sits_out or self.config.target_itl_ns:
+            return False
+        if self._beams_in_set or self.moved_beams:
+            return False
+        if any(sequence.starts_at <= self.last_step + 1 for sequence in self._light_prompts()):
+            return True
+        return bool(self.waiting) and self.tenants.is_light(self._first(self.waiting))
+
+    def _plan_light_prompts(self, draft: Draft, now: int) -> bool:
+        """Plans a step without decodes, in which light tenants' prompts are computed. False: none of them has room, and
+        nothing has been planned."""
+        if self._decoding_changed:
+            self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING]
+            self._decoding_changed = False
+        draft.left, draft.left_for_heavy = self.token_budget, 0
+        self._take_released(draft)
+        self._continue_prefills(draft, now)
+        self._admit_waiting(draft, now)
+        if draft.chunk_slots:
+            draft.decodes_sit_out = True
+            draft.decode_remove = [sequence.slot for sequence in self.decoding]
+        return draft.decodes_sit_out
+
+    def _light_prompts(self) -> list[Sequence]:
+        """Prompts of light tenants that are under way."""
+        return [sequence for sequence in self.prefilling if self.tenants.is_light(sequence.group)]
 
     def _move_beams(self, draft: Draft) -> None:
         """All beams of the searches whose last results are in decode in this step: each row becomes its beam, and has
@@ -405,7 +442,7 @@ class Scheduler:
         target = self.config.target_itl_ns
         left = self.token_budget - decodes
         if target and (self.prefilling or self.preempted or self.waiting):
-            return self.costs.step_time.chunk_budget(left, target, decodes)
+            return self.costs.step_time.chunk_budget(left, int(TARGET_SHARE * target), decodes)
         return left
 
     def _backlog(self) -> int:
@@ -419,7 +456,7 @@ class Scheduler:
     def _hold_until(self, now: int) -> int | None:
         """When the plan behind those in flight should be made, because a light tenant's request may still come and be
         in it; None: now."""
-        if self.ahead.due <= now or any(self.tenants.is_light(sequence.group) for sequence in self.prefilling):
+        if self.ahead.due <= now or self._light_prompts():
             return None
         return None if self.waiting and self.tenants.is_light(self._first(self.waiting)) else self.ahead.due
 
@@ -486,17 +523,20 @@ class Scheduler:
                 draft.add_swap_out(kept)
                 draft.cache_blocks_out = len(kept)
         num_out, num_in = len(draft.swap_out), len(draft.swap_in)
-        if not (self.decoding or draft.beams or draft.chunk_slots or num_out or num_in):
+        draft.decoding = [] if draft.decodes_sit_out else self.decoding
+        if not (draft.decoding or draft.beams or draft.chunk_slots or num_out or num_in):
             self._give_back_released(draft)
             return None
         if self._beams_in_set or draft.beams:
             self._exchange_beams(draft)
-        step = self.last_step = draft.step
+        self.last_step = draft.step
         for blocks, keys in draft.registered:
             self.blocks.register(zip(blocks, keys, strict=False))
-        draft.decoding = self.decoding
-        for sequence in self.calendar.ending(step):
-            self._expect_end(sequence, draft)
+        self._sits_out = draft.decodes_sit_out
+        if not self._sits_out:
+            self.last_decode_step += 1
+            for sequence in self.calendar.ending(self.last_decode_step):
+                self._expect_end(sequence, draft)
         if num_out or num_in:
             size = self.capacity.block_bytes
             self.costs.planned(num_out * size, num_in * size)
@@ -505,11 +545,11 @@ class Scheduler:
         self.in_flight.append(draft)
         step_ns = 0.0
         if self.tenants.is_guarded:
-            decodes, chunks = len(self.decoding) + len(draft.beams), sum(draft.chunk_tokens)
+            decodes, chunks = len(draft.decoding) + len(draft.beams), sum(draft.chunk_tokens)
             step_ns = self.costs.step_time.ns(decodes, chunks)
         self.ahead.planned(int(step_ns), now)
-        if self.tenants.is_charged:
-            self.tenants.charge_decodes(self.decoding + draft.beams)
+        if self.tenants.is_charged and not draft.decodes_sit_out:
+            self.tenants.charge_decodes(draft.decoding + draft.beams if draft.beams else draft.decoding)
         return draft.plan(self.epoch)
 
     def _exchange_beams(self, draft: Draft) -> None:
@@ -566,7 +606,7 @@ class Scheduler:
             return
         live = claimant.live
         rows = self.rows_held - len(self.released_slots) + len(live) - self.max_rows
-        need = self._blocks_to_start(claimant) + len(self.calendar.due(draft.step)) + len(self.joining)
+        need = self._blocks_to_start(claimant) + len(self.calendar.due(self.last_decode_step + 1)) + len(self.joining)
         need += sum(len(group.beams) for group in self.moved_beams)
         blocks = need + max(len(live) - 1, self.watermark_blocks) - self.blocks.num_free
         if rows > 0 or blocks > 0:
@@ -851,7 +891,7 @@ class Scheduler:
     # ------------------------------------------------------------------ decode
 
     def _leave_decode(self, sequence: Sequence) -> None:
-        if self.calendar.leave(sequence, self.last_step):
+        if self.calendar.leave(sequence, self.last_decode_step):
             self._decoding_changed = True
 
     def _expect_end(self, sequence: Sequence, draft: Draft) -> None:
@@ -1014,7 +1054,7 @@ class Scheduler:
                 self._decode_beam(sequence, draft)
             else:
                 draft.decode_add.append(sequence.slot)
-                self.calendar.enter(sequence, draft.step)
+                self.calendar.enter(sequence, self.last_decode_step + 1)
         if group.search is None:
             self.decoding = self.decoding + live
         draft.left -= len(live)
@@ -1133,9 +1173,10 @@ class Scheduler:
             self.rows_held -= 1
 
     def _take_released(self, draft: Draft) -> None:
-        draft.release_slots, self.released_slots = self.released_slots, []
-        self.free_slots.extend(draft.release_slots)
-        self.rows_held -= len(draft.release_slots)
+        released, self.released_slots = self.released_slots, []
+        draft.release_slots = draft.release_slots + released
+        self.free_slots.extend(released)
+        self.rows_held -= len(released)
 
     def _give_back_released(self, draft: Draft) -> None:
         """Undoes _take_released for a draft that fills no row."""

@@ -8,7 +8,7 @@ delay after it was made. The loop looks only at the worker that an event concern
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from benchmarks.simulator.likelihoods import Likelihoods
@@ -16,7 +16,7 @@ from benchmarks.simulator.profiles import StepLoad, WorkerProfile
 from benchmarks.simulator.worker import STOP, VirtualWorker
 from scheduler.dispatcher import Admission, Dispatcher, Failed, Finished, SchedulerConfig
 from scheduler.scheduler import Scheduler
-from scheduler.sequence import Request, SequenceGroup
+from scheduler.sequence import FinishReason, Request, SequenceGroup
 from scheduler.sequence import Sequence as TokenSequence
 from scheduler.step_plan import StepResult
 
@@ -32,6 +32,8 @@ class Arrival:
     beam_width: int = 1  # above 1: a beam search, of which the client gets the `n` best
     tenant: str = ""
     priority: int = 0
+    timeout_ns: int | None = None  # the client wants no answer after that
+    min_tokens: int = 0  # as the scheduler is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Completion:
     cached_tokens: int
     preemptions: int
     tenant: str = ""
+    too_late: bool = False  # its deadline passed before its last token
 
     @property
     def first_token_ns(self) -> int:
@@ -130,11 +133,13 @@ class Simulation:
         give_up_ns: int | None = None,
         keeps_gaps: bool = False,
         likelihoods: Likelihoods | None = None,
+        tells_deadlines: bool = True,
     ) -> None:
         """`answers_whole_batches`: nobody gets an answer before everybody who runs is done, as with a static batcher.
         `give_up_ns`: stop at this virtual time, whoever is still there; for loads beyond what can be sustained.
         `keeps_gaps`: note every time between two tokens of a sequence.
-        `likelihoods`: what beam searches find likely."""
+        `likelihoods`: what beam searches find likely.
+        `tells_deadlines`: the scheduler knows them; otherwise a request is cancelled when its time is over."""
         profile = profiles[0]
         self.dispatcher = Dispatcher(
             config
@@ -162,6 +167,9 @@ class Simulation:
         self._events: list[tuple[int, int, int, StepResult, StepLoad, int, int]] = []
         self._timers: list[tuple[int, int]] = []  # when a plan that was held back is due, and for which worker
         self._timer_of: dict[int, int] = {}  # the last of a worker's timers
+        self._tells_deadlines = tells_deadlines
+        self._has_deadlines = False  # the scheduler knows some
+        self._timeouts: list[tuple[int, str]] = []  # deadlines that the scheduler does not know
         self._made = 0  # events ever made, so that equal times are taken in order
         for index, each in enumerate(profiles):
             name, epoch = str(index), index + 1
@@ -179,7 +187,9 @@ class Simulation:
         while following < len(arrivals) or events:
             next_event = events[0][0] if events else NEVER
             next_arrival = arrivals[following].at_ns if following < len(arrivals) else NEVER
-            if self._timers and self._timers[0][0] < min(next_event, next_arrival):
+            if (due := self._next_deadline()) < min(next_event, next_arrival):
+                self._pass_deadline(due)
+            elif self._timers and self._timers[0][0] < min(next_event, next_arrival):
                 now, index = heappop(self._timers)
                 self._plan(str(index), now)
             elif next_arrival <= next_event:
@@ -210,12 +220,36 @@ class Simulation:
             tenant=arrival.tenant,
             priority=arrival.priority,
             payload=arrival.output_tokens,
+            min_tokens=arrival.min_tokens,
         )
+        if arrival.timeout_ns is not None:
+            deadline = arrival.at_ns + arrival.timeout_ns
+            if self._tells_deadlines:
+                request = replace(request, deadline=deadline)
+                self._has_deadlines = True
+            else:
+                heappush(self._timeouts, (deadline, request.request_id))
         submitted = self.dispatcher.submit(request, arrival.at_ns)
         if submitted.admission is not Admission.OK:
             self.outcome.refused += 1
         elif submitted.group is not None and submitted.group.worker_id is not None:
             self._plan(submitted.group.worker_id, arrival.at_ns)
+
+    def _next_deadline(self) -> int:
+        """When one has to be looked at."""
+        if self._timeouts:
+            return self._timeouts[0][0]
+        due = self.dispatcher.next_expiry() if self._has_deadlines else None
+        return NEVER if due is None else max(due, self.outcome.last_result_ns)
+
+    def _pass_deadline(self, now: int) -> None:
+        if self._timeouts:
+            self.dispatcher.abort(heappop(self._timeouts)[1], FinishReason.DEADLINE, now)
+        else:
+            self.dispatcher.expire(now)
+        self._note_events(now)
+        for name in self.dispatcher.take_woken():
+            self._plan(name, now)
 
     def _plan(self, name: str, now: int) -> None:
         """Hands a worker all the plans that its scheduler will give."""
@@ -288,10 +322,15 @@ class Simulation:
                     cached_tokens=group.cached_tokens,
                     preemptions=group.preemptions,
                     tenant=request.tenant,
+                    too_late=any(ended_by_deadline(sequence) for sequence in group.sequences),
                 )
             )
             self.outcome.end_ns = now
         self._held.clear()
+
+
+def ended_by_deadline(sequence: TokenSequence) -> bool:
+    return sequence.finish is not None and sequence.finish.reason is FinishReason.DEADLINE
 
 
 STOP_IDS = frozenset({STOP})

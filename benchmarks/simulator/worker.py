@@ -75,6 +75,8 @@ class VirtualWorker:
             self._rows[new.slot] = self._new_row(new)
         if plan.beam_slots:
             self._continue_beams(plan)
+        if plan.decode_remove:
+            self._sit_out(plan.decode_remove, step)
         for slot in plan.decode_add:
             self._start_decoding(slot, step)
         sampled, offers, load = self._compute(plan)
@@ -112,6 +114,19 @@ class VirtualWorker:
             row.candidates = new.logprobs
             row.history = self.likelihoods.history(request.request_id, new.token_ids[new.prompt_tokens :])
         return row
+
+    def _sit_out(self, slots: list[int], step: int) -> None:
+        """Rows leave the decode set with what they have; beams have left already."""
+        for slot in slots:
+            row = self._rows[slot]
+            if not row.stop_step:
+                continue
+            self._sum_of_bases -= row.base
+            row.computed = step - row.base
+            row.outputs = row.wanted - 1 - (row.stop_step - step)
+            row.stop_step = 0
+        gone = set(slots)
+        self._decode_set = [slot for slot in self._decode_set if slot not in gone]
 
     def _start_decoding(self, slot: int, step: int) -> None:
         row = self._rows[slot]

@@ -4,6 +4,7 @@ has been made stands before its request."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from scheduler.dispatcher import SchedulerConfig
 from scheduler.light_tenants import GUARD_NS, HALF_LIFE_NS, LEAD_NS, LIGHT, LOOK_NS, Demand, heavy_budget
 from scheduler.step_time import LEAST_CHUNK, StepTime
 from tests.core.factories import OneWorker
+from tests.core.simulated_worker import undisturbed_output
 
 MS = 1_000_000
 
@@ -103,14 +105,15 @@ def step(service: OneWorker) -> None:
     service.apply(replace(result, timings=replace(result.timings, forward_ns=20 * MS)))
 
 
-def beside_a_flood(tenant: str | None = None) -> OneWorker:
+def beside_a_flood(tenant: str | None = None, **settings: Any) -> OneWorker:
     """A worker on which a flood is decoding, and a request of another tenant, if one is given."""
-    service = OneWorker(SchedulerConfig(prefix_cache=False), num_blocks=256, max_slots=32, max_step_tokens=256)
+    sizes = {"num_blocks": 1024, "max_slots": 32, "max_step_tokens": 64}
+    service = OneWorker(SchedulerConfig(prefix_cache=False, **settings), **sizes)
     for number in range(16):
-        service.submit(f"flood-{number}", tenant="heavy", max_tokens=40)
+        service.submit(f"flood-{number}", tenant="heavy", max_tokens=100)
     if tenant:
-        service.submit("first", [1], max_tokens=16, tenant=tenant)
-    for _ in range(12):
+        service.submit("first", [1], max_tokens=90, tenant=tenant)
+    for _ in range(60):
         step(service)
     return service
 
@@ -126,7 +129,7 @@ def test_a_plan_waits_for_a_light_tenants_request_until_the_worker_needs_it() ->
     assert 2.5 * MS > LEAD_NS
     service.dispatcher.take_woken()
     service.dispatcher.expire(due - 1)
-    assert service.dispatcher.take_woken() == []
+    assert not service.dispatcher.has_woken
     service.dispatcher.expire(due)
     assert service.dispatcher.take_woken() == ["w"]
     service.now = due
@@ -162,3 +165,54 @@ def test_plans_are_made_as_early_as_can_be_where_no_light_tenant_is() -> None:
         service.plan()
         assert service.maybe_plan() is not None
         service.run_until_idle()
+
+
+# ---- the light tenant's prompt has its step to itself
+
+
+def test_the_decode_set_sits_out_the_step_of_a_light_tenants_prompt() -> None:
+    service = beside_a_flood("light")
+    decoding = [sequence.slot for sequence in service.dispatcher._schedulers["w"].decoding]
+    assert len(decoding) == 17
+    flood = list(service.dispatcher._schedulers["w"].running)
+    second = service.submit("second", [2] * 40, tenant="light")
+    service.submit("of the heavy one", tenant="heavy")
+    alone = service.plan()
+    service.apply()
+    together = service.plan()
+    assert (alone.decode_remove, alone.decode_add, alone.chunk_tokens) == (decoding, [], [40])
+    assert together.decode_add == [*decoding, *alone.chunk_slots]
+    assert together.chunk_tokens == [5], "the heavy tenant's next prompt"
+    service.run_until_idle()
+    for group in (second, *flood):
+        assert group.sequences[0].output == undisturbed_output(group.request, 0)[0]
+
+
+def test_it_never_sits_out_two_steps_in_a_row() -> None:
+    service = beside_a_flood("light")
+    service.submit("long", [2] * 300, tenant="light")
+    plans = [service.plan(), service.plan()]
+    for _ in range(2):
+        service.apply()
+        plans.append(service.plan())
+    assert [bool(plan.decode_remove) for plan in plans] == [True, False, True, False]
+    assert [sum(plan.chunk_tokens) for plan in plans] == [64, 64 - 17, 64, 64 - 17]
+    service.run_until_idle()
+
+
+def test_it_sits_out_nothing_where_the_time_between_two_tokens_has_a_target() -> None:
+    service = beside_a_flood("light", target_itl_ns=30 * MS)
+    service.submit("second", [2] * 40, tenant="light")
+    plan = service.plan()
+    assert plan.chunk_slots
+    assert not plan.decode_remove
+    service.run_until_idle()
+
+
+def test_a_light_tenants_prompt_that_finds_no_room_stops_nobody() -> None:
+    service = beside_a_flood("light", max_num_seqs=17, max_preemptions=1)
+    service.submit("second", [2] * 40, tenant="light")
+    plan = service.plan()
+    assert not plan.decode_remove
+    assert not plan.chunk_slots
+    service.run_until_idle()

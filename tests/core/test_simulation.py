@@ -100,6 +100,7 @@ class Simulation:
         stem = [self.random.randrange(60) for _ in range(30)]
         self.stems = [stem, stem[:9] + [self.random.randrange(60) for _ in range(21)]]
         self.num_requests = self.random.randint(1, 16)
+        self.tenants = ["", "", "tenant"]
 
     # ---- what happens
 
@@ -195,7 +196,7 @@ class Simulation:
             min_tokens=dice.choice([0, 0, 2]),
             stop_ids=frozenset(dice.sample(range(64), dice.choice([0, 0, 1, 4]))),
             priority=dice.randint(-1, 1) if self.has_priorities else 0,
-            tenant=dice.choice(["", "", "tenant"]),
+            tenant=dice.choice(self.tenants),
             deadline=self.now + dice.randint(1, 300) if dice.random() < 0.05 else None,
             logprobs=dice.choice([None, None, 1]),
             prompt_logprobs=dice.choice([None, None, None, 1]),
@@ -304,13 +305,18 @@ class Simulation:
 
     def execute(self, worker_id: str, link: Link) -> None:
         try:
-            link.results.append(link.worker.execute(link.plans.popleft()))
+            plan = link.plans.popleft()
+            self.statistics["plans that decode sat out"] += len(plan.decode_remove) > len(plan.decode_add)
+            link.results.append(link.worker.execute(plan))
         except WorkerDiedError:
             self.statistics["killed workers"] += 1
             link.plans.clear()
             self.lose(worker_id)
 
     def plan(self, worker_id: str) -> bool:
+        held = self.dispatcher._schedulers[worker_id].held_until
+        if held is not None and held <= self.now:
+            self.dispatcher.expire(self.now)
         self.idle.difference_update(self.dispatcher.take_woken())
         plan = self.dispatcher.schedule(worker_id, self.now)
         self.dispatcher.check_integrity()
@@ -572,6 +578,15 @@ def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part:
         "turns with KV kept",
     ):
         assert statistics[happened] > 0, f"no scenario of {SEEDS_PER_TEST} had {happened}: {statistics}"
+
+
+def test_so_does_every_scenario_in_which_one_tenant_asks_for_nearly_everything() -> None:
+    statistics: Counter[str] = Counter()
+    for seed in range(80):
+        scenario = Simulation(seed)
+        scenario.tenants, scenario.num_requests = ["heavy"] * 8 + ["light"], 24
+        statistics += scenario.run()
+    assert statistics["plans that decode sat out"] > 20, statistics
 
 
 if __name__ == "__main__":
