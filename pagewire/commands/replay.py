@@ -230,6 +230,11 @@ def _on_a_worker(
     from pagewire.replay import ReplayServer, replay, why_unfit
     from pagewire.runtime.channel import is_loopback, split_address
 
+    if recording.header.began_in_mid_run and not any(epoch.num_results for epoch in epochs):
+        raise RecordingError(
+            f"{recording.path}: began in mid-run, and no worker that joined later has executed anything: only that "
+            "could be replayed"
+        )
     if not any(epoch.num_results for epoch in epochs):
         raise RecordingError(f"{recording.path}: no step result is in it: nothing can be compared")
     if listen and not insecure and not is_loopback(split_address(listen)[0]):
@@ -248,6 +253,8 @@ def _on_a_worker(
     finally:
         server.stop()
     _show(reports)
+    if recording.header.began_in_mid_run:
+        print(f"{recording.path}: began in mid-run; workers that were there already are left out")
     return reports
 
 

@@ -81,6 +81,11 @@ def config_of(recording: Recording) -> SchedulerConfig:
 def simulate(recording: Recording, watch: Watch | None = None) -> ExactReport:
     """Makes the recorded calls again, up to the first difference. Raises RecordingError for a recording that does not
     hold what that needs."""
+    if recording.header.began_in_mid_run:
+        raise RecordingError(
+            f"{recording.path}: began in mid-run, so what the scheduler held then is not in it: it cannot be "
+            "simulated; record from the scheduler's start with --record"
+        )
     return _Simulation(recording, watch or Watch()).run()
 
 
