@@ -177,13 +177,14 @@ class Epoch:
 
 
 def epochs_of(recording: Recording) -> list[Epoch]:
-    """The epochs of a recording, oldest first. Reads the whole file once; raises RecordingError where it is damaged."""
+    """The epochs of a recording that begin in it, oldest first. Reads the whole file once; raises
+    RecordingError where it is damaged."""
     epochs: dict[int, Epoch] = {}
     for event in recording.events():
         kind = event.WhichOneof("event")
         if kind == "worker_joined":
             epochs[event.worker_joined.epoch] = Epoch(event.worker_joined.epoch, event.worker_joined.hello)
-        elif kind == "scheduled" and event.scheduled.HasField("step_plan"):
+        elif kind == "scheduled" and event.scheduled.step_plan.epoch in epochs:
             epochs[event.scheduled.step_plan.epoch].num_plans += 1
         elif kind == "applied" and event.applied.step_result.epoch in epochs:
             epochs[event.applied.step_result.epoch].num_results += 1

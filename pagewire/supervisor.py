@@ -90,6 +90,8 @@ class UpSettings(RoleSettings):
     """Keep such blocks in host memory when the KV pool gives them up. Unset: off."""
     record: Path | None = None
     """File to record the run in, prompts included, for `pagewire replay`. Unset: nothing is recorded."""
+    record_dir: Path | None = None
+    """Folder for recordings that operators start with ControlService.RecordPlans. Unset: they cannot."""
 
     grpc_port: int = Field(default=50051, ge=0, le=65535)
     """Port of the gRPC API. 0 picks a free one. Further gateways take the following ports."""
@@ -154,6 +156,7 @@ _SCHEDULER_FLAGS = (
     "prefix_cache",
     "host_prefix_cache",
     "record",
+    "record_dir",
 )
 
 

@@ -85,6 +85,10 @@ class SchedulerSettings(RoleSettings):
     """File to record the whole run in: prompts, step plans and step results, for `pagewire replay`. An existing file is
     kept, and another name taken. Unset, because it holds what users write."""
 
+    record_dir: Path | None = None
+    """Folder for recordings that operators start with ControlService.RecordPlans. Unset: they cannot, because a
+    recording holds what users write."""
+
     session_backlog_tokens: int = Field(default=4_000_000, ge=1024)
     """Tokens (and attached snapshots' tokens) that may wait for one gateway's credit before its session is ended. Its
     requests go on and can be attached to."""
@@ -100,6 +104,13 @@ class SchedulerSettings(RoleSettings):
     def _at_least_one_address(cls, value: str) -> str:
         if not [part for part in value.split(",") if part.strip()]:
             raise ValueError("at least one address is needed, such as 127.0.0.1:50052")
+        return value
+
+    @field_validator("record_dir")
+    @classmethod
+    def _an_existing_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError("an existing folder is needed")
         return value
 
     @field_validator("record")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from scheduler.worker_link import PROTOCOL_VERSION
 
 
 class ControlServicer:
-    """Serves GetServerInfo, GetLoads, ListWorkers, Drain, PinPrefix and WatchBlocks."""
+    """Serves GetServerInfo, GetLoads, ListWorkers, Drain, PinPrefix, RecordPlans and WatchBlocks."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -33,6 +34,7 @@ class ControlServicer:
             "PinPrefix": self._pin_prefix,
         }
         methods = {name: grpc.unary_unary_rpc_method_handler(_answering(call)) for name, call in calls.items()}
+        methods["RecordPlans"] = grpc.unary_unary_rpc_method_handler(self._record_plans)
         methods["WatchBlocks"] = grpc.unary_stream_rpc_method_handler(self._watch_blocks)
         return grpc.method_handlers_generic_handler("pagewire.v1.ControlService", methods)
 
@@ -69,6 +71,24 @@ class ControlServicer:
         request = parse(control_pb2.DrainRequest, raw)
         live = self._engine.drain(resume=request.resume)
         return control_pb2.DrainResponse(live_requests=live).SerializeToString()
+
+    async def _record_plans(self, raw: bytes, context: Any) -> bytes | None:
+        async def run() -> bytes:
+            request = parse(control_pb2.RecordPlansRequest, raw)
+            if request.stop:
+                recorder = self._engine.end_recording()
+                await asyncio.to_thread(recorder.stop)
+            else:
+                recorder = self._engine.start_recording(request.name)
+            return control_pb2.RecordPlansResponse(
+                file=str(recorder.path),
+                recording=recorder.is_recording,
+                whole=recorder.is_whole,
+                events=recorder.num_events,
+                bytes=recorder.num_bytes,
+            ).SerializeToString()
+
+        return await answer(context, run())
 
     async def _watch_blocks(self, raw: bytes, context: Any) -> None:
         async def watch() -> None:

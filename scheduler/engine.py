@@ -11,6 +11,7 @@ starts another.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -21,7 +22,7 @@ import grpc
 from pagewire.runtime import logs
 from pagewire.runtime.fault_points import fault_point
 from pagewire.runtime.tracing import Tracer
-from pagewire.v1 import control_pb2, scheduler_pb2, worker_pb2
+from pagewire.v1 import control_pb2, recording_pb2, scheduler_pb2, worker_pb2
 from scheduler import codec
 from scheduler.codec import SubmitError
 from scheduler.config import SchedulerSettings
@@ -80,6 +81,7 @@ _PARKING_ERRORS = {
         "the model's context has no room for the input and one more token",
     ),
 }
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 log = logs.get_logger("scheduler.engine")
@@ -572,9 +574,45 @@ class Engine:
     # Recording
 
     def record(self, path: Path) -> Recorder:
-        """Records from now on, while no worker has joined yet. Raises OSError when the file cannot be made."""
-        recorder = Recorder(path, self.config, self.settings_as_text())
+        """Records from now on. Raises OSError when the file cannot be made."""
+        core = self.dispatcher
+        present = [
+            recording_pb2.RecordedWorkerPresent(hello=link.hello, epoch=link.epoch, last_step=link.last_step)
+            for link in self.workers.values()
+        ]
+        loads = core.loads()
+        holds_state = bool(present or self.live or loads.unassigned or loads.parked or len(core.pins))
+        recorder = Recorder(path, self.config, self.settings_as_text(), in_mid_run=holds_state, present=present)
         self.dispatcher.recorder = recorder
+        return recorder
+
+    def start_recording(self, name: str) -> Recorder:
+        """Records into a new file of the folder for that. Raises Refusal when that cannot be."""
+        folder, running = self.settings.record_dir, self.dispatcher.recorder
+        if folder is None:
+            message = "no folder for recordings is set: start the scheduler with --record-dir"
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message, reason="RECORDING_OFF")
+        if running is not None and running.is_recording:
+            message = f"{running.path} is being recorded: stop that first"
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message, reason="RECORDING_RUNS")
+        name = name or time.strftime("%Y%m%dT%H%M%SZ.rec", time.gmtime())
+        if not _FILE_NAME.fullmatch(name):
+            message = "name must be 1 to 100 letters, digits, dots, dashes and underscores, and begin with no dot"
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, message, reason="INVALID_FIELD")
+        try:
+            return self.record(folder / name)
+        except FileExistsError:
+            message = f"{folder / name} exists: choose another name"
+        except OSError as error:
+            message = f"{folder / name} cannot be written: {error.strerror}"
+        raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message, reason="RECORDING_FAILED")
+
+    def end_recording(self) -> Recorder:
+        """Records no more; the caller waits for the file. Raises Refusal when nothing is being recorded."""
+        recorder, self.dispatcher.recorder = self.dispatcher.recorder, None
+        if recorder is None:
+            message = "nothing is being recorded"
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message, reason="NOT_RECORDING")
         return recorder
 
     def settings_as_text(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,9 +44,18 @@ class Recorder:
     """One file being written."""
 
     def __init__(
-        self, path: Path, config: SchedulerConfig, settings: dict[str, str], max_buffered: int = MAX_BUFFERED
+        self,
+        path: Path,
+        config: SchedulerConfig,
+        settings: dict[str, str],
+        max_buffered: int = MAX_BUFFERED,
+        *,
+        in_mid_run: bool = False,
+        present: Sequence[recording_pb2.RecordedWorkerPresent] = (),
     ) -> None:
-        """Makes the file. Raises OSError when it exists already or cannot be made."""
+        """Makes the file. Raises OSError when it exists already or cannot be made.
+
+        `in_mid_run`: what is recorded builds on what is not, such as the workers that are `present`."""
         self.path = path
         self.num_events = 0
         """Written so far."""
@@ -61,6 +70,7 @@ class Recorder:
             settings=settings,
             policy={name: json.dumps(value) for name, value in dataclasses.asdict(config).items()},
             started_at_unix_ns=time.time_ns(),
+            began_in_mid_run=in_mid_run,
         )
         self._max_buffered = max_buffered
         self._file: BinaryIO = path.open("xb")
@@ -69,9 +79,18 @@ class Recorder:
         self._changed = threading.Condition()
         self._cause = recording_pb2.RECORDING_END_CAUSE_UNSPECIFIED
         self._num_dropped = 0
+        if present:
+            self._complete_header(present[0].hello)
+        for worker in present:
+            self._write(recording_pb2.RecordingEvent(worker_present=worker))
         self._thread = threading.Thread(target=self._write_all, name="recorder", daemon=True)
         self._thread.start()
         log.warning("recording prompts, step plans and step results", file=str(path))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what is recorded builds on nothing that is not."""
+        return not self._header.began_in_mid_run
 
     @property
     def is_recording(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import subprocess
 import sys
 import tempfile
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,6 +38,14 @@ STOP_S = 10.0
 """Time for the worker between SIGTERM and SIGKILL."""
 
 
+class PreemptionMode(enum.StrEnum):
+    """As of the scheduler's setting."""
+
+    AUTO = "auto"
+    SWAP = "swap"
+    RECOMPUTE = "recompute"
+
+
 def command() -> Callable[..., None]:
     """The command."""
     return replay
@@ -60,6 +69,15 @@ def replay(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="No worker: fit what a step costs to the recorded step times.")
     ] = False,
+    preemption_mode: Annotated[
+        PreemptionMode | None,
+        typer.Option(help="With --simulate: what this setting would have given, by fitted costs."),
+    ] = None,
+    token_budget: Annotated[int | None, typer.Option(min=1, help="Likewise: tokens per step.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Likewise: sequences at once per worker.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="Likewise: KV blocks per worker.")] = None,
+    host_blocks: Annotated[int | None, typer.Option(min=0, help="Likewise: host arena blocks per worker.")] = None,
+    prefix_cache: Annotated[bool | None, typer.Option(help="Likewise: with or without the prefix cache.")] = None,
 ) -> None:
     """Execute the plans of a recorded run on a worker and compare the results, token by token.
 
@@ -69,7 +87,20 @@ def replay(
 
     try:
         recording = Recording(file)
-        if simulate:
+        changes = {
+            "preemption_mode": None if preemption_mode is None else preemption_mode.value,
+            "token_budget": token_budget,
+            "max_num_seqs": max_num_seqs,
+            "num_blocks": num_blocks,
+            "host_blocks": host_blocks,
+            "prefix_cache": prefix_cache,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if changes and not simulate:
+            raise RecordingError(f"{_option(next(iter(changes)))} needs --simulate: a worker executes what was planned")
+        if changes:
+            _what_if(recording, changes)
+        elif simulate:
             _simulate(recording)
         if calibrate:
             _calibrate(recording)
@@ -105,6 +136,59 @@ def _simulate(recording: Recording) -> None:
         print(f"different: {report.first_difference}")
         raise typer.Exit(EXIT_DIFFERENT)
     print("equal: every plan and every verdict is as recorded")
+
+
+def _what_if(recording: Recording, changed: dict[str, Any]) -> None:
+    """Runs the recorded load with other settings, and with the recorded ones to show how far the costs are right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pagewire.recording import RecordingError
+    from pagewire.simulation.what_if import Changes, Tally, read, run_with
+
+    try:
+        run = read(recording)
+    except ValueError as error:
+        raise RecordingError(f"{recording.path}: {error}") from None
+    if run.first_difference:
+        raise RecordingError(f"{recording.path}: cannot be simulated: {run.first_difference}")
+    tallies = [run.measured, run_with(run, Changes()), run_with(run, Changes(**changed))]
+
+    def row(name: str, figure: Callable[[Tally], object]) -> None:
+        table.add_row(name, *(str(figure(tally)) for tally in tallies))
+
+    words = " ".join(f"{_option(name)} {str(value).lower()}" for name, value in changed.items())
+    print(f"changed: {words}")
+    table = Table("", "as measured", "simulated, unchanged", "simulated, changed")
+    row("requests ended", lambda tally: tally.finished)
+    row("failed", lambda tally: tally.failed)
+    row("refused", lambda tally: tally.refused)
+    row("output tokens", lambda tally: tally.output_tokens)
+    row("seconds", lambda tally: f"{tally.seconds:.3f}")
+    row("output tokens per second", lambda tally: f"{tally.output_tokens / (tally.seconds or 1):.1f}")
+    row("first token, p50, ms", lambda tally: _percentile(tally.first_token_ns, 0.5))
+    row("first token, p99, ms", lambda tally: _percentile(tally.first_token_ns, 0.99))
+    row("whole request, p50, ms", lambda tally: _percentile(tally.total_ns, 0.5))
+    row("whole request, p99, ms", lambda tally: _percentile(tally.total_ns, 0.99))
+    row("steps", lambda tally: tally.steps)
+    row("preemptions by swap", lambda tally: tally.preemptions["swap"])
+    row("preemptions by recompute", lambda tally: tally.preemptions["recompute"])
+    Console(highlight=False, soft_wrap=True, width=max(Console().width, WIDTH)).print(table)
+    fit = run.fit
+    print(f"simulated times are by fitted costs; relative error of a step: p50 {100 * fit.residual(0.5):.1f} %")
+    if recording.how_it_ends():
+        print(recording.how_it_ends())
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _percentile(values: list[int], share: float) -> str:
+    """Of nanoseconds, in milliseconds."""
+    if not values:
+        return "-"
+    return f"{sorted(values)[min(len(values) - 1, int(share * len(values)))] / 1e6:.1f}"
 
 
 def _calibrate(recording: Recording) -> None:
@@ -146,6 +230,11 @@ def _on_a_worker(
     from pagewire.replay import ReplayServer, replay, why_unfit
     from pagewire.runtime.channel import is_loopback, split_address
 
+    if recording.header.began_in_mid_run and not any(epoch.num_results for epoch in epochs):
+        raise RecordingError(
+            f"{recording.path}: began in mid-run, and no worker that joined later has executed anything: only that "
+            "could be replayed"
+        )
     if not any(epoch.num_results for epoch in epochs):
         raise RecordingError(f"{recording.path}: no step result is in it: nothing can be compared")
     if listen and not insecure and not is_loopback(split_address(listen)[0]):
@@ -164,6 +253,8 @@ def _on_a_worker(
     finally:
         server.stop()
     _show(reports)
+    if recording.header.began_in_mid_run:
+        print(f"{recording.path}: began in mid-run; workers that were there already are left out")
     return reports
 
 

@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, fields
 from statistics import median
 
 from pagewire.recording import Recording, RecordingError
-from pagewire.simulation.batch import Batch, StepWork
+from pagewire.simulation.batch import Batch, Row, StepWork
 from pagewire.simulation.exact import ExactReport, Watch, simulate
 from pagewire.v1 import worker_pb2
 from scheduler.draft import StepOutput
@@ -130,8 +130,12 @@ class StepWatch(Watch):
         self._batches[epoch] = Batch()
 
     def planned(self, worker_id: str, plan: StepPlan, now: int) -> None:
-        _, work = self._batches[plan.epoch].execute(plan)
+        rows, work = self._batches[plan.epoch].execute(plan)
         self._pending[plan.epoch, plan.step] = work, now
+        self.sampling(plan, rows)
+
+    def sampling(self, plan: StepPlan, rows: list[Row]) -> None:
+        """The rows of the plan's result."""
 
     def applied(self, worker_id: str, result: StepResult, output: StepOutput, now: int) -> None:
         found = self._pending.pop((result.epoch, result.step), None)

@@ -14,9 +14,9 @@ from typing import Any
 from pagewire.recording import Recording, RecordingError
 from pagewire.v1 import recording_pb2, scheduler_pb2, worker_pb2
 from scheduler import codec
-from scheduler.dispatcher import Continuation, Dispatcher, Event, ResultError, SchedulerConfig, StepOutput
+from scheduler.dispatcher import Admission, Continuation, Dispatcher, Event, ResultError, SchedulerConfig, StepOutput
 from scheduler.events import StatusCode
-from scheduler.sequence import FinishReason
+from scheduler.sequence import FinishReason, Request
 from scheduler.step_plan import StepPlan, StepResult
 
 MAX_SHOWN = 60
@@ -52,6 +52,9 @@ class Watch:
     def called(self, event: recording_pb2.RecordingEvent, dispatcher: Dispatcher) -> None:
         """A call is about to be made."""
 
+    def submitted(self, request: Request, admission: Admission, now: int) -> None:
+        """A request was submitted, with the recorded verdict."""
+
     def planned(self, worker_id: str, plan: StepPlan, now: int) -> None:
         """A plan was made, equal to the recorded one."""
 
@@ -78,6 +81,11 @@ def config_of(recording: Recording) -> SchedulerConfig:
 def simulate(recording: Recording, watch: Watch | None = None) -> ExactReport:
     """Makes the recorded calls again, up to the first difference. Raises RecordingError for a recording that does not
     hold what that needs."""
+    if recording.header.began_in_mid_run:
+        raise RecordingError(
+            f"{recording.path}: began in mid-run, so what the scheduler held then is not in it: it cannot be "
+            "simulated; record from the scheduler's start with --record"
+        )
     return _Simulation(recording, watch or Watch()).run()
 
 
@@ -151,6 +159,7 @@ class _Simulation:
         request = codec.decode_submit(submit, self.limits, now)
         answer = self.dispatcher.submit(request, now)
         _compare(f"verdict on request {request.request_id!r}", submitted.verdict, answer.admission.value)
+        self.watch.submitted(request, answer.admission, now)
 
     def _request_ended(self, ended: recording_pb2.RecordedRequestEnd, now: int) -> None:
         if ended.finish_reason:
