@@ -93,7 +93,14 @@ def sharing(report: Report) -> str:
         for certainty in sorted(certainties):
             decoding = f"beam search, certainty {certainty}"
             body.append([load, decoding, span(paper["beam"]), by_width(certainties[certainty], "width")])
-    return rows(["load", "decoding", "paper, % of blocks saved", "ours"], body)
+    ours, paper = report["ours"]["alpaca-like"], report["paper"]["sustained_over_orca_oracle"]
+    rates = [
+        ["parallel sampling", f"{paper['basic']} (n=1)", ours["sustained_over_orca_oracle"], "n"],
+        ["beam search", f"{paper['beams of width 6']} (width=6)", ours["sustained_over_orca_oracle_by_beams"], "width"],
+    ]
+    over = [[*line, ", ".join(f"{rate} ({name}={n})" for n, rate in found.items())] for *line, found, name in rates]
+    saved = rows(["load", "decoding", "paper, % of blocks saved", "ours"], body)
+    return saved + "\n\n" + rows(["alpaca-like, sustained rate over Orca (Oracle)", "paper", "ours"], over)
 
 
 def by_width(ours: dict[str, Any], name: str) -> str:

@@ -37,6 +37,11 @@ SHARING: dict[str, Any] = {
     "source": "section 6.3, text: percent of blocks saved, from width 2 to width 6",
     "alpaca-like": {"parallel": [6.1, 9.8], "beam": [37.6, 55.2]},
     "sharegpt-like": {"parallel": [16.2, 30.5], "beam": [44.3, 66.3]},
+    "sustained_over_orca_oracle": {
+        "note": "section 6.3, text: OPT-13B, Alpaca, basic sampling and beams of width 6",
+        "basic": 1.3,
+        "beams of width 6": 2.3,
+    },
 }
 
 SHARED_PREFIX: dict[str, Any] = {
