@@ -165,6 +165,7 @@ async def engine_costs(num_workers: int, per_worker: int = 4) -> dict[str, Any]:
             rows[link] += len(plan.decode_add)
             tokens = [9] * (rows[link] + len(plan.chunk_slots))  # every prompt is one chunk
             result = worker_pb2.StepResult(epoch=plan.epoch, step=plan.step, token_ids=tokens)
+            link.heard()
             start = time.process_time_ns()
             engine.result(link, result)
             await asyncio.sleep(0)

@@ -58,8 +58,10 @@ class CountedEngine:
         link = self.links[worker_id]
         message = worker_pb2.JoinResponse.FromString(await asyncio.wait_for(link.outgoing(), 5))
         result = worker_pb2.StepResult(epoch=link.epoch, step=message.step_plan.step, token_ids=[9])
+        link.heard()
         self.engine.result(link, result)
         await asyncio.sleep(0)
+        assert not self.engine.failed.done()
 
 
 def test_a_request_or_result_asks_one_worker_for_plans() -> None:
@@ -92,6 +94,7 @@ def test_who_gets_a_steps_tokens_is_not_looked_up_again_because_a_request_comes_
         looked_up.clear()
         made.engine.abort("0")
         await asyncio.sleep(0)
+        assert not made.engine.failed.done()
         await made.submit(WORKERS)
         for worker_id in workers[1:]:
             await made.answer(worker_id)
