@@ -29,7 +29,7 @@ MAX_REMEMBERED = 1024
 class TenantTokens:
     """Counters of the tenants with groups on one worker, and of some that had."""
 
-    __slots__ = ("_decoding", "_num_groups", "_remembered", "_rows", "_served", "demand", "is_shared")
+    __slots__ = ("_decoding", "_num_groups", "_remembered", "_rows", "_served", "demand", "is_guarded", "is_shared")
 
     def __init__(self) -> None:
         self._served: dict[str, int] = {}  # units; of the tenants with groups
@@ -38,6 +38,7 @@ class TenantTokens:
         self._decoding: list[Sequence] = []  # the decode set that _rows counts
         self._rows: dict[str, int] = {}
         self.demand = Demand()
+        self.is_guarded = False  # whether heavy tenants' steps are to be short, for a light one that is or will be here
         self.is_shared = False  # whether there is anybody to be fair to
 
     def enter(self, group: SequenceGroup) -> None:
@@ -82,20 +83,16 @@ class TenantTokens:
     def look(self, now: int) -> None:
         """A step is about to be planned, `now` in nanoseconds."""
         self.demand.look(now, self._served.keys())
+        self.is_guarded = self.demand.is_guarded
 
     def is_light(self, group: SequenceGroup) -> bool:
         """Whether the group's tenant asks for much less than another, that is here or was lately."""
         return self.is_charged and self.demand.is_light(group.request.tenant)
 
     @property
-    def is_guarded(self) -> bool:
-        """Whether heavy tenants' steps are to be short, for a light one that is here or will be."""
-        return self.demand.is_guarded
-
-    @property
     def is_charged(self) -> bool:
         """Whether anybody wants to know who is served how much."""
-        return self.is_shared or self.demand.is_guarded
+        return self.is_shared or self.is_guarded
 
     def charge_prompt(self, group: SequenceGroup, num_tokens: int) -> None:
         """Prompt tokens of a group have been planned."""
