@@ -1,6 +1,7 @@
 """What planning costs: schedule, encode and apply per steady decode step, and per admitted request. CPU only.
 
-    python -m benchmarks.planning            prints a table, writes benchmarks/results/planning.json
+    python -m benchmarks.planning                prints a table, writes benchmarks/results/planning.json
+    python -m benchmarks.planning --base FOLDER  the same, and admission beside that of another checkout, in turns
 
 Load: N sequences with ShareGPT-like prompts (lognormal, mean 161 tokens, sigma 1, clipped to 4..1024) that decode with
 two plans in flight; block size 16, an end-of-sequence token that never comes, prefix cache on. A steady step has no
@@ -205,8 +206,24 @@ def best(rounds: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return min((measure() for _ in range(rounds)), key=lambda row: row["total_us"]["median"])
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def beside(base: Path, rounds: int) -> dict[str, Any]:
+    """Admission here and in another checkout, measured in turns: the ratio holds on a machine with neighbours. Of each
+    run the 10th percentile counts, which they disturb least."""
+    code = "import json; from benchmarks.planning import admission; print(json.dumps(admission(60)['total_us']))"
+    runs: dict[Path, list[float]] = {base: [], Path(__file__).parents[1]: []}
+    for _ in range(rounds):
+        for folder, found in runs.items():
+            command = [sys.executable, "-c", code]
+            environment = {**os.environ, "PYTHONPATH": str(folder)}
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+            found.append(json.loads(done.stdout)["p10"])
+    before, now = (min(found) for found in runs.values())
+    return {"base": commit(base), "base_us": before, "now_us": now, "now_over_base": round(now / before, 2)}
+
+
+def commit(folder: Path | None = None) -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
@@ -224,6 +241,7 @@ def main() -> None:
     parser.add_argument("--running", type=int, nargs="+", default=[64, 256, 1024, 4096])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5, help="of each row the best one counts")
+    parser.add_argument("--base", type=Path, help="another checkout, to compare admission with")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows, crowded, admitted = [], [], best(options.rounds, partial(admission, 60))
@@ -240,11 +258,14 @@ def main() -> None:
                 f"({total['p10']:.1f}..{total['p90']:.1f})  {row['plan_bytes']['median']:.0f}"
             )
     print(f"admission per request: {admitted}")
+    if options.base is not None:
+        admitted["beside"] = beside(options.base.resolve(), options.rounds)
+        print(admitted["beside"])
     report = {
         "machine": cpu(),
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
-        "command": "python -m " + " ".join(["benchmarks.planning", *sys.argv[1:]]),
+        "command": "python -m benchmarks.planning" + (" --base FOLDER" if options.base is not None else ""),
         "commit": commit(),
         "seed": SEED,
         "unit": "microseconds; median, 10th and 90th percentile",

@@ -309,8 +309,12 @@ def planning(content: Content | None) -> str:
     )
     after = (
         f"\nAn admitted request of {admitted['prompt_tokens']} prompt tokens costs "
-        f"{admitted['total_us']['median']:.1f} us and {admitted['plan_bytes_per_request']} bytes of plan.\n"
+        f"{admitted['total_us']['median']:.1f} us and {admitted['plan_bytes_per_request']} bytes of plan"
     )
+    other = admitted.get("beside")
+    if other is not None:
+        after += f",\n{other['now_over_base']:.2f} of what it cost at commit `{other['base']}` in turns with it"
+    after += f". Load average {content['load_average']:g} on {content['machine'].split(', ')[1]}.\n"
     return text + table(heading, lines) + after
 
 
