@@ -110,12 +110,14 @@ class TwoTenants:
 
 AT_THE_KNEE = TwoTenants(A100_OPT_13B_LEAN, 0.1, 900.0)
 """The heavy tenant alone begins to queue."""
+OVERLOAD = TwoTenants(H200, 4.0, 60.0)
+"""A full batch, and a queue of the heavy tenant that grows."""
 TENANTS = (
     AT_THE_KNEE,
     TwoTenants(A100_OPT_13B_LEAN, 0.2, 600.0),
     TwoTenants(H200, 1.0, 120.0),
     TwoTenants(H200, 2.0, 60.0),
-    TwoTenants(H200, 4.0, 60.0),
+    OVERLOAD,
     TwoTenants(H200, 1.0, 180.0, LONG_PROMPTS),
 )
 
