@@ -110,12 +110,14 @@ class TwoTenants:
 
 AT_THE_KNEE = TwoTenants(A100_OPT_13B_LEAN, 0.1, 900.0)
 """The heavy tenant alone begins to queue."""
+OVERLOAD = TwoTenants(H200, 4.0, 60.0)
+"""A full batch, and a queue of the heavy tenant that grows."""
 TENANTS = (
     AT_THE_KNEE,
     TwoTenants(A100_OPT_13B_LEAN, 0.2, 600.0),
     TwoTenants(H200, 1.0, 120.0),
     TwoTenants(H200, 2.0, 60.0),
-    TwoTenants(H200, 4.0, 60.0),
+    OVERLOAD,
     TwoTenants(H200, 1.0, 180.0, LONG_PROMPTS),
 )
 
@@ -172,7 +174,7 @@ def fairness(cases: Sequence[TwoTenants] = TENANTS) -> Result:
     }
 
 
-URGENT_NS, PATIENT_NS = 10_000_000_000, 40_000_000_000
+URGENT_NS, PATIENT_NS = 4_000_000_000, 20_000_000_000
 """Within so much time every second request wants its whole answer, and the others theirs."""
 
 
@@ -194,19 +196,19 @@ def in_time(outcome: Outcome, load: Sequence[Arrival]) -> Result:
 
 def deadlines(rates: Sequence[float] = (40, 55, 70, 110), seconds: float = 60.0) -> Result:
     """Requests with deadlines below, at and beyond what the machine can serve: told to the scheduler, which goes by
-    them and refuses early, or only kept by clients that cancel. Every request asks for half its answer at least."""
+    them and refuses early, or only kept by clients that cancel. Every request names the length of its answer."""
     rows = []
     for rate in rates:
         arrivals = SHAREGPT_LIKE.arrivals(rate, seconds)
         load = [
-            replace(one, timeout_ns=(URGENT_NS, PATIENT_NS)[number % 2], min_tokens=one.output_tokens // 2)
+            replace(one, timeout_ns=(URGENT_NS, PATIENT_NS)[number % 2], min_tokens=one.output_tokens - 1)
             for number, one in enumerate(arrivals)
         ]
         row: Result = {"profile": H200.name, "rate": rate}
         for name, tells in (("told", True), ("cancelled", False)):
             row[name] = in_time(Simulation([H200], load, config=config(H200, load), tells_deadlines=tells).run(), load)
         rows.append(row)
-    return {"load": "sharegpt-like, Poisson, seed 0; deadlines of 10 s and 40 s in turn", "rows": rows}
+    return {"load": "sharegpt-like, Poisson, seed 0; deadlines of 4 s and 20 s in turn", "rows": rows}
 
 
 def overcommitted(profile: WorkerProfile, arrivals: Sequence[Arrival], overcommit: float, host: float) -> WorkerProfile:

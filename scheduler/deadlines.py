@@ -18,12 +18,13 @@ MARGIN = 0.8
 """What of the predicted time counts: rates are estimates, and a wrong refusal is worse than a late one."""
 
 
-def least_ns(request: Request, cached_tokens: int, step_time: StepTime) -> int:
-    """Time from the start of a request to the last token that it asks for at least; 0 while rates are unknown."""
+def least_ns(request: Request, cached_tokens: int, step_time: StepTime, decodes: int = 1) -> int:
+    """Time from the start of a request to the last token that it asks for at least, in steps of `decodes` sequences; 0
+    while rates are unknown."""
     if not step_time.prefill_tokens_per_second:
         return 0
     prefill = step_time.ns(0, max(1, len(request.prompt) - cached_tokens))
-    decode = max(0, request.min_tokens - 1) * step_time.ns(1, 0)
+    decode = max(0, request.min_tokens - 1) * step_time.ns(decodes, 0)
     return int(MARGIN * (prefill + decode))
 
 

@@ -168,13 +168,15 @@ class Scheduler:
     def least_ns(self, group: SequenceGroup, left: int) -> int:
         """Time that a group that has not started needs at least, from its start. What the prefix cache holds is looked
         up only if it could matter: when more than `left` is needed without it."""
-        needed = least_ns(group.request, 0, self.costs.step_time)
+        # Where others wait as well, whoever ends is followed by another: the batch stays as large as it is.
+        decodes = len(self.decoding) if len(self.waiting) > 1 and self.decoding else 1
+        needed = least_ns(group.request, 0, self.costs.step_time, decodes)
         if needed > left:
             keys = self._lookup_keys(group.live[0])
             found = len(self.blocks.find_prefix(keys))
             found += len(self.blocks.tier.find(keys[found:]))
             cached = max(found * self.capacity.block_size, group.live[0].computed)
-            needed = least_ns(group.request, cached, self.costs.step_time)
+            needed = least_ns(group.request, cached, self.costs.step_time, decodes)
         return needed
 
     def add(self, group: SequenceGroup) -> None:

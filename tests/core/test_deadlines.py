@@ -242,3 +242,16 @@ def check_gone(service: OneWorker, group: SequenceGroup) -> None:
         assert sequence.finish.reason is FinishReason.DEADLINE
         assert sequence.table.blocks == []
     assert service.dispatcher.loads().workers[0].host_blocks_used == 0
+
+
+def test_in_a_full_batch_with_others_waiting_a_token_takes_as_long_as_it_takes_there() -> None:
+    service = OneWorker(SchedulerConfig(max_num_seqs=8, watermark=0.0), RATES, num_blocks=200, max_step_tokens=64)
+    for number in range(11):
+        service.submit(f"flood-{number}", max_tokens=40)
+        for _ in range(3):
+            service.step()  # a microsecond per token
+    request = make_request("long", max_tokens=500, min_tokens=500, deadline=service.now + 2_000_000)
+    assert service.dispatcher.submit(request, service.now).admission is Admission.TOO_LATE, "8 us per token"
+    for number in range(8, 11):
+        service.dispatcher.abort(f"flood-{number}", FinishReason.CANCELLED, service.now)
+    assert service.dispatcher.submit(request, service.now).admission is Admission.OK, "the others may end soon"
