@@ -41,7 +41,9 @@ BUDGET = 2048
 RESULTS = Path(__file__).parent / "results" / "planning.json"
 
 
-def make_dispatcher(num_seqs: int, num_waiting: int = 1) -> Dispatcher:
+def make_dispatcher(
+    num_seqs: int, num_waiting: int = 1, make: Callable[[SchedulerConfig], Dispatcher] = Dispatcher
+) -> Dispatcher:
     max_waiting = num_seqs + num_waiting
     config = SchedulerConfig(max_num_seqs=num_seqs, token_budget=max(BUDGET, num_seqs), max_waiting=max_waiting)
     capacity = WorkerCapacity(
@@ -52,7 +54,7 @@ def make_dispatcher(num_seqs: int, num_waiting: int = 1) -> Dispatcher:
         max_slots=num_seqs,
         max_step_tokens=max(BUDGET, num_seqs),
     )
-    dispatcher = Dispatcher(config)
+    dispatcher = make(config)
     dispatcher.add_worker("w", capacity, TransferRates(55 << 30, 55 << 30, 30_000), 1, 0)
     return dispatcher
 

@@ -7,6 +7,7 @@
     memory       what every token slot of a KV pool is used for at one moment
     scale        what grows with the number of workers
     calibrate    fits a profile to recorded steps
+    recorded     a profile from a recording, by costs per step, sequence, token and block
 
 Nothing here has a clock or randomness of its own: equal arrivals and profiles give equal outcomes.
 """

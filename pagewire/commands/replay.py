@@ -180,6 +180,10 @@ def _what_if(recording: Recording, changed: dict[str, Any]) -> None:
         print(recording.how_it_ends())
 
 
+def _microseconds(ns: float) -> str:
+    return f"{ns / 1e3:,.0f}" if ns >= 100_000 else f"{ns / 1e3:.3g}"
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -207,8 +211,8 @@ def _calibrate(recording: Recording) -> None:
         raise RecordingError(f"{recording.path}: {error}") from None
     table = Table("cost", "microseconds", "steps with it")
     for name, ns, num_steps in zip(COSTS, astuple(found.costs), found.num_with, strict=True):
-        table.add_row(name, f"{ns / 1e3:.4g}" if num_steps else "not in the recording", str(num_steps))
-    table.add_row("scheduler and wire, per step (median)", f"{found.link_ns / 1e3:.4g}", str(found.num_steps))
+        table.add_row(name, _microseconds(ns) if num_steps else "not in the recording", str(num_steps))
+    table.add_row("scheduler and wire, per step (median)", _microseconds(found.link_ns), str(found.num_steps))
     console = Console(highlight=False, soft_wrap=True, width=max(Console().width, WIDTH))
     console.print(table)
     shares = ", ".join(f"p{round(100 * share)} {100 * found.residual(share):.1f} %" for share in (0.5, 0.9, 0.99))

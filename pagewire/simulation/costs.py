@@ -3,9 +3,10 @@
     step = fixed + a * decode sequences + b * prefill tokens + c * context tokens
                  + d * copied blocks + e * swapped blocks
 
-It is fitted by least squares of the relative error, so that a few slow steps weigh no more than many quick ones, and no
-cost may be negative. What the line cannot follow is in its residuals: weights that hide the arithmetic of small chunks,
-sizes that steps are padded to, and copies that overlap with computing.
+The worker times its copies by themselves, so d and e are their time over their blocks. The others are fitted to the
+rest by least squares of the relative error, so that a few slow steps weigh no more than many quick ones; no cost may be
+negative. What the line cannot follow is in its residuals: weights that hide the arithmetic of small chunks, sizes that
+steps are padded to, and copies that overlap with computing.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pagewire.simulation.batch import Batch, Row, StepWork
 from pagewire.simulation.exact import ExactReport, Watch, simulate
 from pagewire.v1 import worker_pb2
 from scheduler.draft import StepOutput
-from scheduler.step_plan import StepPlan, StepResult, StepTimings
+from scheduler.step_plan import StepPlan, StepResult
 
 LEAST_STEPS = 16
-"""Fewer say nothing about six costs."""
+"""Fewer say nothing about so many costs."""
+NUM_FITTED = 4
+"""Of StepCosts' fields, the first that are fitted."""
 SINGULAR = 1e-9
 """Of a column's square, what must be left of it without the columns before it."""
 
@@ -55,10 +58,19 @@ class Step:
     """A step that was executed."""
 
     work: StepWork
-    took_ns: int
-    """Of the worker's time: model, sampling, copies."""
+    computing_ns: int
+    """Of the worker's time: model and sampling."""
+    copying_ns: int
+    """Copies within the pool."""
+    swapping_ns: int
+    """Copies to and from the host arena."""
     turnaround_ns: int
     """From when the worker could begin, plan made and result before it in, to its result."""
+
+    @property
+    def took_ns(self) -> int:
+        """All of the worker's time for it."""
+        return self.computing_ns + self.copying_ns + self.swapping_ns
 
 
 @dataclass(frozen=True)
@@ -99,12 +111,17 @@ def steps_of(recording: Recording) -> tuple[list[Step], ExactReport]:
 
 def fit(steps: Sequence[Step]) -> Fit:
     """The costs that fit the steps best. Raises ValueError when there are too few."""
-    steps = [step for step in steps if step.took_ns > 0]
+    steps = [step for step in steps if step.computing_ns > 0]
     if len(steps) < LEAST_STEPS:
         raise ValueError(f"it has {len(steps)} steps with times; a fit needs {LEAST_STEPS} at least")
     rows = [amounts(step.work) for step in steps]
-    weighted = [[amount / step.took_ns for amount in row] for row, step in zip(rows, steps, strict=True)]
-    costs = StepCosts(*_least_squares(weighted))
+    weighted = [
+        [amount / step.computing_ns for amount in row[:NUM_FITTED]] for row, step in zip(rows, steps, strict=True)
+    ]
+    copy_ns = sum(step.copying_ns for step in steps) / max(1, sum(step.work.copied_blocks for step in steps))
+    swap_ns = sum(step.swapping_ns for step in steps) / max(1, sum(step.work.swapped_blocks for step in steps))
+    fixed, decode, prefill, context = _least_squares(weighted)
+    costs = StepCosts(fixed, decode, prefill, context, copy_ns, swap_ns)
     fitted = [costs.step_ns(step.work) for step in steps]
     return Fit(
         costs=costs,
@@ -144,12 +161,9 @@ class StepWatch(Watch):
         work, planned_at = found
         begun = max(planned_at, self._result_at.get(result.epoch, 0))
         self._result_at[result.epoch] = now
-        self.steps.append(Step(work, took_ns(result.timings), now - begun))
-
-
-def took_ns(timings: StepTimings) -> int:
-    """The worker's time for a step."""
-    return timings.swap_out_ns + timings.swap_in_ns + timings.copy_ns + timings.forward_ns + timings.sample_ns
+        timings = result.timings
+        computing_ns, swapping_ns = timings.forward_ns + timings.sample_ns, timings.swap_out_ns + timings.swap_in_ns
+        self.steps.append(Step(work, computing_ns, timings.copy_ns, swapping_ns, now - begun))
 
 
 def _least_squares(rows: list[list[float]]) -> list[float]:

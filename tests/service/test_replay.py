@@ -53,7 +53,8 @@ async def test_mixed_traffic_with_preemptions_and_a_killed_worker_replays_equal(
     simulated = await asyncio.to_thread(replay, path, "--simulate", "--calibrate")
     assert simulated.returncode == 0, simulated.stdout + simulated.stderr
     assert "equal: every plan and every verdict is as recorded" in simulated.stdout
-    costs = {cells[1].strip(): cells[2].strip() for cells in map(_cells, simulated.stdout.splitlines()) if cells}
+    cells = [_cells(line) for line in simulated.stdout.splitlines()]
+    costs = {cell[1].strip(): cell[2].strip().replace(",", "") for cell in cells if cell}
     assert float(costs["per step"]) > 0
     assert float(costs["per decode sequence"]) >= 0
     assert "relative error of a step: p50 " in simulated.stdout

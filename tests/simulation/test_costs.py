@@ -38,7 +38,10 @@ def timed(source: Path, target: Path, noise: float) -> Path:
         if event.HasField("applied"):
             timings = event.applied.step_result.timings
             timings.Clear()
-            timings.forward_ns = round(MACHINE.step_ns(next(steps).work) * dice.gauss(1.0, noise))
+            work = next(steps).work
+            swapping, copying = MACHINE.swap_ns * work.swapped_blocks, MACHINE.copy_ns * work.copied_blocks
+            timings.swap_out_ns, timings.copy_ns = round(swapping), round(copying)
+            timings.forward_ns = round((MACHINE.step_ns(work) - swapping - copying) * dice.gauss(1.0, noise))
 
     return rewrite(source, target, change)
 
@@ -68,19 +71,19 @@ def test_the_command_shows_the_costs_and_the_residuals(
     assert code == 0
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     shown = {name: value for name, value, _ in cells}
-    assert shown["per step"] == "2000"
+    assert shown["per step"] == "2,000"
     assert shown["per block swapped"] == "40"
     assert "relative error of a step: p50 0.0 %, p90 0.0 %, p99 0.0 %" in out
 
 
 def test_a_negative_cost_is_left_out_and_so_is_one_that_only_repeats_another() -> None:
     def step(rows: int, prefill: int, took_ns: int) -> Step:
-        return Step(StepWork(decode_sequences=rows, prefill_tokens=prefill, copied_blocks=2 * rows), took_ns, 0)
+        return Step(StepWork(rows, prefill, context_tokens=2 * rows), took_ns, 0, 0, 0)
 
     steps = [step(rows, prefill, 10_000 + 100 * rows - prefill) for rows in range(1, 9) for prefill in (0, 50)]
     costs = fit(steps).costs
     assert costs.prefill_ns == 0.0
-    assert costs.copy_ns == 0.0
+    assert costs.context_ns == 0.0
     assert costs.decode_ns == pytest.approx(100, rel=0.1)
 
 

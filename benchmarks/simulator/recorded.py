@@ -1,0 +1,100 @@
+"""A worker profile from a recording: the recorded worker's sizes, and the step costs fitted to its steps.
+
+It needs to know nothing of the machine or of the model's shape; what it says of steps unlike the recorded ones is a
+straight line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from benchmarks.simulator.profiles import ModelShape, StepLoad, WorkerProfile
+from pagewire.recording import Recording, RecordingError
+from pagewire.simulation.batch import StepWork
+from pagewire.simulation.costs import StepCosts, fit, steps_of
+from pagewire.v1 import worker_pb2
+from scheduler.policy import TransferRates, WorkerCapacity
+
+UNKNOWN_SWAP_NS = 1e6
+"""Per block, where no step has swapped and the worker has not measured it: dear, so that it is not chosen lightly."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedProfile(WorkerProfile):
+    """A machine as a recording shows it."""
+
+    costs: StepCosts = field(default_factory=StepCosts)
+    hello: worker_pb2.WorkerHello = field(default_factory=worker_pb2.WorkerHello)
+
+    @property
+    def capacity(self) -> WorkerCapacity:
+        said = self.hello.capacity
+        return WorkerCapacity(
+            block_size=said.block_size,
+            num_blocks=said.num_blocks,
+            host_blocks=said.host_blocks,
+            block_bytes=said.block_bytes,
+            max_slots=said.max_slots,
+            max_step_tokens=said.max_step_tokens,
+        )
+
+    @property
+    def rates(self) -> TransferRates:
+        swap = round(self.hello.capacity.block_bytes * 1e9 / self.swap_ns(1))
+        return TransferRates(swap, swap, self.hello.prefill_tokens_per_second)
+
+    def forward_ns(self, load: StepLoad) -> int:
+        if self.rows(load) == 0:
+            return 0
+        work = StepWork(
+            decode_sequences=load.decode_tokens,
+            prefill_tokens=load.chunk_tokens,
+            context_tokens=load.decode_context + load.chunk_pairs,
+            copied_blocks=load.copied_blocks,
+        )
+        return round(self.costs.step_ns(work))
+
+    def swap_ns(self, num_blocks: int) -> int:
+        return round(num_blocks * self.costs.swap_ns)
+
+
+def profile_of(recording: Recording) -> RecordedProfile:
+    """The first worker's profile. Raises RecordingError for a recording that no costs can be fitted to."""
+    hello = next(event.worker_joined.hello for event in recording.events() if event.HasField("worker_joined"))
+    try:
+        found = fit(steps_of(recording)[0])
+    except ValueError as error:
+        raise RecordingError(f"{recording.path}: {error}") from None
+    said, costs = hello.capacity, found.costs
+    if not costs.swap_ns:
+        rate = min(hello.swap_out_bytes_per_second, hello.swap_in_bytes_per_second)
+        swap_ns = said.block_bytes * 1e9 / rate if rate else UNKNOWN_SWAP_NS
+        costs = StepCosts(costs.fixed_ns, costs.decode_ns, costs.prefill_ns, costs.context_ns, costs.copy_ns, swap_ns)
+    # The shape serves for the bytes of a token alone: one layer, one head, one byte per element.
+    shape = ModelShape(
+        name=hello.model.name,
+        weight_bytes=0,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=max(1, said.block_bytes // said.block_size // 2),
+        max_model_len=hello.model.max_model_len,
+        kv_dtype_bytes=1,
+    )
+    return RecordedProfile(
+        name=f"recorded-{hello.model.name}",
+        model=shape,
+        kv_bytes=said.num_blocks * said.block_bytes,
+        host_bytes=said.host_blocks * said.block_bytes,
+        memory_rate=1.0,
+        compute_rate=1.0,
+        link_rate=1.0,
+        step_overhead_ns=round(costs.fixed_ns),
+        copy_overhead_ns=round(costs.swap_ns),
+        link_delay_ns=round(found.link_ns / 2),
+        block_size=said.block_size,
+        max_num_seqs=said.max_slots,
+        token_budget=said.max_step_tokens,
+        costs=costs,
+        hello=hello,
+    )
