@@ -151,8 +151,8 @@ class OpenInferenceServicer:
     async def _begin(self, message: oip.ModelInferRequest, context: Any) -> tuple[Ask, Generation]:
         """Starts a request. Raises RequestError with the names of this protocol."""
         self._model(message.model_name, message.model_version)
+        ask = translate.read(message, self._path.model(message.model_name))
         try:
-            ask = translate.read(message, self._path.model(message.model_name))
             limits = [limit for limit in (timeout_ns(context), ask.timeout_ns) if limit is not None]
             generation = await self._path.generate(
                 ask.request,
@@ -160,7 +160,7 @@ class OpenInferenceServicer:
                 traceparent=_metadata(context).get("traceparent", "")[:128],
             )
         except RequestError as error:
-            raise translate.renamed(error) from None
+            raise translate.renamed(error, ask.request) from None
         return ask, generation
 
     async def _answer(self, message: oip.ModelInferRequest, context: Any, write: Callable[..., Any]) -> None:

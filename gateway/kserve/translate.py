@@ -23,7 +23,7 @@ from pagewire.v1 import open_inference_pb2 as oip
 TEXT, TOKEN_IDS, SAMPLING = "text_input", "input_ids", "sampling_parameters"
 LISTS = frozenset({"stop", "stop_token_ids"})
 FLOATS = frozenset(validator.FLOAT_FIELDS)
-INTEGERS = frozenset({"max_tokens", "min_tokens", "top_k", "n", "seed", "priority", "logprobs", "timeout"})
+INTEGERS = frozenset({"max_tokens", "min_tokens", "top_k", "n", "seed", "priority", "logprobs", "best_of", "timeout"})
 FLAGS = frozenset({"stream", "exclude_input_in_output", "ignore_eos", "include_stop_str_in_output", "use_beam_search"})
 NAMES = frozenset({"request_id", "tenant", "cache_salt"})
 ACCEPTED = frozenset(
@@ -106,9 +106,10 @@ def read(message: oip.ModelInferRequest, model: ModelLimits) -> Ask:
     )
 
 
-def renamed(error: RequestError) -> RequestError:
+def renamed(error: RequestError, request: inference_pb2.GenerateRequest) -> RequestError:
     """The error with its violations under the names of inputs and parameters."""
-    return flat.renamed(error, lambda path: flat.field_name(path, PROMPTS))
+    names = {**PROMPTS, "sampling.beam_width": flat.width_name(request)}
+    return flat.renamed(error, lambda path: flat.field_name(path, names))
 
 
 def _merged(inputs: dict[str, Sequence[Any]], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +171,8 @@ def _prompt(
     else:
         ids = inputs[TOKEN_IDS]
         if violations := validator.prompt_violations("prompt.token_ids", len(ids), model):
-            raise invalid(violations, validator.reason_for(violations))
+            reason = validator.reason_for(violations)
+            raise invalid([Violation(TOKEN_IDS, violation.description) for violation in violations], reason)
         for place, token_id in enumerate(ids):
             if type(token_id) is not int or token_id < 0:
                 fields.wrong(f"{TOKEN_IDS}[{place}]", "must be a whole number from 0")

@@ -10,10 +10,9 @@ import pytest
 
 from pagewire.v1 import inference_pb2
 from tests.gateway import tiny_tokenizers
-from tests.gateway.conftest import World
+from tests.gateway.conftest import MakeDoor, World, address
 from tests.gateway.fake_scheduler import CONTEXT, EOS
 from tests.gateway.openai import raw
-from tests.gateway.openai.conftest import MakeDoor, address
 from tests.gateway.test_generate import ids, letters
 
 STOP, LENGTH = inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LENGTH
