@@ -113,6 +113,8 @@ WRONG_TYPES: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": "x", "suffix": "end"}, "suffix"),
     (COMPLETIONS, {"prompt": "x", "best_of": 3}, "best_of"),
     (COMPLETIONS, {"prompt": "x", "n": 2, "best_of": 3}, "best_of"),
+    (COMPLETIONS, {"prompt": "x", "n": 2, "best_of": 1, "use_beam_search": True}, "best_of"),
+    (CHAT, {**messages(("user", "x")), "best_of": 3}, "best_of"),
     (COMPLETIONS, {"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
     (COMPLETIONS, {"prompt": "x", "guided_regex": "a+"}, "guided_regex"),
     (CHAT, {}, "messages"),
