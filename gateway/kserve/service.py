@@ -7,7 +7,8 @@ unless the call's metadata ask for a real status with `triton_grpc_error: true`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from gateway.generation import Generation
 from gateway.kserve import tensors, translate
 from gateway.kserve.translate import Ask
 from gateway.native import answering, parse, timeout_ns
+from gateway.openai.forms import finite
 from gateway.requests import RequestPath
 from pagewire import __version__
 from pagewire.v1 import inference_pb2
@@ -35,6 +37,7 @@ REASONS = {
     inference_pb2.FINISH_REASON_CANCELLED: b"cancelled",
     inference_pb2.FINISH_REASON_DEADLINE: b"deadline",
     inference_pb2.FINISH_REASON_ERROR: b"error",
+    inference_pb2.FINISH_REASON_PARKED: b"parked",
 }
 INPUTS = {
     translate.TEXT: "BYTES",
@@ -115,20 +118,16 @@ class OpenInferenceServicer:
     async def model_stream_infer(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """ModelStreamInfer: many requests on one stream, each answered as its tokens come."""
         real_status = _metadata(context).get(STATUS_WANTED, "").lower() == "true"
-        writing = asyncio.Lock()
+        writer = _Writer(context, self._write_timeout_s)
         places = asyncio.Semaphore(REQUESTS_PER_STREAM)
-
-        async def write(message: oip.ModelStreamInferResponse, generation: Generation | None = None) -> None:
-            async with writing:
-                await self._write(context, message, generation)
 
         async def serve(message: oip.ModelInferRequest) -> None:
             try:
-                await self._answer(message, context, write)
+                await self._answer(message, context, writer)
             except RequestError as error:
                 if real_status or error.reason == Reason.SLOW_CONSUMER:
                     raise
-                await write(_in_band(message, error))
+                await writer.write(_in_band(message, error))
             finally:
                 places.release()
 
@@ -151,8 +150,8 @@ class OpenInferenceServicer:
     async def _begin(self, message: oip.ModelInferRequest, context: Any) -> tuple[Ask, Generation]:
         """Starts a request. Raises RequestError with the names of this protocol."""
         self._model(message.model_name, message.model_version)
+        ask = translate.read(message, self._path.model(message.model_name))
         try:
-            ask = translate.read(message, self._path.model(message.model_name))
             limits = [limit for limit in (timeout_ns(context), ask.timeout_ns) if limit is not None]
             generation = await self._path.generate(
                 ask.request,
@@ -160,17 +159,18 @@ class OpenInferenceServicer:
                 traceparent=_metadata(context).get("traceparent", "")[:128],
             )
         except RequestError as error:
-            raise translate.renamed(error) from None
+            raise translate.renamed(error, ask.request) from None
         return ask, generation
 
-    async def _answer(self, message: oip.ModelInferRequest, context: Any, write: Callable[..., Any]) -> None:
+    async def _answer(self, message: oip.ModelInferRequest, context: Any, writer: _Writer) -> None:
         """Answers one request of a stream."""
         ask, generation = await self._begin(message, context)
+        generation.on_overflow = writer.give_up
         try:
             if ask.stream is False:
                 response = await _whole(ask, generation)
                 response.parameters[translate.FINAL].bool_param = not ask.empty_final
-                await write(oip.ModelStreamInferResponse(infer_response=response), generation)
+                await writer.write(oip.ModelStreamInferResponse(infer_response=response))
             else:
                 left = generation.n
                 while (piece := await generation.next()) is not None:
@@ -178,28 +178,13 @@ class OpenInferenceServicer:
                     response = _piece(ask, piece)
                     ended = left == 0 and not ask.empty_final and piece.finish.reason not in _ERRORS
                     response.parameters[translate.FINAL].bool_param = ended
-                    await write(oip.ModelStreamInferResponse(infer_response=response), generation)
+                    await writer.write(oip.ModelStreamInferResponse(infer_response=response))
         finally:
             generation.close()
         if ask.empty_final:
             response = _response(ask)
             response.parameters[translate.FINAL].bool_param = True
-            await write(oip.ModelStreamInferResponse(infer_response=response))
-
-    async def _write(self, context: Any, message: Message, generation: Generation | None) -> None:
-        """One write, for no longer than a client may take."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._write_timeout_s) as limit:
-                if generation is not None:
-                    generation.on_overflow = lambda: limit.reschedule(loop.time())
-                await context.write(message)
-        except TimeoutError:
-            text = "the stream was not read fast enough"
-            raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.SLOW_CONSUMER, text) from None
-        finally:
-            if generation is not None:
-                generation.on_overflow = None
+            await writer.write(oip.ModelStreamInferResponse(infer_response=response))
 
     def _model(self, name: str, version: str) -> str:
         """The served name. Raises RequestError for another model or version."""
@@ -254,12 +239,50 @@ def _in_band(message: oip.ModelInferRequest, error: RequestError) -> oip.ModelSt
     return oip.ModelStreamInferResponse(error_message=f"{error.reason}: {error.message}", infer_response=response)
 
 
+class _Writer:
+    """Writes to one stream for all of its requests, one message at a time."""
+
+    def __init__(self, context: Any, timeout_s: float) -> None:
+        """
+        Args:
+            context: the call's.
+            timeout_s: seconds for one write before the client counts as slow.
+        """
+        self._context = context
+        self._timeout_s = timeout_s
+        self._writing = asyncio.Lock()
+        self._limit: asyncio.Timeout | None = None
+        self._stuck = False
+        """A write was given up: gRPC still holds it and takes no other."""
+
+    async def write(self, message: oip.ModelStreamInferResponse) -> None:
+        """One message, after those before it. Raises RequestError if the client does not read."""
+        async with self._writing:
+            if not self._stuck:
+                try:
+                    async with asyncio.timeout(self._timeout_s) as self._limit:
+                        await self._context.write(message)
+                except TimeoutError:
+                    self._stuck = True
+                finally:
+                    self._limit = None
+            if self._stuck:
+                text = "the stream was not read fast enough"
+                raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.SLOW_CONSUMER, text)
+
+    def give_up(self) -> None:
+        """Ends a write that is stuck: as much as may be waits for the client, whichever request it belongs to."""
+        if self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
+
 class _Sequence:
     """What has come of one sequence."""
 
     def __init__(self) -> None:
         self.text: list[str] = []
         self.ids: list[int] = []
+        self.logprobs: list[inference_pb2.TokenLogprobs] = []
         self.finish = inference_pb2.Finish()
 
 
@@ -270,6 +293,7 @@ async def _whole(ask: Ask, generation: Generation) -> oip.ModelInferResponse:
         sequence = sequences[piece.index]
         sequence.text.append(piece.text)
         sequence.ids.extend(piece.token_ids)
+        sequence.logprobs.extend(piece.logprobs)
         if piece.HasField("finish"):
             sequence.finish.CopyFrom(piece.finish)
     longest = max(len(sequence.ids) for sequence in sequences)
@@ -285,12 +309,14 @@ async def _whole(ask: Ask, generation: Generation) -> oip.ModelInferResponse:
             "index": ((count,), list(range(count))),
             "num_input_tokens": ((count,), [usage.prompt_tokens for usage in usages]),
             "num_output_tokens": ((count,), [usage.completion_tokens for usage in usages]),
+            "logprobs": ((count,), [_logprobs(sequence.ids, sequence.logprobs) for sequence in sequences]),
+            "cumulative_logprob": ((count,), [sequence.finish.cumulative_logprob for sequence in sequences]),
         },
     )
 
 
 def _piece(ask: Ask, piece: inference_pb2.GenerateResponse) -> oip.ModelInferResponse:
-    """One piece of one sequence. The counts are there with the finish, and 0 before."""
+    """One piece of one sequence. Counts and the sum of log-probabilities are there with the finish, and 0 before."""
     usage = piece.finish.usage
     return _filled(
         ask,
@@ -301,8 +327,21 @@ def _piece(ask: Ask, piece: inference_pb2.GenerateResponse) -> oip.ModelInferRes
             "index": ((1,), [piece.index]),
             "num_input_tokens": ((1,), [usage.prompt_tokens]),
             "num_output_tokens": ((1,), [usage.completion_tokens]),
+            "logprobs": ((1,), [_logprobs(piece.token_ids, piece.logprobs)]),
+            "cumulative_logprob": ((1,), [piece.finish.cumulative_logprob]),
         },
     )
+
+
+def _logprobs(token_ids: Sequence[int], entries: Sequence[inference_pb2.TokenLogprobs]) -> bytes:
+    """JSON as Triton's vLLM backend writes it: a list with one object per token, of what is known by token id."""
+    rows: list[dict[int, dict[str, float]]] = []
+    for token_id, entry in zip(token_ids, entries, strict=False):
+        top = enumerate(zip(entry.top_ids, entry.top_logprobs, strict=False), 1)
+        row = {top_id: {"logprob": finite(logprob), "rank": rank} for rank, (top_id, logprob) in top}
+        row.setdefault(token_id, {"logprob": finite(entry.logprob), "rank": entry.rank})
+        rows.append(row)
+    return json.dumps(rows).encode()
 
 
 def _filled(ask: Ask, outputs: dict[str, tuple[tuple[int, ...], Any]]) -> oip.ModelInferResponse:

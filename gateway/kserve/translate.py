@@ -23,7 +23,7 @@ from pagewire.v1 import open_inference_pb2 as oip
 TEXT, TOKEN_IDS, SAMPLING = "text_input", "input_ids", "sampling_parameters"
 LISTS = frozenset({"stop", "stop_token_ids"})
 FLOATS = frozenset(validator.FLOAT_FIELDS)
-INTEGERS = frozenset({"max_tokens", "min_tokens", "top_k", "n", "seed", "priority", "logprobs", "timeout"})
+INTEGERS = frozenset({"max_tokens", "min_tokens", "top_k", "n", "seed", "priority", "logprobs", "best_of", "timeout"})
 FLAGS = frozenset({"stream", "exclude_input_in_output", "ignore_eos", "include_stop_str_in_output", "use_beam_search"})
 NAMES = frozenset({"request_id", "tenant", "cache_salt"})
 ACCEPTED = frozenset(
@@ -35,7 +35,8 @@ ACCEPTED = frozenset(
         "return_num_output_tokens",
     }
 )
-"""Inputs of the vLLM backend that ask for outputs; `outputs` does that here, and all come without it."""
+"""Inputs of the vLLM backend that ask for outputs. Here `outputs` does, and without it all come but `SCORES`, for which
+two of these ask."""
 TENSORS = LISTS | FLOATS | INTEGERS | FLAGS | NAMES | ACCEPTED
 OUTPUTS = {
     "text_output": "BYTES",
@@ -44,8 +45,12 @@ OUTPUTS = {
     "index": "INT32",
     "num_input_tokens": "UINT32",
     "num_output_tokens": "UINT32",
+    "logprobs": "BYTES",
+    "cumulative_logprob": "FP32",
 }
 """Output tensors and their datatypes."""
+SCORES = frozenset({"logprobs", "cumulative_logprob"})
+"""Outputs that come only to who asks for log-probabilities: for every token they are work on the worker."""
 PROMPTS = {"prompt.token_ids.ids": TOKEN_IDS, "prompt.token_ids": TOKEN_IDS, "prompt.text": TEXT, "prompt": TEXT}
 EMPTY_FINAL = "triton_enable_empty_final_response"
 FINAL = "triton_final_response"
@@ -87,11 +92,17 @@ def read(message: oip.ModelInferRequest, model: ModelLimits) -> Ask:
     exclude = fields.flag("exclude_input_in_output") if fields.raw("exclude_input_in_output") is not None else True
     request.output.echo = not exclude
     timeout = fields.integer("timeout")
+    scores_asked_for = [fields.flag("return_logprobs"), fields.flag("return_cumulative_logprob")]
     _prompt(fields, request, inputs, model)
     fields.check()
     outputs = tuple(output.name for output in message.outputs) or tuple(OUTPUTS)
     if unknown := [place for place, name in enumerate(outputs) if name not in OUTPUTS]:
         raise invalid([Violation(f"outputs[{unknown[0]}].name", f"must be one of {', '.join(OUTPUTS)}")])
+    scored = request.output.HasField("logprobs")
+    if not scored and (any(scores_asked_for) or any(output.name in SCORES for output in message.outputs)):
+        request.output.logprobs = 0  # the output tokens' own, no others beside them
+    elif not scored:
+        outputs = tuple(name for name in outputs if name not in SCORES)
     if "text_output" not in outputs and not request.stop.stop:
         request.output.token_ids_only = True
     return Ask(
@@ -106,9 +117,10 @@ def read(message: oip.ModelInferRequest, model: ModelLimits) -> Ask:
     )
 
 
-def renamed(error: RequestError) -> RequestError:
+def renamed(error: RequestError, request: inference_pb2.GenerateRequest) -> RequestError:
     """The error with its violations under the names of inputs and parameters."""
-    return flat.renamed(error, lambda path: flat.field_name(path, PROMPTS))
+    names = {**PROMPTS, "sampling.beam_width": flat.width_name(request)}
+    return flat.renamed(error, lambda path: flat.field_name(path, names))
 
 
 def _merged(inputs: dict[str, Sequence[Any]], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +182,8 @@ def _prompt(
     else:
         ids = inputs[TOKEN_IDS]
         if violations := validator.prompt_violations("prompt.token_ids", len(ids), model):
-            raise invalid(violations, validator.reason_for(violations))
+            reason = validator.reason_for(violations)
+            raise invalid([Violation(TOKEN_IDS, violation.description) for violation in violations], reason)
         for place, token_id in enumerate(ids):
             if type(token_id) is not int or token_id < 0:
                 fields.wrong(f"{TOKEN_IDS}[{place}]", "must be a whole number from 0")

@@ -18,7 +18,11 @@ LEAST_LOGPROB = -9999.0
 """What stands for a probability of zero, because JSON has no infinity (OpenAI's value)."""
 
 FINISH = inference_pb2.FinishReason
-FINISH_REASONS = {FINISH.FINISH_REASON_STOP: "stop", FINISH.FINISH_REASON_LENGTH: "length"}
+FINISH_REASONS = {
+    FINISH.FINISH_REASON_STOP: "stop",
+    FINISH.FINISH_REASON_LENGTH: "length",
+    FINISH.FINISH_REASON_PARKED: "parked",  # OpenAI has no word for it
+}
 
 
 @dataclass
@@ -222,7 +226,7 @@ class CompletionForm(Form):
         offsets = self._offsets.setdefault(piece.index, Offsets(self._texts))
         return {
             "tokens": [self._texts.text(token_id) for token_id in ids],
-            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
+            "token_logprobs": [None if entry is None else finite(entry.logprob) for entry in entries],
             "top_logprobs": [
                 None if entry is None else self._top(token_id, entry)
                 for token_id, entry in zip(ids, entries, strict=False)
@@ -233,8 +237,8 @@ class CompletionForm(Form):
     def _top(self, token_id: int, entry: inference_pb2.TokenLogprobs) -> dict[str, float]:
         top: dict[str, float] = {}
         for top_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=False):
-            top.setdefault(self._texts.text(top_id), _finite(logprob))  # of tokens that look alike, the likelier
-        top.setdefault(self._texts.text(token_id), _finite(entry.logprob))
+            top.setdefault(self._texts.text(top_id), finite(logprob))  # of tokens that look alike, the likelier
+        top.setdefault(self._texts.text(token_id), finite(entry.logprob))
         return top
 
 
@@ -272,7 +276,7 @@ class ChatForm(Form):
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self._texts.raw(token_id)
-        return {"token": self._texts.text(token_id), "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": self._texts.text(token_id), "logprob": finite(logprob), "bytes": list(data)}
 
 
 def form_for(ask: Ask, texts: TokenTexts) -> Form:
@@ -280,7 +284,8 @@ def form_for(ask: Ask, texts: TokenTexts) -> Form:
     return ChatForm(ask, texts) if ask.chat else CompletionForm(ask, texts)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can say."""
     return max(logprob, LEAST_LOGPROB)
 
 

@@ -85,6 +85,8 @@ class Ask:
         at = f"prompt[{place}]" if self.batch else "prompt"
         if path == "output.logprobs":
             return "top_logprobs" if self.chat else "logprobs"
+        if path == "sampling.beam_width":
+            return width_name(self.requests[place])
         return field_name(path, {"prompt.token_ids.ids": at, "prompt.token_ids": at, "prompt.text": at})
 
 
@@ -95,6 +97,11 @@ def renamed(error: RequestError, name: Callable[[str], str]) -> RequestError:
     mended = invalid([Violation(name(violation.field), violation.description) for violation in error.violations])
     mended.code, mended.reason = error.code, error.reason
     return mended
+
+
+def width_name(request: inference_pb2.GenerateRequest) -> str:
+    """The field that has said how many beams there are."""
+    return "n" if request.sampling.beam_width == request.sampling.n else "best_of"
 
 
 def field_name(path: str, prompts: Mapping[str, str]) -> str:
@@ -133,12 +140,6 @@ def completion(data: dict[str, Any], model: ModelLimits, caller: Caller) -> Ask:
         fields.wrong("tools", "are not supported")
     if fields.raw("add_special_tokens") not in (None, True):
         fields.wrong("add_special_tokens", "must be true here: send token ids to decide about special tokens")
-    n = fields.integer("n")
-    best_of = fields.integer("best_of")
-    if best_of is not None and common.sampling.beam_width:
-        common.sampling.beam_width = best_of  # vLLM's old way to name a width beyond n
-    elif best_of is not None and best_of != (n or 1):
-        fields.wrong("best_of", "must be equal to n: choosing among more samples is not supported")
     echo = fields.flag("echo")
     logprobs = fields.integer("logprobs")
     max_tokens = fields.integer("max_tokens")
@@ -242,10 +243,17 @@ def read_common(fields: Fields, caller: Caller) -> inference_pb2.GenerateRequest
     seed = fields.integer("seed", lowest=INT64_MIN, highest=UINT64_MAX)
     if seed is not None:
         sampling.seed = seed % (UINT64_MAX + 1)
+    best_of = fields.integer("best_of", lowest=1)
+    n = max(1, sampling.n)
     if fields.flag("use_beam_search"):
-        sampling.beam_width = max(1, sampling.n)
+        # vLLM's old way to name a width beyond n.
+        sampling.beam_width = best_of or n
+        if best_of == 1 and n > 1:
+            fields.wrong("best_of", "must not be below n")
         if not sampling.HasField("temperature"):
             sampling.temperature = 0.0
+    elif best_of not in (None, n):
+        fields.wrong("best_of", "must be equal to n: choosing among more samples is not supported")
     for token_id, bias in fields.biases("logit_bias").items():
         sampling.logit_bias[token_id] = bias
     stop.min_tokens = fields.integer("min_tokens") or 0

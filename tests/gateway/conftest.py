@@ -74,3 +74,28 @@ async def make_world() -> AsyncIterator[MakeWorld]:
 async def world(make_world: MakeWorld) -> World:
     """A world with a byte-level tokenizer and default settings."""
     return await make_world()
+
+
+MakeDoor = MakeWorld
+
+
+@pytest.fixture
+def make_door(make_world: MakeWorld) -> MakeDoor:
+    """Makes a world whose gateway serves HTTP on a free port too."""
+
+    async def make(tokenizer: Any = "byte-level", **settings: Any) -> World:
+        return await make_world(tokenizer, **{"http_listen": "127.0.0.1:0", **settings})
+
+    return make
+
+
+@pytest.fixture
+async def door(make_door: MakeDoor) -> World:
+    """A world with all three doors, a byte-level tokenizer and default settings."""
+    return await make_door()
+
+
+def address(world: World) -> str:
+    """Where the world's HTTP door is."""
+    assert world.gateway.http_address is not None
+    return world.gateway.http_address

@@ -10,10 +10,9 @@ import pytest
 
 from pagewire.v1 import inference_pb2
 from tests.gateway import tiny_tokenizers
-from tests.gateway.conftest import World
+from tests.gateway.conftest import MakeDoor, World, address
 from tests.gateway.fake_scheduler import CONTEXT, EOS
 from tests.gateway.openai import raw
-from tests.gateway.openai.conftest import MakeDoor, address
 from tests.gateway.test_generate import ids, letters
 
 STOP, LENGTH = inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LENGTH
@@ -301,3 +300,22 @@ async def test_without_a_tokenizer_token_ids_still_work(make_door: MakeDoor) -> 
     assert (choice["text"], choice["token_ids"], choice["logprobs"]["tokens"]) == ("", [9], ["token_id:9"])
     refused = await raw.ask(address(door), COMPLETIONS, {"prompt": "text"})
     assert (refused.status, refused.error["reason"]) == (400, "NO_TOKENIZER")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_parked_request_ends_with_what_it_has_and_says_so(door: World, stream: bool) -> None:
+    reply = start(
+        door, COMPLETIONS, prompt="x", stream=stream, stream_options={"include_usage": True} if stream else None
+    )
+    s = (await door.scheduler.expect("submit")).stream
+    door.scheduler.step([(s, token) for token in letters("ab")], admitted={s: 1})
+    door.scheduler.step(finished=[(s, 2, inference_pb2.FINISH_REASON_PARKED)])
+    answer = await reply
+    if stream:
+        *chunks, usage, done = answer.events
+        assert ("".join(chunk["choices"][0]["text"] for chunk in chunks), done) == ("ab", "[DONE]")
+        assert chunks[-1]["choices"][0]["finish_reason"] == "parked"
+    else:
+        usage = answer.json
+        assert (usage["choices"][0]["text"], usage["choices"][0]["finish_reason"]) == ("ab", "parked")
+    assert usage["usage"]["completion_tokens"] == 2

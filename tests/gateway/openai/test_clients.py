@@ -18,9 +18,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from pagewire.v1 import inference_pb2
-from tests.gateway.conftest import World
+from tests.gateway.conftest import MakeDoor, World, address
 from tests.gateway.fake_scheduler import CONTEXT
-from tests.gateway.openai.conftest import MakeDoor, address
 from tests.gateway.test_generate import ids, letters, rest
 
 LENGTH = inference_pb2.FINISH_REASON_LENGTH

@@ -17,10 +17,9 @@ from gateway.openai.api_keys import load_api_keys
 from gateway.server import Gateway
 from pagewire.runtime.errors import StartError
 from pagewire.v1 import inference_pb2
-from tests.gateway.conftest import World
+from tests.gateway.conftest import MakeDoor, World, address
 from tests.gateway.fake_scheduler import LIMIT_S, FakeScheduler, model_state
 from tests.gateway.openai import raw
-from tests.gateway.openai.conftest import MakeDoor, address
 from tests.gateway.test_generate import ask, letters, rest
 
 LENGTH, CANCELLED = inference_pb2.FINISH_REASON_LENGTH, inference_pb2.FINISH_REASON_CANCELLED
