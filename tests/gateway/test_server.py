@@ -22,8 +22,9 @@ from gateway.server import Gateway, serve
 from gateway.session import SchedulerLink
 from gateway.tokenizer import load_tokenizer
 from pagewire.runtime.errors import StartError
-from pagewire.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from pagewire.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc, open_inference_pb2_grpc
 from tests.gateway import tiny_tokenizers
+from tests.gateway.bad_requests import kserve
 from tests.gateway.conftest import MakeWorld, World
 from tests.gateway.fake_scheduler import LIMIT_S, FakeScheduler, model_state
 from tests.gateway.test_generate import ask, refusal
@@ -105,6 +106,31 @@ async def test_a_gateway_that_stops_tells_its_streams_why(make_world: MakeWorld)
     await stopping
     assert (details.code.name, details.reason) == ("UNAVAILABLE", "DRAINING")
     assert details.message == "this gateway is stopping; resume with Attach"
+
+
+async def test_a_gateway_that_stops_tells_open_inference_clients_why(make_world: MakeWorld) -> None:
+    world = await make_world()
+    stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(world.channel)
+    whole = stub.ModelInfer(kserve())
+    await world.scheduler.expect("submit")
+    stream = stub.ModelStreamInfer()
+    await stream.write(kserve())
+    await world.scheduler.expect("submit")
+    strict = stub.ModelStreamInfer(metadata=(("triton_grpc_error", "true"),))
+    await strict.write(kserve())
+    await world.scheduler.expect("submit")
+    stopping = asyncio.create_task(world.gateway.stop())
+    for call in (whole, strict):
+        details = await refusal(call)
+        assert (details.code.name, details.reason) == ("UNAVAILABLE", "DRAINING")
+    async with asyncio.timeout(LIMIT_S):
+        answer = await stream.read()
+        assert answer.error_message.startswith("DRAINING: ")
+        assert answer.infer_response.parameters["code"].string_param == "UNAVAILABLE"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.read()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await stopping
 
 
 async def test_an_operator_is_told_once_that_the_scheduler_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,16 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
+import grpc.aio
 import openai
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, OpenAI
 
 from pagewire.bundled import BUNDLED_NAME
-from pagewire.v1 import inference_pb2, inference_pb2_grpc
+from pagewire.v1 import inference_pb2, inference_pb2_grpc, open_inference_pb2_grpc
+from pagewire.v1 import open_inference_pb2 as oip
 from tests.service import service
 
 PROMPT = "The function returns"
@@ -165,9 +168,74 @@ async def test_bad_requests_raise_and_leave_a_running_stream_untouched(client: A
     assert "".join([chunk.choices[0].text async for chunk in stream]) == expected
 
 
-async def test_a_replaced_gateway_answers_where_the_first_one_did(up: service.Service, client: AsyncOpenAI) -> None:
+async def test_a_killed_gateway_ends_every_doors_stream_and_by_name_each_request_goes_on(
+    up: service.Service, client: AsyncOpenAI
+) -> None:
+    """What a client sees depends on its protocol; what it loses does not: the scheduler keeps all three requests."""
     (gateway,) = up.ready["pids"]["gateways"]
-    os.kill(gateway, signal.SIGKILL)
+    prompt = [5, 6, 7]
+    async with up.channel() as channel:
+        expected = (await service.generate(channel, service.greedy(prompt, 300))).token_ids
+        native = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            service.greedy(prompt, 300, request_id="native")
+        )
+        first = await native.read()
+        kserve = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer()
+        await kserve.write(kserve_request(prompt, 300, "kserve"))
+        await kserve.read()
+        stream = await client.completions.create(
+            model=BUNDLED_NAME,
+            prompt=prompt,
+            max_tokens=300,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True, "request_id": "openai"},
+        )
+        await anext(stream)
+        os.kill(gateway, signal.SIGKILL)
+        for call in (native, kserve):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_to_the_end(call)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(openai.APIConnectionError):
+            async for _ in stream:
+                pass
+    await replaced(up, client, gateway)
+    async with up.channel() as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        seen = len(first.token_ids)
+        position = inference_pb2.SequencePosition(index=0, first_token=seen)
+        rest = [
+            token
+            async for piece in stub.Attach(inference_pb2.AttachRequest(request_id="native", positions=[position]))
+            for token in piece.token_ids
+        ]
+        assert [*first.token_ids, *rest] == expected
+        # The other two have no call to resume by; whoever has named the request finds it here.
+        for name in ("kserve", "openai"):
+            whole = await service.collect(stub.Attach(inference_pb2.AttachRequest(request_id=name)))
+            assert whole[0].token_ids == expected
+
+
+async def read_to_the_end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+def kserve_request(prompt: list[int], max_tokens: int, name: str) -> oip.ModelInferRequest:
+    """A greedy request over token ids in the Open Inference Protocol."""
+    request = oip.ModelInferRequest(id="1")
+    tensor = request.inputs.add(name="input_ids", datatype="INT64", shape=[len(prompt)])
+    tensor.contents.int64_contents.extend(prompt)
+    request.parameters["request_id"].string_param = name
+    request.parameters["max_tokens"].int64_param = max_tokens
+    request.parameters["temperature"].double_param = 0.0
+    request.parameters["ignore_eos"].bool_param = True
+    return request
+
+
+async def replaced(up: service.Service, client: AsyncOpenAI, gateway: int) -> None:
+    """Returns when another gateway answers where the killed one did."""
     deadline = time.monotonic() + LIMIT_S
     while True:
         try:
