@@ -91,8 +91,8 @@ class TenantTokens:
 
     @property
     def is_charged(self) -> bool:
-        """Whether anybody wants to know who is served how much."""
-        return self.is_shared or self.is_guarded
+        """Whether anybody wants to know who is served how much: also while the others are away for a moment."""
+        return self.is_shared or bool(self._remembered) or self.is_guarded
 
     def charge_prompt(self, group: SequenceGroup, num_tokens: int) -> None:
         """Prompt tokens of a group have been planned."""

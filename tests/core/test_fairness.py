@@ -73,6 +73,19 @@ def test_who_leaves_and_comes_back_keeps_its_bill() -> None:
     assert tenants.served(a) == bill
 
 
+def test_a_tenant_is_charged_while_the_others_are_away_for_a_moment() -> None:
+    tenants = TenantTokens()
+    a, b = group_of("a"), group_of("b")
+    tenants.enter(a)
+    assert not tenants.is_charged
+    tenants.enter(b)
+    tenants.leave(b)
+    assert tenants.is_charged
+    tenants.leave(a)
+    tenants.enter(a)
+    assert not tenants.is_charged, "an idle worker owes nobody anything"
+
+
 def test_tenants_that_come_and_go_are_not_remembered_without_end() -> None:
     tenants = TenantTokens()
     tenants.enter(group_of("stays"))
