@@ -95,6 +95,17 @@ async def test_the_synchronous_client_completes_and_streams(played: World) -> No
     assert texts == {0: "ab", 1: "ab"}
 
 
+async def test_the_client_takes_the_finish_of_a_parked_request(door: World) -> None:
+    asking = asyncio.create_task(
+        in_thread(door, lambda client: client.chat.completions.create(model="tiny", messages=MESSAGES))
+    )
+    s = (await door.scheduler.expect("submit")).stream
+    finished = [(s, 1, inference_pb2.FINISH_REASON_PARKED)]
+    door.scheduler.step([(s, letters("a")[0])], admitted={s: 1}, finished=finished)
+    (choice,) = (await asking).choices
+    assert (choice.message.content, choice.finish_reason) == ("a", "parked")
+
+
 async def test_the_synchronous_client_chats_and_streams_chats(played: World) -> None:
     def whole(client: OpenAI) -> Any:
         return client.chat.completions.create(

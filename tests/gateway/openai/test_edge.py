@@ -298,26 +298,31 @@ async def test_closing_the_socket_in_mid_stream_cancels(door: World) -> None:
 
 async def test_a_reader_that_does_not_read_is_cut_and_others_stream_on(make_door: MakeDoor) -> None:
     door = await make_door(stream_buffer_bytes=1 << 16)
-    stalled = socket.socket()
-    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    host, _, port = address(door).rpartition(":")
-    stalled.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(stalled, (host, int(port)))
-    body = b'{"prompt": "x", "stream": true, "max_tokens": 4000000}'
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    await asyncio.get_running_loop().sock_sendall(stalled, head + body)
-    s = (await door.scheduler.expect("submit")).stream
-    door.scheduler.step(admitted={s: 1})
-    other = door.stub.Generate(ask("y"))
-    t = (await door.scheduler.expect("submit")).stream
-    (a,) = letters("a")
-    expecting = asyncio.ensure_future(door.scheduler.expect("detach"))
-    while not expecting.done():  # until what the kernel takes and what the gateway keeps is full
-        door.scheduler.step([(s, a)] * 2000)
-        await asyncio.sleep(0)
-    assert (await expecting).stream == s
-    stalled.close()
-    finish(door, t)
+    with socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, _, port = address(door).rpartition(":")
+        stalled.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(stalled, (host, int(port)))
+        body = b'{"prompt": "x", "stream": true, "max_tokens": 4000000, "logprobs": 20}'
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        await asyncio.get_running_loop().sock_sendall(stalled, head + body)
+        s = (await door.scheduler.expect("submit")).stream
+        door.scheduler.step(admitted={s: 1})
+        other = door.stub.Generate(ask("y"))
+        t = (await door.scheduler.expect("submit")).stream
+        door.scheduler.step(admitted={t: 1})
+        (a,) = letters("a")
+        # Some 500 bytes of JSON per token: the kernel takes megabytes before anybody waits.
+        rows = [inference_pb2.TokenLogprobs(top_ids=range(100, 120), top_logprobs=[-0.25] * 20)] * 100
+        stepped = 0
+        while door.scheduler.said_nothing_more():  # until what the kernel takes and what the gateway keeps is full
+            door.scheduler.step([(s, a)] * 100, logprobs=rows)
+            door.scheduler.step([(t, a)])
+            stepped += 1
+            async with asyncio.timeout(LIMIT_S):
+                await other.read()
+        assert (await door.scheduler.expect("detach")).stream == s
+    door.scheduler.step(finished=[(t, stepped, LENGTH)])
     assert (await rest(other))[-1].finish.reason == LENGTH
 
 
