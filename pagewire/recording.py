@@ -26,6 +26,10 @@ class RecordingError(Exception):
     """A file cannot be replayed. The message is one clear line that begins with the file's name."""
 
 
+class WorkerRefusedError(RecordingError):
+    """A worker that came does not fit the recording. It is told so too, and ends with the same words."""
+
+
 class _CutError(Exception):
     """The file ends within a message."""
 

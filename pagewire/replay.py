@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from pagewire.recording import PROTOCOL_VERSION, Recording, RecordingError
+from pagewire.recording import PROTOCOL_VERSION, Recording, RecordingError, WorkerRefusedError
 from pagewire.runtime.channel import server_options
 from pagewire.v1 import inference_pb2, recording_pb2, worker_pb2, worker_pb2_grpc
 
@@ -352,7 +352,7 @@ def _next_session(recording: Recording, server: ReplayServer, is_alive: Callable
         except queue.Empty:
             pass
         if not server.refusals.empty():
-            raise RecordingError(server.refusals.get())
+            raise WorkerRefusedError(server.refusals.get())
         if not is_alive():
             raise RecordingError(f"{recording.path}: the worker could not start")
 

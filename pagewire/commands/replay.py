@@ -279,6 +279,8 @@ def _worker(
     recording: Recording, epochs: list[Epoch], address: str, model: str, device: str, load_format: str
 ) -> Iterator[Callable[[], bool]]:
     """A worker as large as the recorded ones. Yields whether it still lives; shows its log if it ended by itself."""
+    from pagewire.recording import WorkerRefusedError
+
     with imports("worker"):
         import torch  # noqa: F401  (one clear line here, instead of a child's)
     capacities = [epoch.hello.capacity for epoch in epochs]
@@ -303,6 +305,8 @@ def _worker(
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:
             yield lambda: process.poll() is None
+        except WorkerRefusedError:
+            raise
         except BaseException:
             if process.poll() is not None:
                 said.seek(0)

@@ -194,15 +194,17 @@ async def test_when_the_last_listener_detaches_the_request_is_cancelled() -> Non
         await gateway.until(lambda: gateway.on(1).tokens)
         await gateway.attach(20, "r1")
         await gateway.until(lambda: gateway.on(20).attached)
+        group = made.serving.engine.dispatcher.find("r1")
+        assert group is not None
         await gateway.send(detach=scheduler_pb2.DetachStream(stream=1))
+        while len(group.listeners) > 1:
+            await asyncio.sleep(0)
         await worker.step()
         await gateway.until(lambda: len(gateway.on(20).tokens) == 2)
         await gateway.send(detach=scheduler_pb2.DetachStream(stream=20))
         worker.run()
         while made.serving.engine.live:
             await asyncio.sleep(0)
-        group = made.serving.engine.dispatcher.find("r1")
-        assert group is not None
         assert group.sequences[0].finish is not None
         assert group.sequences[0].finish.reason.value == "cancelled"
         assert len(gateway.on(1).tokens) == 1

@@ -6,8 +6,13 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from pagewire.v1 import inference_pb2_grpc
+import pytest
+
+from pagewire.commands.replay import _worker
+from pagewire.recording import RecordingError, WorkerRefusedError
+from pagewire.v1 import inference_pb2_grpc, recording_pb2, worker_pb2
 from tests import tiny_models
 from tests.service import service
 from tests.service.test_sampling_determinism import seeded_requests
@@ -65,3 +70,24 @@ async def test_mixed_traffic_with_preemptions_and_a_killed_worker_replays_equal(
     (line,) = refused.stderr.splitlines()
     assert line.startswith(f"pagewire replay: {path}: recorded with the model 'model' (fingerprint ")
     assert line.endswith("give its --model")
+
+
+@pytest.mark.parametrize(("error", "shown"), [(WorkerRefusedError, ""), (RecordingError, "no such model\n")])
+def test_a_worker_that_has_been_refused_is_not_heard_a_second_time(
+    error: type[Exception],
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    worker = tmp_path / "worker"
+    worker.write_text("#!/bin/sh\necho no such model\nexit 2\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    recording = SimpleNamespace(header=recording_pb2.RecordingHeader(block_size=4))
+    epochs = [SimpleNamespace(hello=worker_pb2.WorkerHello())]
+    with pytest.raises(error), _worker(recording, epochs, "127.0.0.1:1", "m", "cpu", "auto") as is_alive:  # type: ignore[arg-type]
+        while is_alive():
+            pass
+        raise error("refused")
+    assert capfd.readouterr().err == shown
