@@ -86,8 +86,13 @@ def test_a_worker_that_has_been_refused_is_not_heard_a_second_time(
     monkeypatch.setattr(sys, "executable", str(worker))
     recording = SimpleNamespace(header=recording_pb2.RecordingHeader(block_size=4))
     epochs = [SimpleNamespace(hello=worker_pb2.WorkerHello())]
-    with pytest.raises(error), _worker(recording, epochs, "127.0.0.1:1", "m", "cpu", "auto") as is_alive:  # type: ignore[arg-type]
-        while is_alive():
-            pass
-        raise error("refused")
+
+    def run() -> None:
+        with _worker(recording, epochs, "127.0.0.1:1", "m", "cpu", "auto") as is_alive:  # type: ignore[arg-type]
+            while is_alive():
+                pass
+            raise error("refused")
+
+    with pytest.raises(error):
+        run()
     assert capfd.readouterr().err == shown
