@@ -419,9 +419,9 @@ def doors(content: Content | None) -> str:
                 ratio = f"{other / one:.2f}" if one else "-"
                 lines.append([f"{load}, {name}", f"{one:.1f}", f"{other:.1f}", ratio, str(min(len(grpc), len(http)))])
     text = (
-        "The bundled model on two cores that scheduler, worker, gateway, this client and other work share: the\n"
-        "times are this machine's and scatter widely. What counts is how the doors compare, above all in processor\n"
-        "time of the gateway. Both deliver text and token ids, one message per step. Medians over repeated rows.\n\n"
+        "The bundled model on two cores that scheduler, worker, gateway and this client share: the times are this\n"
+        "machine's. What counts is how the doors compare, above all in processor time of the gateway. Both deliver\n"
+        "text and token ids, one message per step. Medians over repeated rows.\n\n"
     )
     return text + table(["load, value", "gRPC", "OpenAI HTTP", "HTTP : gRPC", "rows"], lines)
 
