@@ -172,8 +172,8 @@ def _make_base(folder: Path, made: Engine) -> None:
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
-    wanted = [torch, *project["project"]["dependencies"], *extras["gateway"], *extras["worker"]]
-    wanted += [*project["build-system"]["requires"], "wheel"]
+    wanted = [torch, *project["project"]["dependencies"], *extras["gateway"], *extras["worker"], *extras["cuda12"]]
+    wanted += ["nvidia-cuda-nvrtc-cu12", *project["build-system"]["requires"], "wheel"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--constraint"]
     command += ["constraints.txt", "--python-version", SUITE_PYTHON, "--dest", f"{folder}/wheelhouse", *wanted]
     run(command, dict(os.environ), timeout=600)

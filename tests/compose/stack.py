@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
-from tests.compose.engine import Engine, run
+from tests.compose.engine import PUBLIC_BASE, Engine, run
 
 BUILD_LIMIT_S = 900
 READY_LIMIT_S = 120
@@ -31,10 +36,13 @@ class Stack:
     project: str
     grpc_port: int
     http_port: int
+    prometheus_port: int
+    prometheus_image: str = ""
+    """What runs as Prometheus; empty: the public image."""
 
     @classmethod
     def of(cls, engine: Engine) -> Stack:
-        return cls(engine, f"pagewire-test-{os.getpid()}", free_port(), free_port())
+        return cls(engine, f"pagewire-test-{os.getpid()}", free_port(), free_port(), free_port())
 
     @property
     def environment(self) -> dict[str, str]:
@@ -43,6 +51,8 @@ class Stack:
             "PAGEWIRE_TAG": "test",
             "PAGEWIRE_GRPC_PORT": str(self.grpc_port),
             "PAGEWIRE_HTTP_PORT": str(self.http_port),
+            "PAGEWIRE_PROMETHEUS_PORT": str(self.prometheus_port),
+            **({"PAGEWIRE_PROMETHEUS_IMAGE": self.prometheus_image} if self.prometheus_image else {}),
             "COMPOSE_PROFILES": "cpu",
             **({} if self.engine.has_buildkit else {"DOCKER_BUILDKIT": "0"}),
         }
@@ -69,6 +79,24 @@ class Stack:
                 return
             assert time.monotonic() < deadline, f"the gateway is {status}:\n{self.compose('logs', '--tail', '30')}"
             time.sleep(0.5)
+
+    def pack_prometheus(self, folder: Path, binary: Path) -> None:
+        """Makes an image of this machine's Prometheus, in an empty folder."""
+        base = self.engine.environment.get("PAGEWIRE_BASE", PUBLIC_BASE)
+        shutil.copy(binary, folder / "prometheus")
+        (folder / "Dockerfile").write_text(
+            f'FROM {base}\nCOPY prometheus /usr/bin/\nENTRYPOINT ["/usr/bin/prometheus"]\n'
+        )
+        run(["docker", "build", "--tag", "pagewire-prometheus:test", str(folder)], self.environment, BUILD_LIMIT_S)
+        self.prometheus_image = "pagewire-prometheus:test"
+
+    def ask_prometheus(self, path: str, **query: str) -> Any:
+        """The data of an answer of its HTTP API."""
+        url = f"http://127.0.0.1:{self.prometheus_port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=30) as response:
+            answer = json.load(response)
+        assert answer["status"] == "success", answer
+        return answer["data"]
 
     def channel(self) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}")

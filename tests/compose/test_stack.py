@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -15,6 +18,7 @@ import pytest
 from pagewire.v1 import inference_pb2, inference_pb2_grpc
 from tests.compose.engine import NoEngineError, engine
 from tests.compose.stack import BUILD_LIMIT_S, Stack
+from tests.deploy.test_observability import dashboard_expressions
 from tests.service.service import generate, greedy, loads
 
 pytestmark = [
@@ -24,9 +28,15 @@ pytestmark = [
 ]
 PROMPT = [11, 12, 13, 14, 15, 16, 17]
 NUM_TOKENS = 600
+PROMETHEUS_LIMIT_S = 120
 BREAK_AT = 40
 """Tokens of a stream that have arrived when something is killed: it is under way and far from its end."""
 
+COMPILE_A_KERNEL = """
+from kernels import compile
+text = compile.source("sampling.cu", {"DTYPE": "bfloat16", "VECTOR": 8})
+print(len(compile.compile_to_cubin(text, "sm_90a").image))
+"""
 Responses = AsyncIterator[inference_pb2.GenerateResponse]
 
 
@@ -117,6 +127,65 @@ def test_every_role_has_a_health_check_that_passes(stack: Stack) -> None:
         check = stack.inspect(container)["Config"]["Healthcheck"]["Test"]
         assert check[:3] == ["CMD", "pagewire", "health"]
         assert stack.engine.docker("exec", container, *check[1:]) == ""
+
+
+def test_the_image_for_gpus_compiles_kernels_and_says_in_one_line_what_this_machine_lacks(stack: Stack) -> None:
+    stack.compose("--profile", "gpu", "build", "worker-gpu", timeout=BUILD_LIMIT_S)
+    image = "pagewire-worker-cuda:test"
+    size = stack.engine.docker(
+        *("run", "--rm", "--network", "none", "--entrypoint", "python3", image, "-c", COMPILE_A_KERNEL), timeout=120
+    )
+    assert int(size) > 1000
+    with pytest.raises(RuntimeError, match=r"pagewire worker: --device cuda, but .*; or use --device cpu"):
+        stack.engine.docker("run", "--rm", "--network", "none", image, "--scheduler", "unix:/tmp/none", timeout=120)
+
+
+async def test_prometheus_reads_every_role_and_answers_what_dashboard_and_alerts_ask(
+    stack: Stack, tmp_path: Path
+) -> None:
+    if binary := shutil.which("prometheus"):
+        stack.pack_prometheus(tmp_path, Path(binary))
+    elif "PAGEWIRE_BASE" in stack.engine.environment:
+        pytest.skip("nothing is pulled here, and prometheus is not installed (Debian: prometheus)")
+    await undisturbed(stack)
+    try:
+        await asyncio.to_thread(stack.compose, "up", "--detach", "--no-deps", "prometheus")
+        async with asyncio.timeout(PROMETHEUS_LIMIT_S):
+            await until(lambda: reads(stack) == {"scheduler": ["up"], "worker": ["up"], "gateway": ["up"]})
+            await until(lambda: {rule["health"] for rule in rules(stack)} == {"ok"})
+            # A rate needs two readings, which are five seconds apart.
+            await until(lambda: all(asked(stack, one) for one in dashboard_expressions()))
+        assert [rule["name"] for rule in rules(stack) if rule["state"] == "firing"] == []
+    finally:
+        await asyncio.to_thread(stack.compose, "rm", "--stop", "--force", "prometheus")
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Asks again and again; a Prometheus that does not answer yet is no error."""
+    while True:
+        with contextlib.suppress(OSError):
+            if await asyncio.to_thread(holds):
+                return
+        await asyncio.sleep(0.5)
+
+
+def reads(stack: Stack) -> dict[str, list[str]]:
+    """The health of what Prometheus reads, by job."""
+    found: dict[str, list[str]] = {}
+    for target in stack.ask_prometheus("targets", state="active")["activeTargets"]:
+        found.setdefault(target["labels"]["job"], []).append(target["health"])
+    return found
+
+
+def asked(stack: Stack, expression: str) -> list[Any]:
+    """The series that an expression of the dashboard gives now."""
+    expression = expression.replace("$__rate_interval", "1m")
+    series: list[Any] = stack.ask_prometheus("query", query=expression)["result"]
+    return series
+
+
+def rules(stack: Stack) -> list[dict[str, str]]:
+    return [rule for group in stack.ask_prometheus("rules")["groups"] for rule in group["rules"]]
 
 
 async def test_a_stream_goes_on_when_the_only_worker_is_killed_and_restarted_by_the_engine(stack: Stack) -> None:
