@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -140,10 +140,7 @@ class RequestPath:
             self._settings.stream_buffer_bytes,
             request_id=request_id,
             submit=submit,
-            # A detached request is not bound to the call, so the call's deadline does not end it.
-            time_left_ns=(
-                None if deadline_ns is None or detached else lambda: max(1, deadline_ns - time.monotonic_ns())
-            ),
+            time_left_ns=_time_left(deadline_ns, detached),
             span=span,
         )
         if cancelled:
@@ -221,9 +218,7 @@ class RequestPath:
             self._settings.stream_buffer_bytes,
             request_id=request.request_id,
             resume=message,
-            time_left_ns=(
-                None if deadline_ns is None or detached else lambda: max(1, deadline_ns - time.monotonic_ns())
-            ),
+            time_left_ns=_time_left(deadline_ns, detached),
         )
         self._link.resume(generation)
         return generation
@@ -409,3 +404,9 @@ def _request_id_violations(request_id: str) -> list[Violation]:
     if not request_id:
         return [Violation("request_id", "is empty")]
     return validator.identifier_violations("request_id", request_id)
+
+
+def _time_left(deadline_ns: int | None, detached: bool) -> Callable[[], int] | None:
+    """What tells how many nanoseconds a request has left. None: it has no deadline, or is detached: not bound to the
+    call, whose deadline does not end it then."""
+    return None if deadline_ns is None or detached else lambda: max(1, deadline_ns - time.monotonic_ns())

@@ -20,7 +20,7 @@ import grpc.aio
 
 from pagewire import errors
 from pagewire.client import CANCEL_LIMIT_S, CONNECT_LIMIT_S, DEFAULT_ADDRESS, DEFAULT_RESUME_S
-from pagewire.requests import Message, Options, Prompt, chat_prompt, continue_request, generate_request
+from pagewire.requests import Message, Options, Prompt, chat_prompt, continue_request, generate_request, known_request
 from pagewire.resume import NS_PER_S, Call, StreamState, ended_early
 from pagewire.runtime.channel import client_options
 from pagewire.runtime.rich_status import StatusDetails, decode
@@ -82,8 +82,7 @@ class AsyncClient:
 
     def attach(self, request_id: str, *, timeout: float | None = None, n: int = 1) -> AsyncGenerator[Piece]:
         """The whole stream of a live or recently finished request. Leaving the loop early does not cancel it."""
-        request = inference_pb2.GenerateRequest(request_id=request_id)
-        request.sampling.n = n
+        request = known_request(request_id, n)
         return self._stream(request, timeout, Call.ATTACH)
 
     async def park(self, request_id: str, *, ttl_seconds: int = 0) -> dict[int, int]:
@@ -104,8 +103,7 @@ class AsyncClient:
     ) -> AsyncGenerator[Piece]:
         """Takes a parked or held request up again; as `Client.continue_request`, from the first iteration on."""
         resumed = continue_request(request_id, more, max_tokens, hold_seconds)
-        request = inference_pb2.GenerateRequest(request_id=request_id)
-        request.sampling.n = n
+        request = known_request(request_id, n)
         return self._stream(request, timeout, Call.CONTINUE, resumed)
 
     async def cancel(self, request_id: str) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, Unpack
 import grpc
 
 from pagewire import errors
-from pagewire.requests import Message, Options, Prompt, chat_prompt, continue_request, generate_request
+from pagewire.requests import Message, Options, Prompt, chat_prompt, continue_request, generate_request, known_request
 from pagewire.resume import NS_PER_S, Call, StreamState, ended_early
 from pagewire.runtime.channel import client_options
 from pagewire.runtime.rich_status import StatusDetails, decode
@@ -100,8 +100,7 @@ class Client:
 
         Closing this stream does not cancel the request.
         """
-        request = inference_pb2.GenerateRequest(request_id=request_id)
-        request.sampling.n = n
+        request = known_request(request_id, n)
         self._connect()
         return Stream(self._stub, StreamState(request, self._resume_ns, self._on_break), timeout, Call.ATTACH)
 
@@ -133,8 +132,7 @@ class Client:
         The stream begins at the next output token. `n` is the number of sequences that go on.
         """
         resumed = continue_request(request_id, more, max_tokens, hold_seconds)
-        request = inference_pb2.GenerateRequest(request_id=request_id)
-        request.sampling.n = n
+        request = known_request(request_id, n)
         self._connect()
         state = StreamState(request, self._resume_ns, self._on_break, resumed)
         return Stream(self._stub, state, timeout, Call.CONTINUE)

@@ -112,6 +112,11 @@ def generate_request(prompt: Prompt | Sequence[Message], options: Options) -> in
     return request
 
 
+def known_request(request_id: str, n: int) -> inference_pb2.GenerateRequest:
+    """A request that the server has already, of `n` sequences: as much of it as a stream has to know to resume."""
+    return inference_pb2.GenerateRequest(request_id=request_id, sampling=inference_pb2.SamplingParams(n=n))
+
+
 def continue_request(
     request_id: str, more: Prompt | None, max_tokens: int | None, hold_seconds: int | None
 ) -> inference_pb2.ContinueRequest:

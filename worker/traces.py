@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
 from pagewire.runtime.tracing import Tracer
 from worker.step import StepPlan, StepResult
@@ -31,7 +32,7 @@ class Traces:
         if begun is None:
             return
         plan, start_ns = begun
-        timings, end_ns = result.timings, time.time_ns()
+        timings, end_ns = asdict(result.timings), time.time_ns()
         for traceparent in plan.traceparents:
             span = self.tracer.start(
                 "pagewire.worker.step",
@@ -39,13 +40,6 @@ class Traces:
                 start_ns=start_ns,
                 epoch=result.epoch,
                 step=result.step,
-                chunk_tokens=timings.chunk_tokens,
-                decode_tokens=timings.decode_tokens,
-                idle_ns=timings.idle_ns,
-                swap_out_ns=timings.swap_out_ns,
-                swap_in_ns=timings.swap_in_ns,
-                copy_ns=timings.copy_ns,
-                forward_ns=timings.forward_ns,
-                sample_ns=timings.sample_ns,
+                **timings,
             )
             span.end(end_ns=end_ns)

@@ -13,6 +13,7 @@ from pagewire.recording import Recording, RecordingError
 from pagewire.simulation.batch import StepWork
 from pagewire.simulation.costs import StepCosts, fit, steps_of
 from pagewire.v1 import worker_pb2
+from scheduler.codec import capacity_of
 from scheduler.policy import TransferRates, WorkerCapacity
 
 UNKNOWN_SWAP_NS = 1e6
@@ -28,15 +29,7 @@ class RecordedProfile(WorkerProfile):
 
     @property
     def capacity(self) -> WorkerCapacity:
-        said = self.hello.capacity
-        return WorkerCapacity(
-            block_size=said.block_size,
-            num_blocks=said.num_blocks,
-            host_blocks=said.host_blocks,
-            block_bytes=said.block_bytes,
-            max_slots=said.max_slots,
-            max_step_tokens=said.max_step_tokens,
-        )
+        return capacity_of(self.hello)
 
     @property
     def rates(self) -> TransferRates:

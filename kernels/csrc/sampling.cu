@@ -97,15 +97,6 @@ DEVICE void block_scan(u64& a, u64& b, Workspace& w) {
   for (int i = 0; i < warp; ++i) a += w.warp_a[i], b += w.warp_b[i];
 }
 
-DEVICE u64 likeliest_key(const DTYPE* logits, int size, Workspace& w) {
-  u64 best = 0;
-  each_token(Row{logits, size, 0.0f, 0.0f}, [&](float x, int id) {
-    const u64 key = composite_key(x, id);
-    best = key > best ? key : best;
-  });
-  return block_max(best, w);
-}
-
 // The likeliest token, and whether all logits are finite: a NaN's bits are above or below those of all numbers.
 struct Likeliest {
   int id;
@@ -360,7 +351,7 @@ token_logprobs(float* __restrict__ logprobs, i64* __restrict__ ranks, i64* __res
   Workspace& w = *(Workspace*)shared;
   const i64 r = blockIdx.x;
   Row row = {logits + r * row_stride, size, 0.0f, LOG2_E};
-  row.top = to_float(row.logits[id_of(likeliest_key(row.logits, size, w))]);
+  row.top = likeliest(row.logits, size, w).logit;
   const int own_id = (int)chosen[r];
   const float own = to_float(row.logits[own_id]);
   const u64 own_key = composite_key(own, own_id);

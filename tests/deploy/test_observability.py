@@ -8,46 +8,18 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
-import gateway.session
-import worker.link
-from gateway.metrics import GatewayCollector
 from pagewire.runtime.metrics_page import own_registry
-from scheduler.loads import Loads
-from scheduler.metrics import Metrics, SchedulerCollector
-from worker.metrics import WorkerCollector
+from tools.site.metrics import COLLECTORS
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PROMETHEUS, GRAFANA = DEPLOY / "prometheus", DEPLOY / "grafana"
 SERIES = re.compile(r"\b(?:pagewire|process)_[a-z0-9_]+")
-
-
-NOTHING_RUNS = Loads(
-    workers=[],
-    waiting=0,
-    unassigned=0,
-    running=0,
-    swapped=0,
-    preempted=0,
-    retained=0,
-    parked=0,
-    stale_results_total=0,
-)
-
-
-# What the pages of a gateway and a worker read of their links to the scheduler.
-GATEWAY_LINK = cast(gateway.session.SchedulerLink, SimpleNamespace(ready=True, live_requests=3))
-WORKER_LINK = cast(
-    worker.link.SchedulerLink,
-    SimpleNamespace(joined=True, num_sessions=2, executor=SimpleNamespace(progress=SimpleNamespace(count=7))),
-)
 
 
 def page(registry: CollectorRegistry) -> str:
@@ -57,11 +29,7 @@ def page(registry: CollectorRegistry) -> str:
 @pytest.fixture(scope="module")
 def names() -> set[str]:
     """Every family of the three pages, with the endings that its type gives to series."""
-    pages = [
-        page(own_registry(SchedulerCollector(Metrics(), lambda: NOTHING_RUNS))),
-        page(own_registry(GatewayCollector(GATEWAY_LINK))),
-        page(own_registry(WorkerCollector(WORKER_LINK))),
-    ]
+    pages = [page(own_registry(make())) for make in COLLECTORS.values()]
     found = set()
     for family, kind in re.findall(r"^# TYPE (\S+) (\S+)$", "\n".join(pages), re.MULTILINE):
         endings = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count")}.get(kind, ("",))
@@ -89,7 +57,7 @@ def test_every_series_that_dashboard_and_alerts_ask_for_exists(names: set[str]) 
 
 
 def test_the_dashboard_shows_every_family_of_the_scheduler() -> None:
-    text = page(own_registry(SchedulerCollector(Metrics(), lambda: NOTHING_RUNS)))
+    text = page(own_registry(COLLECTORS["scheduler"]()))
     families = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (pagewire_\S+)", text, re.MULTILINE)}
     shown = " ".join(dashboard_expressions())
     assert {family for family in families if family not in shown} == set()
