@@ -7,10 +7,14 @@ a defect (which a supervisor answers with a restart).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import signal
+import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -63,22 +67,57 @@ def _run_sync(target: Callable[[], Any]) -> None:
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         nonlocal stopping
-        stopping = True
+        stopping = True  # no Event: this may interrupt itself, and an Event's lock cannot be taken twice
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    try:
-        result = target()
-    except Exception:
-        # A library that is being imported may turn the exit into an error of its own.
-        if stopping:
-            sys.exit(0)
-        raise
+    with _signals_repeated_until(lambda: stopping):
+        try:
+            result = target()
+        except Exception:
+            # A library that is being imported may turn the exit into an error of its own.
+            if stopping:
+                sys.exit(0)
+            raise
     if inspect.iscoroutine(result):
         _run_async(result)
+
+
+REPEAT_S = 0.05
+"""How long a signal may lie unheard."""
+
+
+@contextlib.contextmanager
+def _signals_repeated_until(heard: Callable[[], bool]) -> Iterator[None]:
+    """Sends a signal that has arrived to this thread again and again until its handler has run.
+
+    CPython only notes a signal and runs the handler when the main thread next executes Python. One that arrives just
+    before the thread begins to wait for a lock is noted and does not interrupt the wait: the worker whose queue stays
+    empty would never hear of it. Only for the main thread.
+    """
+    this = threading.get_ident()
+    noted, note = socket.socketpair()
+    note.setblocking(False)
+
+    def repeat() -> None:
+        while number := noted.recv(1):
+            while number[0] in (signal.SIGTERM, signal.SIGINT) and not heard():
+                time.sleep(REPEAT_S)
+                signal.pthread_kill(this, number[0])
+
+    repeater = threading.Thread(target=repeat, daemon=True)
+    repeater.start()
+    before = signal.set_wakeup_fd(note.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        note.close()  # which ends the repeater
+        repeater.join()
+        noted.close()
 
 
 def _run_async(coroutine: Awaitable[Any]) -> None:

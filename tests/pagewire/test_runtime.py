@@ -155,7 +155,8 @@ async def test_a_frozen_peer_is_noticed_by_the_link_within_seconds() -> None:
 # Starting and stopping
 
 ROLE = """
-import asyncio, sys, time
+import asyncio, os, signal, sys, threading, time
+from pathlib import Path
 from pagewire.runtime.errors import StartError, run_role
 
 async def waits():
@@ -170,6 +171,20 @@ def blocks():
         print("running", flush=True)
         while True:
             time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+def waits_for_a_lock():
+    # The signal is noted in another thread, so that nothing interrupts the wait.
+    def note():
+        while Path(f"/proc/self/task/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            pass
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    threading.Thread(target=note, daemon=True).start()
+    lock = threading.Lock()
+    lock.acquire()
+    try:
+        lock.acquire()
     finally:
         print("cleaned up", flush=True)
 
@@ -209,6 +224,15 @@ def test_a_signal_ends_a_role_with_code_0_after_it_has_cleaned_up(target: str, n
     assert process.stdout.readline() == "running\n"
     process.send_signal(number)
     output, errors = process.communicate()
+    assert (process.returncode, output, errors) == (0, "cleaned up\n", "")
+
+
+def test_a_signal_that_does_not_interrupt_a_wait_is_heard_all_the_same() -> None:
+    process = role("waits_for_a_lock")
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, output, errors) == (0, "cleaned up\n", "")
 
 

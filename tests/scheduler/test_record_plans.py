@@ -52,6 +52,7 @@ async def test_one_that_begins_in_mid_run_replays_workers_that_joined_later_and_
         await gateway.submit(1, [5, 6, 7], max_tokens=30)
         for _ in range(4):
             await first.step()
+        await gateway.until(lambda: len(gateway.on(1).tokens) == 4)  # its results have arrived
         started = await record(made, name="run.rec")
         assert (started.recording, started.whole) == (True, False)
         for _ in range(4):
@@ -82,12 +83,12 @@ async def test_one_in_which_nothing_can_be_replayed_is_refused_in_one_line(
         await gateway.finish(1)
         await record(made, stop=True)
     code, _, err = replay(capsys, made_file)
-    assert (code, err.count("\n")) == (2, 1)
+    assert (code, err.count("\n")) == (2, 1), err
     assert err.startswith(
         f"pagewire replay: {made_file}: began in mid-run, and no worker that joined later has executed"
     )
     code, _, err = replay(capsys, made_file, "--calibrate")
-    assert (code, err.count("\n")) == (2, 1)
+    assert (code, err.count("\n")) == (2, 1), err
 
 
 async def test_what_cannot_be_started_or_stopped_is_refused_by_name(tmp_path: Path) -> None:

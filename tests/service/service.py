@@ -153,12 +153,13 @@ async def loads(channel: grpc.aio.Channel) -> list[control_pb2.WorkerLoad]:
 
 
 async def wait_until_idle(channel: grpc.aio.Channel, limit_s: float = 30) -> control_pb2.WorkerLoad:
-    """Waits until nothing runs on the one worker and every block is free again; returns its load."""
+    """Waits until the one worker has joined, nothing runs on it and every block is free again; returns its load."""
     deadline = time.monotonic() + limit_s
     while True:
-        (load,) = await loads(channel)
-        idle = load.running == load.waiting == load.swapped == 0
-        if idle and load.free_blocks == load.total_blocks and load.free_host_blocks == load.total_host_blocks:
-            return load
-        assert time.monotonic() < deadline, f"blocks are still in use: {load}"
+        now = await loads(channel)
+        for load in now:
+            idle = load.running == load.waiting == load.swapped == 0
+            if idle and load.free_blocks == load.total_blocks and load.free_host_blocks == load.total_host_blocks:
+                return load
+        assert time.monotonic() < deadline, f"no worker, or blocks are still in use: {now}"
         await asyncio.sleep(0.02)
