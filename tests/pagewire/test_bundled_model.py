@@ -178,8 +178,9 @@ def test_cleaning_keeps_prose_and_drops_sessions_code_and_rules() -> None:
 def test_a_resumed_training_gives_the_same_weights_as_an_undisturbed_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train, "BATCH_TOKENS", 1024)
-    stream = torch.arange(5000) % 4096
+    for name, tokens in (("BATCH_TOKENS", 128), ("CONTEXT", 128), ("SHORT_WINDOW", 64)):
+        monkeypatch.setattr(train, name, tokens)
+    stream = torch.arange(500)
     budget = train.Budget(seconds=0, steps=4)
 
     undisturbed = train.Run(stream, 7, tmp_path / "undisturbed.pt")
