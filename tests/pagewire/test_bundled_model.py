@@ -180,6 +180,9 @@ def test_a_resumed_training_gives_the_same_weights_as_an_undisturbed_one(
 ) -> None:
     for name, tokens in (("BATCH_TOKENS", 128), ("CONTEXT", 128), ("SHORT_WINDOW", 64)):
         monkeypatch.setattr(train, name, tokens)
+    small = train.model_config()
+    small.num_hidden_layers = 1
+    monkeypatch.setattr(train, "model_config", lambda: small)
     stream = torch.arange(500)
     budget = train.Budget(seconds=0, steps=4)
 
