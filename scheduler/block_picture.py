@@ -104,7 +104,7 @@ class Painter:
         for scheduler in schedulers:
             here, there = _blank(scheduler.blocks)
             # Oldest requests last: of a shared block the oldest is the owner.
-            for group in sorted([*scheduler.groups, *scheduler.parked], key=lambda group: -group.arrival):
+            for group in sorted([*scheduler.groups, *scheduler.parked.groups], key=lambda group: -group.arrival):
                 for sequence in reversed(group.sequences):
                     table = sequence.table
                     if not table.blocks:

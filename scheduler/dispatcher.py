@@ -320,9 +320,9 @@ class Dispatcher:
         self._parking.remove(group)
         if keeper is not None:
             if keeper is worker:
-                keeper.claim(group)
+                keeper.parked.claim(group)
             else:
-                keeper.let_go(group)
+                keeper.parked.let_go(group)
         if begins_turn:
             group.begin_turn(request, len(what.tokens), self._arrivals, now)
         else:
@@ -352,7 +352,7 @@ class Dispatcher:
         )
         keeper = self._wake(group.parked_on)
         if keeper is not None:
-            keeper.cut(sequence)
+            keeper.parked.cut(sequence)
         return True
 
     def _let_go(self, group: SequenceGroup, reason: FinishReason) -> None:
@@ -361,7 +361,7 @@ class Dispatcher:
         group.keep_until = None
         keeper = self._wake(group.parked_on)
         if keeper is not None:
-            keeper.let_go(group)
+            keeper.parked.let_go(group)
         for sequence in group.sequences:
             if sequence.finish is not None and sequence.finish.reason is FinishReason.PARKED:
                 sequence.finish = replace(sequence.finish, reason=reason)
@@ -520,9 +520,9 @@ class Dispatcher:
         assert assigned | set(self._unassigned) == set(self._groups.values()), "a live group is nowhere"
         self._parking.check_integrity()
         for scheduler in self._schedulers.values():
-            for group in scheduler.parked:
+            for group in scheduler.parked.groups:
                 assert group.parked_on == scheduler.worker_id, f"the KV of {group} is elsewhere"
-        parked = [group for scheduler in self._schedulers.values() for group in scheduler.parked]
+        parked = [group for scheduler in self._schedulers.values() for group in scheduler.parked.groups]
         assert len(parked) == len(set(parked)), "a group's KV is kept by two workers"
         assert set(parked) <= set(self._parking), "KV is kept for a group that is not parked"
         for group in set(self._parking) - set(parked):

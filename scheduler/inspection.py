@@ -29,7 +29,7 @@ def worker_loads(scheduler: Scheduler) -> WorkerLoads:
         step=scheduler.last_step,
         plans_in_flight=len(scheduler.in_flight),
         running_groups=len(scheduler.running),
-        running_sequences=scheduler.rows_held - len(scheduler.released_slots),
+        running_sequences=scheduler.rows.held - len(scheduler.rows.released),
         waiting_groups=len(scheduler.waiting),
         swapped_groups=sum(1 for group in scheduler.preempted if _is_swapped(group)),
         preempted_groups=sum(1 for group in scheduler.preempted if not _is_swapped(group)),
@@ -59,7 +59,7 @@ def kv_waste_ratio(scheduler: Scheduler) -> float:
     size, used = scheduler.capacity.block_size, scheduler.blocks.num_used
     if not used:
         return 0.0
-    beams = [sequence for group in scheduler.searches for sequence in group.live]
+    beams = [sequence for group in scheduler.census.searches for sequence in group.live]
     others = empty_slots(chain(scheduler.prefilling, scheduler.joining, scheduler.ending, beams), scheduler)
     return (scheduler.calendar.empty_slots(scheduler.last_decode_step) + others) / (used * size)
 
@@ -82,23 +82,21 @@ def empty_slots(sequences: Iterable[Sequence], scheduler: Scheduler) -> int:
 def check_scheduler(scheduler: Scheduler) -> None:
     """Raises AssertionError when the books do not balance."""
     sequences = [sequence for group in scheduler.groups for sequence in group.live]
-    kept = [sequence.table for group in scheduler.parked for sequence in group.sequences]
+    kept = [sequence.table for group in scheduler.parked.groups for sequence in group.sequences]
     scheduler.blocks.check_integrity([*(sequence.table for sequence in sequences), *kept])
-    assert not scheduler.parked.keys() & scheduler.groups.keys(), "a parked group is in line"
+    assert not scheduler.parked.groups.keys() & scheduler.groups.keys(), "a parked group is in line"
     for group in scheduler.groups:
         assert group.worker_id == scheduler.worker_id, f"{group} belongs to {group.worker_id}"
         assert group.live, f"{group} has finished and is still here"
         places = (group in scheduler.waiting) + (group in scheduler.preempted) + (group in scheduler.running)
         only_ending = all(sequence.status is ENDING for sequence in group.live)
         assert places == (0 if only_ending else 1), f"{group} is in {places} places"
-    for queue in (scheduler.waiting, scheduler.preempted):
-        assert [group.rank for group in queue] == sorted(group.rank for group in queue), "a queue is out of order"
-    scheduler.waiting_lines.check_integrity(scheduler.waiting)
-    scheduler.preempted_lines.check_integrity(scheduler.preempted)
+    scheduler.waiting.check_integrity()
+    scheduler.preempted.check_integrity()
     assert not {*scheduler.waiting, *scheduler.preempted, *scheduler.running} - scheduler.groups.keys(), (
         "a finished group is queued"
     )
-    assert scheduler.suspects.keys() <= scheduler.groups.keys(), "a group that is not here is suspected"
+    scheduler.census.check_integrity(scheduler.groups)
     joining = {sequence for sequence in scheduler.joining if sequence.status is RUNNING}
     decoding = {sequence for sequence in scheduler.decoding if sequence.end_step}
     for sequence in sequences:
@@ -122,27 +120,19 @@ def check_scheduler(scheduler: Scheduler) -> None:
             check_beams(group)
     rows = [sequence.slot for sequence in sequences if sequence.has_row]
     promised = sum(1 for s in sequences if s.status in (PREFILLING, RUNNING) and not s.has_row)
-    assert scheduler.rows_held == len(rows) + len(scheduler.released_slots) + promised, "rows are miscounted"
+    assert scheduler.rows.held == len(rows) + len(scheduler.rows.released) + promised, "rows are miscounted"
     rows_by: dict[tuple[str, int], int] = {}
     for sequence in sequences:
         if sequence.status in (PREFILLING, RUNNING):
             key = (sequence.request.tenant, sequence.request.priority)
             rows_by[key] = rows_by.get(key, 0) + 1
-    assert rows_by == scheduler.rows_by, "rows of tenants are miscounted"
-    every_slot = sorted(rows + scheduler.released_slots + scheduler.free_slots)
+    assert rows_by == scheduler.rows.by, "rows of tenants are miscounted"
+    every_slot = sorted(rows + scheduler.rows.released + scheduler.rows.free)
     assert every_slot == list(range(scheduler.capacity.max_slots)), "a slot is lost or held twice"
     assert scheduler.assigned_sequences == len(sequences), "assigned sequences are miscounted"
     scheduler.tenants.check_integrity(scheduler.groups)
-    priorities: dict[int, int] = {}
     for group in scheduler.groups:
         assert group.preemptions <= scheduler.config.max_preemptions, f"{group} was preempted {group.preemptions} times"
-        priorities[group.request.priority] = priorities.get(group.request.priority, 0) + 1
-    assert priorities == scheduler.priorities, "priorities are miscounted"
-    counts: dict[int, int] = {}
-    for group in scheduler.groups:
-        for token in group.request.stop_ids:
-            counts[token] = counts.get(token, 0) + 1
-    assert counts == scheduler.stop_counts, "stop tokens are miscounted"
 
 
 def check_beams(group: SequenceGroup) -> None:

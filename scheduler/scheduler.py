@@ -31,18 +31,23 @@ from scheduler import beams
 from scheduler.beams import BeamMove
 from scheduler.block_manager import BlockManager
 from scheduler.block_table import BlockTable, blocks_for
+from scheduler.census import Census
 from scheduler.deadlines import least_ns
 from scheduler.decode_calendar import DecodeCalendar
-from scheduler.draft import Draft, ResultError, StepOutput
+from scheduler.draft import Draft, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.fairness import TenantTokens
 from scheduler.light_tenants import PlanAhead, heavy_budget
+from scheduler.line import Line, rank
+from scheduler.parked_kv import ParkedKv
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
 from scheduler.prefix_cache import extend_chain, start_chain
+from scheduler.prefix_keys import lookup_keys, output_keys, prompt_keys
+from scheduler.result_check import check_result
+from scheduler.rows import Rows
 from scheduler.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
 from scheduler.step_plan import NO_MOVES, Fork, NewSequence, StepPlan, StepResult, TokenLogprobs
-from scheduler.tenant_lines import TenantLines, put_in, rank, take_out
 
 # Names of their own: looking up an enum's member costs more than comparing it.
 WAITING = SequenceStatus.WAITING
@@ -51,10 +56,6 @@ RUNNING = SequenceStatus.RUNNING
 ENDING = SequenceStatus.ENDING
 SWAPPED = SequenceStatus.SWAPPED
 PREEMPTED = SequenceStatus.PREEMPTED
-
-PROGRESS_TOKENS = 16
-"""Output tokens per sequence after which a request is no longer suspected of having brought its worker down. One that
-does so by what it asks for, or at some position, does so again within the first tokens after it has been resumed."""
 
 TARGET_SHARE = 0.96
 """Of the target for the time between two tokens, what a step is predicted to take: predictions err by a few percent."""
@@ -90,18 +91,17 @@ class Scheduler:
         )
         self.costs = CostModel(rates)
         self.tenants = TenantTokens()
-        self.priorities: dict[int, int] = {}  # priority -> groups of this worker that have it
         self.token_budget = min(config.token_budget, capacity.max_step_tokens)
         # Every row may decode in every step, so there are no more rows than tokens in a step.
         self.max_rows = min(config.max_num_seqs, capacity.max_slots, self.token_budget)
         self.watermark_blocks = -int(-config.watermark * capacity.num_blocks // 1)
         self.groups: dict[SequenceGroup, None] = {}  # everybody assigned to this worker and not finished
+        self.census = Census(config.max_worker_losses)  # of them
         self.assigned_sequences = 0  # of those groups, for load balancing
-        self.waiting: list[SequenceGroup] = []  # has never run; by rank
-        self.preempted: list[SequenceGroup] = []  # swapped out or to be recomputed; by rank
-        self.parked: dict[SequenceGroup, None] = {}  # ended for now, and not in `groups`; their KV is kept here
-        self._leaving: list[SequenceGroup] = []  # of those, whose KV the next plan copies out
-        self.waiting_lines, self.preempted_lines = TenantLines(), TenantLines()  # of these two queues
+        self.waiting = Line()  # has never run; by rank
+        self.preempted = Line()  # swapped out or to be recomputed; by rank
+        most_parked = int(config.park_arena_share * capacity.host_blocks)
+        self.parked = ParkedKv(worker_id, self.blocks, capacity.block_bytes, most_parked)  # not in `groups`
         self.running: dict[SequenceGroup, None] = {}  # has sequences that go on; in order of admission
         self.prefilling: list[Sequence] = []  # in order of admission
         self.decoding: list[Sequence] = []  # the decode set in the worker's order; replaced, never changed in place
@@ -113,11 +113,7 @@ class Scheduler:
         self.calendar = DecodeCalendar(capacity.block_size)
         self.ending: dict[Sequence, None] = {}  # wait for their last token; hold blocks, but no row
         self._resumed: set[SequenceGroup] = set()  # since the last preemption
-        self.suspects: dict[SequenceGroup, None] = {}  # were on a worker when it was lost, and no progress since
-        self.free_slots = list(range(capacity.max_slots - 1, -1, -1))
-        self.released_slots: list[int] = []  # rows that the next plan releases
-        self.rows_held = 0  # rows held or promised to running groups
-        self.rows_by: dict[tuple[str, int], int] = {}  # those that are not released, by tenant and priority
+        self.rows = Rows(capacity.max_slots, self.max_rows)
         self.last_step = 0  # last plan made
         self.last_decode_step = 0  # of those, how many the decode set did not sit out: the calendar's step
         self._sits_out = False  # the decode set sits out the last plan
@@ -126,8 +122,6 @@ class Scheduler:
         self.ahead = PlanAhead()
         self.held_until: int | None = None  # a plan that could be made now is to be made then; nanoseconds
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
-        self.stop_counts: dict[int, int] = {}  # stop token -> groups of this worker that have it
-        self.searches: dict[SequenceGroup, None] = {}  # groups of this worker that are beam searches
         # Figures.
         self.preemptions_total = {"swap": 0, "recompute": 0}
         self.predicted_ns = {"swap": 0, "recompute": 0}
@@ -172,7 +166,7 @@ class Scheduler:
         decodes = len(self.decoding) if len(self.waiting) > 1 and self.decoding else 1
         needed = least_ns(group.request, 0, self.costs.step_time, decodes)
         if needed > left:
-            keys = self._lookup_keys(group.live[0])
+            keys = self._findable(group.live[0])
             found = len(self.blocks.find_prefix(keys))
             found += len(self.blocks.tier.find(keys[found:]))
             cached = max(found * self.capacity.block_size, group.live[0].computed)
@@ -186,25 +180,12 @@ class Scheduler:
         if group.parked_epoch != self.epoch:
             group.resumable_after = 0  # not of this worker's steps
         elif self.in_flight and self.config.prefix_cache:
-            self._prompt_keys(group)  # what is in flight for it may yet turn out to be garbage
+            prompt_keys(group, self.capacity.block_size)  # what is in flight for it may yet turn out to be garbage
         self.groups[group] = None
         self.tenants.enter(group)
-        priority = group.request.priority
-        self.priorities[priority] = self.priorities.get(priority, 0) + 1
+        self.census.enter(group)
         self.assigned_sequences += len(group.live)
-        for token in group.request.stop_ids:
-            self.stop_counts[token] = self.stop_counts.get(token, 0) + 1
-        if group.search is not None:
-            self.searches[group] = None
-        if group.losses:
-            group.acquitted_at = _num_output(group) + PROGRESS_TOKENS * len(group.live)
-            self.suspects[group] = None
-        if group.started_at is None:
-            queue, lines = self.waiting, self.waiting_lines
-        else:
-            queue, lines = self.preempted, self.preempted_lines
-        put_in(queue, group)
-        lines.add(group)
+        (self.waiting if group.started_at is None else self.preempted).enter(group)
 
     def pin(self, tenant: str, tokens: list[int]) -> None:
         """Keeps the full blocks of a prefix in the pool, from when a request has computed them on."""
@@ -225,8 +206,7 @@ class Scheduler:
                 groups.append(group)
                 num_sequences -= len(group.live)
         for group in reversed(groups):
-            take_out(waiting, group)
-            self.waiting_lines.remove(group)
+            waiting.leave(group)
             self._forget_group(group)
         return groups
 
@@ -249,8 +229,8 @@ class Scheduler:
             self._forget_group(group)
         for group in computing - set(groups):
             group.losses += group.keep_until is not None  # parked, but it may be the one
-        for group in list(self.parked):
-            self.let_go(group)
+        for group in list(self.parked.groups):
+            self.parked.let_go(group)
         return groups
 
     def stop(self, sequence: Sequence, num_tokens: int, matched_stop: str, now: int) -> None:
@@ -269,28 +249,6 @@ class Scheduler:
                 sequence.computed_before = max(sequence.computed_before, sequence.computed)
                 sequence.computed = 0
             self._end(sequence, FinishReason.PARKED, now)
-
-    def let_go(self, group: SequenceGroup) -> None:
-        """Frees the KV of a parked group; whoever continues it computes it again."""
-        del self.parked[group]
-        group.parked_on = None
-        for sequence in group.sequences:
-            if sequence.table.blocks:
-                self._lose_kv(sequence)
-
-    def claim(self, group: SequenceGroup) -> None:
-        """A parked group is about to be continued here: its KV is its own again, if it has reached the arena."""
-        if any(sequence.table.blocks and not sequence.table.on_host for sequence in group.sequences):
-            self.let_go(group)
-        else:
-            del self.parked[group]
-            group.parked_on = None
-
-    def cut(self, sequence: Sequence) -> None:
-        """The last output tokens of a parked sequence have been taken back: so is their KV."""
-        if sequence.table.blocks:
-            sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
-            self.blocks.truncate(sequence.table, sequence.computed)
 
     def end_group(self, group: SequenceGroup, reason: FinishReason, now: int) -> None:
         """Ends what is left of a group, in whatever state it is."""
@@ -316,7 +274,7 @@ class Scheduler:
         """The next plan. None: enough plans are in flight, there is nothing to compute now, or it is too early
         (`held_until`)."""
         self.held_until = None
-        if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self._leaving):
+        if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self.parked.leaving):
             return None
         self.tenants.look(now)
         if self.tenants.is_guarded and self.in_flight:
@@ -329,14 +287,14 @@ class Scheduler:
             )
         while True:
             draft = Draft(self.last_step + 1)
-            if self._leaving:
-                self._swap_out_parked(draft)
+            if self.parked.leaving:
+                self.parked.swap_out(draft)
             if self._has_order:
                 self._displace(draft)
             if self._may_sit_out() and self._plan_light_prompts(draft, now):
                 return self._commit(draft, now)
             self._keep_running(draft, now)
-            self._take_released(draft)
+            self.rows.release(draft)
             self._continue_prefills(draft, now)
             if not draft.has_preempted:
                 if self.preempted:
@@ -403,7 +361,7 @@ class Scheduler:
             self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING]
             self._decoding_changed = False
         draft.left, draft.left_for_heavy = self.token_budget, 0
-        self._take_released(draft)
+        self.rows.release(draft)
         self._continue_prefills(draft, now)
         self._admit_waiting(draft, now)
         if draft.chunk_slots:
@@ -422,7 +380,7 @@ class Scheduler:
         for moves in moved.values():
             for sequence, parent_slot in moves:
                 if not sequence.has_row:
-                    self._take_row(sequence)
+                    self.rows.take(sequence)
                 draft.beam_slots.append(sequence.slot)
                 draft.beam_parents.append(parent_slot)
                 draft.beam_tokens.append(sequence.output[-1])
@@ -451,7 +409,7 @@ class Scheduler:
         """Prompt tokens that could be computed now if a step had no end: of prompts that are under way, and of waiting
         ones as far as there are rows and blocks for them."""
         room = self.blocks.num_free * self.capacity.block_size
-        rows = self.max_rows - self.rows_held
+        rows = self.max_rows - self.rows.held
         waiting = sum(len(group.request.prompt) for group in self.waiting[: max(0, min(rows, MOST_LOOKED_AT))])
         return min(waiting, room) + sum(sequence.num_tokens - sequence.computed for sequence in self.prefilling)
 
@@ -486,7 +444,11 @@ class Scheduler:
         """Preempted groups come back, by place, once the results of their last steps are in."""
         while self.preempted and draft.left > 0:
             group = self._first(self.preempted)
-            if group.resumable_after > self.last_applied or not self._has_rows(group) or self._must_be_alone(group):
+            if (
+                group.resumable_after > self.last_applied
+                or not self.rows.has_room(group)
+                or self.census.must_be_alone(group)
+            ):
                 return
             if group.live[0].status is PREEMPTED and self._left_for(group, draft) <= 0:
                 return
@@ -514,7 +476,7 @@ class Scheduler:
                 return
             if group.resumable_after > self.last_applied:
                 return
-            if not self._has_rows(group) or not self._start(group, draft, now):
+            if not self.rows.has_room(group) or not self._start(group, draft, now):
                 return
 
     def _commit(self, draft: Draft, now: int) -> StepPlan | None:
@@ -527,7 +489,7 @@ class Scheduler:
         num_out, num_in = len(draft.swap_out), len(draft.swap_in)
         draft.decoding = [] if draft.decodes_sit_out else self.decoding
         if not (draft.decoding or draft.beams or draft.chunk_slots or num_out or num_in):
-            self._give_back_released(draft)
+            self.rows.undo_release(draft)
             return None
         if self._beams_in_set or draft.beams:
             self._exchange_beams(draft)
@@ -565,18 +527,16 @@ class Scheduler:
     @property
     def _has_order(self) -> bool:
         """Whether there is any other order than that of arrival."""
-        return len(self.priorities) > 1 or self.tenants.is_shared
+        return len(self.census.priorities) > 1 or self.tenants.is_shared
 
     def place(self, group: SequenceGroup) -> Place:
         """A group's place in line; smaller comes first. What a tenant has been served counts among equal priorities."""
         rank = group.rank
         return rank[0], rank[1], self.tenants.served(group), rank
 
-    def _first(self, queue: list[SequenceGroup]) -> SequenceGroup:
-        """Who is first in line in a queue that is sorted by rank and not empty."""
-        if not self.tenants.is_shared:
-            return queue[0]
-        return (self.waiting_lines if queue is self.waiting else self.preempted_lines).first(self.place)
+    def _first(self, queue: Line) -> SequenceGroup:
+        """Who is first in a queue that is not empty."""
+        return queue.first(self.place) if self.tenants.is_shared else queue[0]
 
     def _passes(self, waiting: SequenceGroup, preempted: SequenceGroup) -> bool:
         """Whether a waiting group may start although a preempted one waits to come back: its priority is higher, or its
@@ -591,9 +551,9 @@ class Scheduler:
         claimant = self._first(queues[0])
         if len(queues) > 1 and self._passes(self._first(self.waiting), claimant):
             claimant = self._first(self.waiting)
-        if claimant.resumable_after > self.last_applied or self._must_be_alone(claimant):
+        if claimant.resumable_after > self.last_applied or self.census.must_be_alone(claimant):
             return
-        held = self._rows_by_tenant()
+        held = self.rows.by_tenant()
         if not self._may_displace(claimant, held):
             return
         # One more preemption would protect a group, which would then come back before the claimant.
@@ -607,7 +567,7 @@ class Scheduler:
         if not takeable:
             return
         live = claimant.live
-        rows = self.rows_held - len(self.released_slots) + len(live) - self.max_rows
+        rows = self.rows.held - len(self.rows.released) + len(live) - self.max_rows
         need = self._blocks_to_start(claimant) + len(self.calendar.due(self.last_decode_step + 1)) + len(self.joining)
         need += sum(len(group.beams) for group in self.moved_beams)
         blocks = need + max(len(live) - 1, self.watermark_blocks) - self.blocks.num_free
@@ -620,30 +580,15 @@ class Scheduler:
                 if victims:
                     return
 
-    def _rows_by_tenant(self) -> dict[str, int]:
-        """Rows that each tenant holds."""
-        held: dict[str, int] = {}
-        for (tenant, _), rows in self.rows_by.items():
-            held[tenant] = held.get(tenant, 0) + rows
-        return held
-
     def _may_displace(self, claimant: SequenceGroup, held: dict[str, int]) -> bool:
         """Whether there is a running group that choose_to_displace would take for a claimant. Told from who holds how
         many rows, because it is asked in every step in which somebody waits."""
         priority, own = claimant.request.priority, claimant.request.tenant
-        if any(other < priority for _, other in self.rows_by):
+        if any(other < priority for _, other in self.rows.by):
             return True
         share = 2 * (held.get(own, 0) + len(claimant.live))
         heavier = self.tenants.served_more(claimant)
         return any(rows > share and tenant in heavier for tenant, rows in held.items())
-
-    def _count_rows(self, group: SequenceGroup, change: int) -> None:
-        key = (group.request.tenant, group.request.priority)
-        rows = self.rows_by.get(key, 0) + change
-        if rows:
-            self.rows_by[key] = rows
-        else:
-            del self.rows_by[key]
 
     def _blocks_to_start(self, group: SequenceGroup) -> int:
         """Blocks that a waiting or preempted group needs to start, at most."""
@@ -652,7 +597,7 @@ class Scheduler:
             return sum(len(sequence.table) + 1 for sequence in live)
         if live[0].table.blocks:
             return blocks_for(live[0].num_tokens, self.capacity.block_size)
-        found = len(self.blocks.find_prefix(self._lookup_keys(live[0])))
+        found = len(self.blocks.find_prefix(self._findable(live[0])))
         fresh = not live[0].output
         return sum(blocks_for(s.num_tokens, self.capacity.block_size) for s in (live[:1] if fresh else live)) - found
 
@@ -691,7 +636,7 @@ class Scheduler:
             return self._start_parked(group, leader, draft, now)
         known = leader.num_tokens
         is_fresh = not leader.output
-        keys = self._lookup_keys(leader)
+        keys = self._findable(leader)
         found = blocks.find_prefix(keys)
         shares = self._shares(group, live) if others and not is_fresh else []
         need = blocks_for(known, size) - len(found)
@@ -796,21 +741,9 @@ class Scheduler:
         elif not group.announced:
             group.prompt_logprobs.clear()  # they start over with the prompt
 
-    def _lookup_keys(self, leader: Sequence) -> list[bytes]:
-        """Keys of the blocks to look up: never the one with the last known token, which must be computed to sample."""
-        group = leader.group
-        request = group.request
-        if not self.config.prefix_cache or not group.cache_allowed:
-            return []
-        if request.prompt_logprobs is not None and not group.announced:
-            return []
-        if group.lookup_keys is None:  # kept while it queues: its tokens do not change before it starts
-            keys = self._prompt_keys(group)
-            if leader.output:
-                keys = keys + self._output_keys(leader, leader.num_tokens)
-            most = (leader.num_tokens - 1) // self.capacity.block_size
-            group.lookup_keys = keys if len(keys) <= most else keys[:most]
-        return group.lookup_keys
+    def _findable(self, leader: Sequence) -> list[bytes]:
+        """Keys of the blocks that a group that starts with this sequence may find in the prefix cache."""
+        return lookup_keys(leader, self.capacity.block_size) if self.config.prefix_cache else []
 
     def _plan_chunk(self, sequence: Sequence, draft: Draft) -> None:
         """Computes as many further known tokens of a sequence as the budget allows. The last chunk samples."""
@@ -836,7 +769,7 @@ class Scheduler:
             draft.serves_light_tenants = draft.serves_light_tenants or self.tenants.is_light(group)
             self.tenants.charge_prompt(group, max(0, end - max(start, sequence.computed_before)))
         if self.config.prefix_cache:
-            keys = self._prompt_keys(group)
+            keys = prompt_keys(group, size)
             covered = slice(start // size, end // size)
             draft.registered.append((sequence.table.blocks[covered], keys[covered]))
         if len(group.sequences) > 1:
@@ -860,7 +793,7 @@ class Scheduler:
         child.table = self.blocks.fork(parent.table)
         child.computed = parent.computed
         child.starts_at = 0
-        self._take_row(child)
+        self.rows.take(child)
         draft.forks.append(Fork(parent.slot, child.slot, child.index))
         draft.forked.append(child)
         self._after_prefill(child, draft)
@@ -876,7 +809,7 @@ class Scheduler:
             self.joining.append(sequence)
 
     def _new_row(self, sequence: Sequence, computed: int) -> NewSequence:
-        self._take_row(sequence)
+        self.rows.take(sequence)
         group = sequence.group
         return NewSequence(
             slot=sequence.slot,
@@ -900,7 +833,7 @@ class Scheduler:
         """The draft samples a sequence's last token by length: its row goes with the next plan, its blocks with the
         result, when all its tokens are known and the prefix cache can have them."""
         self._leave_decode(sequence)
-        self._release_row(sequence)
+        self.rows.give_back(sequence)
         sequence.status = ENDING
         self.ending[sequence] = None
         draft.ending.append(sequence)
@@ -977,7 +910,7 @@ class Scheduler:
         if mode == "swap":
             for sequence in live:
                 self._leave_decode(sequence)
-                self._release_row(sequence)
+                self.rows.give_back(sequence)
                 sequence.status = SWAPPED
             moves = self.blocks.swap_out([sequence.table for sequence in live])
             draft.add_swap_out(moves)
@@ -1005,8 +938,7 @@ class Scheduler:
         self.running.pop(group, None)
         self.moved_beams.pop(group, None)
         if group not in self.preempted:
-            put_in(self.preempted, group)
-            self.preempted_lines.add(group)
+            self.preempted.enter(group)
 
     def _preemption_mode(self, live: list[Sequence]) -> str:
         """Swap or recompute. Whoever is still being prefilled is recomputed: it has no output to lose, and what it
@@ -1062,46 +994,6 @@ class Scheduler:
         draft.left -= len(live)
         return True
 
-    # ------------------------------------------------------------------ parking
-
-    def _take_in(self, group: SequenceGroup) -> None:
-        """Keeps the KV of a group that has just ended, for who continues it: of all its parked sequences, or none."""
-        kept = [sequence for sequence in group.sequences if sequence.table.blocks]
-        if group.keep_until is None or (group.is_parked and len(kept) < _num_parked(group)):
-            for sequence in kept:
-                self._lose_kv(sequence)
-            return
-        if not kept:
-            return
-        for sequence in kept:
-            # The last token's is computed with what follows; of appended tokens none may be yet.
-            sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
-            self.blocks.truncate(sequence.table, sequence.computed)
-        self.parked[group] = None
-        group.parked_on = self.worker_id
-        if not all(sequence.table.on_host for sequence in kept):
-            self._leaving.append(group)
-
-    def _swap_out_parked(self, draft: Draft) -> None:
-        """Copies the KV of groups that have been parked since the last plan to the arena, as far as there is room."""
-        for group in self._leaving:
-            if group not in self.parked:
-                continue  # let go meanwhile
-            tables = [s.table for s in group.sequences if s.table.blocks and not s.table.on_host]
-            need = self.blocks.swap_out_need(tables)
-            room = int(self.config.park_arena_share * self.capacity.host_blocks) - self._arena_blocks_of_parked()
-            if need > min(room, self.blocks.tier.num_available):
-                self.let_go(group)
-            elif tables:
-                moves = self.blocks.swap_out(tables)
-                draft.add_swap_out(moves)
-                group.swapped_bytes += len(moves) * self.capacity.block_bytes
-        self._leaving.clear()
-
-    def _arena_blocks_of_parked(self) -> int:
-        """Host blocks that parked groups hold, shared ones counted once per table."""
-        return sum(len(s.table) for group in self.parked for s in group.sequences if s.table.on_host)
-
     def _is_confirmed(self, sequence: Sequence) -> bool:
         """Whether results have confirmed the KV of all accepted tokens but the last."""
         if sequence.status is PREFILLING or not sequence.table.blocks:
@@ -1110,21 +1002,7 @@ class Scheduler:
             sequence is other for flight in self.in_flight for other in (*flight.chunks.values(), *flight.forked)
         )
 
-    def _lose_kv(self, sequence: Sequence) -> None:
-        sequence.computed_before = max(sequence.computed_before, sequence.computed)
-        sequence.computed = 0
-        self.blocks.free(sequence.table)
-
     # ------------------------------------------------------------------ room
-
-    def _must_be_alone(self, group: SequenceGroup) -> bool:
-        """Whether a group's next loss is its last while another such group runs: the one that brings workers down must
-        not take the others with it."""
-        last = self.config.max_worker_losses - 1
-        return group.losses >= last and any(other.losses >= last and _is_running(other) for other in self.suspects)
-
-    def _has_rows(self, group: SequenceGroup) -> bool:
-        return self.rows_held + len(group.live) <= self.max_rows
 
     def _has_room(self, need: int, soon: int) -> bool:
         """Whether `need` blocks can be taken so that `soon` more and the watermark stay free. Whoever would be alone
@@ -1150,42 +1028,9 @@ class Scheduler:
 
     def _leave_queue(self, group: SequenceGroup, live: list[Sequence]) -> None:
         """A waiting or preempted group starts to run: it has rows from now on."""
-        if live[0].status is WAITING:
-            take_out(self.waiting, group)
-            self.waiting_lines.remove(group)
-        else:
-            take_out(self.preempted, group)
-            self.preempted_lines.remove(group)
+        (self.waiting if live[0].status is WAITING else self.preempted).leave(group)
         self.running[group] = None
-        self.rows_held += len(live)
-        self._count_rows(group, len(live))
-
-    def _take_row(self, sequence: Sequence) -> None:
-        sequence.slot = self.free_slots.pop()
-        sequence.has_row = True
-
-    def _release_row(self, sequence: Sequence) -> None:
-        """Gives a running sequence's row, or its promise of one, back. A row can be filled again from the plan on that
-        releases it."""
-        self._count_rows(sequence.group, -1)
-        if sequence.has_row:
-            sequence.has_row = False
-            self.released_slots.append(sequence.slot)
-        else:
-            self.rows_held -= 1
-
-    def _take_released(self, draft: Draft) -> None:
-        released, self.released_slots = self.released_slots, []
-        draft.release_slots = draft.release_slots + released
-        self.free_slots.extend(released)
-        self.rows_held -= len(released)
-
-    def _give_back_released(self, draft: Draft) -> None:
-        """Undoes _take_released for a draft that fills no row."""
-        if draft.release_slots:
-            del self.free_slots[-len(draft.release_slots) :]
-            self.rows_held += len(draft.release_slots)
-            self.released_slots = draft.release_slots + self.released_slots
+        self.rows.promise(group, len(live))
 
     # ------------------------------------------------------------------ results
 
@@ -1207,7 +1052,7 @@ class Scheduler:
     def _apply_next(self, result: StepResult, now: int) -> StepOutput:
         flight = self.in_flight[0]
         rows, tokens = flight.rows, result.token_ids
-        self._check_result(flight, len(rows), result)
+        check_result(flight, rows, result)
         self.in_flight.popleft()
         self.last_applied = flight.step
         self.ahead.applied(now)
@@ -1232,7 +1077,7 @@ class Scheduler:
                 rows[position].logprobs.append(entry)
                 logprobs[position] = entry
         first_tokens = self._note_first_tokens(flight, result, now) if flight.chunks else []
-        if not self.stop_counts.keys().isdisjoint(tokens):
+        if not self.census.stop_tokens.keys().isdisjoint(tokens):
             self._end_stopped(rows, tokens, now)
         for sequence in flight.ending:
             if sequence.finish is None and sequence not in flight.dropped:
@@ -1242,8 +1087,8 @@ class Scheduler:
         for group in searching:
             if len(group.offers) == len(group.beams):
                 output = self._advance_search(group, output, now)
-        if self.suspects:
-            self._acquit()
+        if self.census.suspects:
+            self.census.acquit()
         return output
 
     def _take_offers(self, flight: Draft, rows: list[Sequence], result: StepResult) -> list[SequenceGroup]:
@@ -1288,42 +1133,6 @@ class Scheduler:
                 self._end(sequence, FinishReason.LENGTH, now)
         return output.followed_by(replace(told, num_searched=len(told.token_ids)))
 
-    def _check_result(self, flight: Draft, num_rows: int, result: StepResult) -> None:
-        """Raises ResultError, before anything has changed, when a result cannot belong to its plan."""
-        step = result.step
-        if len(result.token_ids) != num_rows:
-            raise ResultError(f"step {step} has {num_rows} rows, its result has {len(result.token_ids)} token ids")
-        if len(result.logprob_rows) != len(result.logprobs):
-            raise ResultError(f"the result of step {step} has log-probabilities without a row, or the reverse")
-        for row in (*result.logprob_rows, *result.nonfinite_rows):
-            if not 0 <= row < num_rows:
-                raise ResultError(f"the result of step {step} names row {row} of {num_rows}")
-        if flight.searches:
-            self._check_offers(flight, result)
-        for entry in result.prompt_logprobs:
-            sequence = flight.chunks.get(entry.slot)
-            if sequence is None:
-                raise ResultError(f"the result of step {step} has prompt log-probabilities of slot {entry.slot}")
-            expected = len(sequence.group.prompt_logprobs) + 1
-            if entry.first_token != expected and not flight.ignores(sequence.group):
-                raise ResultError(
-                    f"prompt log-probabilities of slot {entry.slot} begin at {entry.first_token}, not at {expected}"
-                )
-
-    def _check_offers(self, flight: Draft, result: StepResult) -> None:
-        """Raises ResultError unless every beam that could be computed has offered as many tokens as it was asked."""
-        offers = dict(zip(result.logprob_rows, result.logprobs, strict=True))
-        starved = set(result.out_of_memory_slots)
-        for row, sequence in enumerate(flight.rows):
-            search = sequence.group.search
-            if search is None or row in result.nonfinite_rows or sequence.slot in starved or sequence in flight.dropped:
-                continue
-            given = len(offers[row].top_ids) if row in offers else 0
-            if given < search.num_candidates or given != len(offers[row].top_logprobs):
-                raise ResultError(
-                    f"row {row} of step {result.step} is a beam that offers {given} tokens, not {search.num_candidates}"
-                )
-
     def _learn(self, flight: Draft, result: StepResult) -> None:
         size, timings = self.capacity.block_bytes, result.timings
         if flight.recomputed_tokens:
@@ -1353,12 +1162,6 @@ class Scheduler:
                     first_tokens.append(sequence.group)
                 self._announce(sequence.group)
         return first_tokens
-
-    def _acquit(self) -> None:
-        """Forgets the losses of groups that have made progress since."""
-        for group in [group for group in self.suspects if _num_output(group) >= group.acquitted_at]:
-            group.losses = 0
-            del self.suspects[group]
 
     def _announce(self, group: SequenceGroup) -> None:
         if not group.announced:
@@ -1438,7 +1241,7 @@ class Scheduler:
         """Takes a sequence off the calendars and gives back its row and its blocks."""
         self._leave_decode(sequence)
         if sequence.status is RUNNING or sequence.status is PREFILLING:
-            self._release_row(sequence)
+            self.rows.give_back(sequence)
         elif sequence.status is ENDING:
             self.ending.pop(sequence, None)
         if not keep_kv:
@@ -1448,26 +1251,10 @@ class Scheduler:
         """Makes the full blocks behind the prompt's findable, as far as results have confirmed their KV: all accepted
         tokens but the last."""
         if self.config.prefix_cache and sequence.table.blocks and not sequence.table.on_host:
-            first = len(sequence.group.request.prompt) // self.capacity.block_size
-            keys = self._output_keys(sequence, sequence.num_tokens - 1)
+            size = self.capacity.block_size
+            first = len(sequence.group.request.prompt) // size
+            keys = output_keys(sequence, sequence.num_tokens - 1, size)
             self.blocks.register(zip(sequence.table.blocks[first:], keys, strict=False))
-
-    def _prompt_keys(self, group: SequenceGroup) -> list[bytes]:
-        """Prefix-cache keys of the prompt's full blocks."""
-        keys = group.prompt_hashes
-        if keys is None:
-            request = group.request
-            chain = group.prompt_chain = start_chain(request.tenant)
-            keys = group.prompt_hashes = extend_chain(chain, request.prompt, self.capacity.block_size)
-        return keys
-
-    def _output_keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
-        """Prefix-cache keys of the full blocks behind the prompt's, in the first `num_tokens` tokens."""
-        group, size = sequence.group, self.capacity.block_size
-        first = len(self._prompt_keys(group)) * size
-        if num_tokens < first + size or group.prompt_chain is None:
-            return []
-        return extend_chain(group.prompt_chain.copy(), sequence.token_ids[first:num_tokens], size)
 
     def _end(
         self,
@@ -1504,46 +1291,18 @@ class Scheduler:
         self.running.pop(group, None)
         self.moved_beams.pop(group, None)
         self._resumed.discard(group)
-        if group.started_at is None:
-            queue, lines = self.waiting, self.waiting_lines
-        else:
-            queue, lines = self.preempted, self.preempted_lines
-        if take_out(queue, group):
-            lines.remove(group)
+        (self.waiting if group.started_at is None else self.preempted).leave(group)
         self._forget_group(group)
         group.resumable_after = self.last_step
         group.parked_epoch = self.epoch
         if group.keep_until is not None:  # it may run elsewhere before the next plan: no trace of it stays
             self.joining = [sequence for sequence in self.joining if sequence.status is RUNNING]
             self.decoding = [sequence for sequence in self.decoding if sequence.status is RUNNING]
-        self._take_in(group)
+        self.parked.take_in(group)
 
     def _forget_group(self, group: SequenceGroup) -> None:
         del self.groups[group]
         self.tenants.leave(group)
-        priority = group.request.priority
-        self.priorities[priority] -= 1
-        if not self.priorities[priority]:
-            del self.priorities[priority]
-        self.suspects.pop(group, None)
-        self.searches.pop(group, None)
+        self.census.leave(group)
         group.worker_id = None
         self.assigned_sequences -= len(group.live)
-        for token in group.request.stop_ids:
-            count = self.stop_counts[token] - 1
-            if count:
-                self.stop_counts[token] = count
-            else:
-                del self.stop_counts[token]
-
-
-def _num_parked(group: SequenceGroup) -> int:
-    return sum(1 for s in group.sequences if s.finish is not None and s.finish.reason is FinishReason.PARKED)
-
-
-def _num_output(group: SequenceGroup) -> int:
-    return sum(len(sequence.output) for sequence in group.sequences)
-
-
-def _is_running(group: SequenceGroup) -> bool:
-    return any(sequence.status in (PREFILLING, RUNNING, ENDING) for sequence in group.live)

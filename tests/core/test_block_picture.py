@@ -59,7 +59,7 @@ def check_against(watcher: Watcher, schedulers: list[Scheduler]) -> None:
         blocks = scheduler.blocks
         for on_host, pool in ((False, blocks.pool), (True, blocks.host)):
             holders: dict[int, list] = {}
-            for group in [*scheduler.groups, *scheduler.parked]:
+            for group in [*scheduler.groups, *scheduler.parked.groups]:
                 for sequence in group.sequences:
                     if sequence.table.on_host == on_host:
                         for block in sequence.table.blocks:

@@ -19,6 +19,7 @@ from scheduler.dispatcher import (
     SchedulerConfig,
     TransferRates,
 )
+from scheduler.line import Line
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import Sequence, SequenceGroup
 from scheduler.step_plan import StepPlan
@@ -74,7 +75,7 @@ class CountedWorkers(dict[str, Scheduler]):
         return super().items()
 
 
-class CountedQueue(list[SequenceGroup]):
+class CountedQueue(Line):
     """A queue that counts who is looked at when somebody goes through it."""
 
     looks = 0
