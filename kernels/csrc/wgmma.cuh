@@ -35,13 +35,19 @@ DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" 
 
 #define TEN(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9, "
 #define NAMES_32 "{" TEN() TEN(1) TEN(2) "%30, %31}"
+#define NAMES_48 "{" TEN() TEN(1) TEN(2) TEN(3) "%40, %41, %42, %43, %44, %45, %46, %47}"
 #define NAMES_64 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63}"
+#define NAMES_96 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) "%90, %91, %92, %93, %94, %95}"
+#define NAMES_112 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) "%110, %111}"
 #define NAMES_128 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) \
                   "%120, %121, %122, %123, %124, %125, %126, %127}"
 #define QUAD(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define QUADS(i) QUAD(i), QUAD(i + 1), QUAD(i + 2), QUAD(i + 3), QUAD(i + 4), QUAD(i + 5), QUAD(i + 6), QUAD(i + 7)
 #define VALUES_32 QUADS(0)
+#define VALUES_48 QUADS(0), QUAD(8), QUAD(9), QUAD(10), QUAD(11)
 #define VALUES_64 QUADS(0), QUADS(8)
+#define VALUES_96 VALUES_64, QUADS(16)
+#define VALUES_112 VALUES_96, QUAD(24), QUAD(25), QUAD(26), QUAD(27)
 #define VALUES_128 QUADS(0), QUADS(8), QUADS(16), QUADS(24)
 
 // D = A . B, or D += A . B where `accumulate`; both operands in shared memory, both k-major.
@@ -67,10 +73,16 @@ DEVICE void wgmma(float (&d)[N / 8][4], const u32 (&a)[4], u64 b);
                  : VALUES_##COUNT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                   \
   }
 WGMMA(bfloat16, "bf16", 64, 32, 32, 33, 34, 35, 36)
+WGMMA(bfloat16, "bf16", 96, 48, 48, 49, 50, 51, 52)
 WGMMA(bfloat16, "bf16", 128, 64, 64, 65, 66, 67, 68)
+WGMMA(bfloat16, "bf16", 192, 96, 96, 97, 98, 99, 100)
+WGMMA(bfloat16, "bf16", 224, 112, 112, 113, 114, 115, 116)
 WGMMA(bfloat16, "bf16", 256, 128, 128, 129, 130, 131, 132)
 WGMMA(float16, "f16", 64, 32, 32, 33, 34, 35, 36)
+WGMMA(float16, "f16", 96, 48, 48, 49, 50, 51, 52)
 WGMMA(float16, "f16", 128, 64, 64, 65, 66, 67, 68)
+WGMMA(float16, "f16", 192, 96, 96, 97, 98, 99, 100)
+WGMMA(float16, "f16", 224, 112, 112, 113, 114, 115, 116)
 WGMMA(float16, "f16", 256, 128, 128, 129, 130, 131, 132)
 
 // The compiler knows nothing of the asynchrony: it must not move uses of D across this.
@@ -83,11 +95,17 @@ DEVICE void keep_order(float (&d)[N][4]) {
 #undef WGMMA
 #undef TEN
 #undef NAMES_32
+#undef NAMES_48
 #undef NAMES_64
+#undef NAMES_96
+#undef NAMES_112
 #undef NAMES_128
 #undef QUAD
 #undef QUADS
 #undef VALUES_32
+#undef VALUES_48
 #undef VALUES_64
+#undef VALUES_96
+#undef VALUES_112
 #undef VALUES_128
 #endif
