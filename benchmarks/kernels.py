@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels import activation, attention, cache, linear, norm, sampling
+from kernels import activation, attention, cache, linear, linear_wgmma, norm, sampling
 from kernels import compile as kernel_compile
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCABULARY = 32, 8, 128, 16, 4096, 14336, 128256
@@ -359,7 +360,8 @@ def prefill_sweep() -> Iterator[Row]:
 
 
 def linear_rows() -> list[Row]:
-    """A layer's products and the small operations between them for a few tokens: the library's way, and ours."""
+    """A layer's products and the small operations between them for up to 128 tokens: the library's way, and ours; and
+    from 16 on each product by itself."""
     layers = 10  # together larger than the L2 cache
     shapes = {"qkv": (6144, HIDDEN), "output": (HIDDEN, HIDDEN), "gate_up": (2 * INTERMEDIATE, HIDDEN)}
     shapes["down"] = (HIDDEN, INTERMEDIATE)
@@ -373,7 +375,7 @@ def linear_rows() -> list[Row]:
     weight_bytes = sum(matrix.nbytes for matrix in weights[0].values())
     scale = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
     rows = []
-    for tokens in (1, 4, 8, 16):
+    for tokens in (1, 4, 8, 16, 32, 64, 128):
         hidden, attended = (torch.randn((tokens, HIDDEN), device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
         def library(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
@@ -393,10 +395,40 @@ def linear_rows() -> list[Row]:
                 gated = linear.linear_gated(linear.Normed(residual, squares, scale, 1e-5), layer["gate_up"])
                 squares = linear.linear_add(gated, layer["down"], residual)
 
-        for name, launch in (("linear library", library), ("linear ours", ours)):
-            us, spread = measure([launch])
-            row = {"kernel": name, "batch": tokens, "us": us / layers, "tb_s": weight_bytes / us * layers / 1e6}
-            rows.append({**row, "limit_us": weight_bytes / BYTES_PER_US, "spread": spread})
+        def by_wgmma(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
+            residual = hidden.clone()
+            for layer in weights:
+                linear_wgmma.linear(norm.add_rms_norm(hidden, residual, scale, 1e-5)[0], layer["qkv"])
+                out = linear_wgmma.linear(attended, layer["output"])
+                gated = linear_wgmma.linear_gated(norm.add_rms_norm(out, residual, scale, 1e-5)[0], layer["gate_up"])
+                hidden = linear_wgmma.linear(gated, layer["down"])
+
+        def note(name: str, launches: list[Callable[[], object]], moved: int, tokens: int = tokens) -> None:
+            us, spread = measure(launches)
+            us /= layers if len(launches) == 1 else 1
+            row = {"kernel": name, "batch": tokens, "us": us, "tb_s": moved / us / 1e6}
+            rows.append({**row, "limit_us": moved / BYTES_PER_US, "spread": spread})
+
+        note("linear library", [library], weight_bytes)
+        if tokens <= linear.MAX_TOKENS:
+            note("linear ours", [ours], weight_bytes)
+        if tokens < 16:
+            continue
+        note("linear wgmma", [by_wgmma], weight_bytes)
+        for name, (_, width) in shapes.items():
+            x = torch.randn((tokens, width), device="cuda", dtype=torch.bfloat16)
+            matrices = [layer[name] for layer in weights]
+            moved = matrices[0].nbytes
+            if name == "gate_up":
+
+                def gated_by_library(matrix: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
+                    return activation.silu_and_mul(torch.nn.functional.linear(x, matrix))
+
+                ways = {"library": gated_by_library, "wgmma": partial(linear_wgmma.linear_gated, x)}
+            else:
+                ways = {"library": partial(torch.nn.functional.linear, x), "wgmma": partial(linear_wgmma.linear, x)}
+            for way, multiply in ways.items():
+                note(f"{name} {way}", [partial(multiply, matrix) for matrix in matrices], moved)
     return rows
 
 

@@ -20,7 +20,8 @@ FEATURES = (64, 96, 128, 192, 224, 256)
 STORING, GATING = 0, 2
 """EPILOGUE of the source."""
 _CHUNK = 64
-_LAG = 2
+LAG = 2
+"""Stages that the producer asks for before it tells of one."""
 _MAX_STAGES = 6
 _MAX_SPLIT = 8
 _LATENCY_CHUNKS = 6
@@ -50,9 +51,7 @@ class WgmmaConfig:
 
 
 @functools.cache
-def wgmma_config(
-    num_tokens: int, rows: int, width: int, gating: bool, limits: kernel_compile.DeviceLimits
-) -> WgmmaConfig | None:
+def wgmma_config(num_tokens: int, rows: int, width: int, limits: kernel_compile.DeviceLimits) -> WgmmaConfig | None:
     """How to multiply num_tokens rows by a [rows, width] matrix: tiles and shares by which the slowest multiprocessor
     reads least. None: not by this kernel."""
     if not limits.wgmma or not 1 <= num_tokens <= MAX_TOKENS or width % _CHUNK:
@@ -60,18 +59,17 @@ def wgmma_config(
     groups = -(-num_tokens // 64)
     best: tuple[float, WgmmaConfig] | None = None
     for features in FEATURES:
-        # With gates in front, half a tile is one of gates: of whole passes of 16 rows.
         if rows % features:
             continue
         for split in range(1, _MAX_SPLIT + 1):
             stage = WgmmaConfig(features, groups, split, 1).stage_bytes + 16
             stages = min(_MAX_STAGES, (limits.shared_bytes - 1040) // stage, width // _CHUNK // split)
-            if stages < _LAG + 2:
+            if stages < LAG + 2:
                 continue
             ctas = rows // features * split
             waves = -(-ctas // limits.processors)
             chunks = -(-(width // _CHUNK) // split)
-            meeting = 2 * features * groups * 64 * 4 * (split - 1) / 2 if split > 1 else 0
+            meeting = features * groups * 64 * 4 * (split - 1)  # what the last CTA reads of the others' sums
             time = waves * ((chunks + _LATENCY_CHUNKS) * stage) + meeting
             config = WgmmaConfig(features, groups, split, stages)
             if best is None or time < best[0]:
@@ -109,16 +107,16 @@ def forget_workspaces() -> None:
     _workspaces.clear()
 
 
-def takes_some_tokens(num_tokens: int, *weights: torch.Tensor, gating: bool = False) -> bool:
+def takes_some_tokens(num_tokens: int, *weights: torch.Tensor) -> bool:
     """Whether this kernel can multiply num_tokens rows by each of these [N, K] matrices."""
-    return all(_config(num_tokens, weight, gating) is not None for weight in weights)
+    return all(_config(num_tokens, weight) is not None for weight in weights)
 
 
-def _config(num_tokens: int, weight: torch.Tensor, gating: bool) -> WgmmaConfig | None:
+def _config(num_tokens: int, weight: torch.Tensor) -> WgmmaConfig | None:
     if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
         return None
     rows, width = weight.shape
-    return wgmma_config(num_tokens, rows, width, gating, kernel_compile.limits(weight.device))
+    return wgmma_config(num_tokens, rows, width, kernel_compile.limits(weight.device))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, config: WgmmaConfig | None = None) -> torch.Tensor:
@@ -147,7 +145,7 @@ def _launch(
         raise ValueError(f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}")
     if x.data_ptr() % 16 or weight.data_ptr() % 16:
         raise ValueError("x and weight must be aligned to 16 bytes")
-    config = config or _config(x.shape[0], weight, epilogue == GATING)
+    config = config or _config(x.shape[0], weight)
     if config is None:
         raise ValueError(f"{x.shape[0]} tokens times {tuple(weight.shape)} {weight.dtype}: not for this kernel")
     kernel = kernel_compile.kernel(
@@ -160,7 +158,7 @@ def _launch(
         TOKEN_GROUPS=config.token_groups,
         SPLIT=config.split,
         STAGES=config.stages,
-        LAG=_LAG,
+        LAG=LAG,
         EPILOGUE=epilogue,
     )
     workspace = _workspace(x.device)

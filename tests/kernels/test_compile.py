@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from kernels import attention, linear, sampling
+from kernels import attention, linear, linear_wgmma, sampling
 from kernels import compile as kernel_compile
 from kernels.compile import Cubin, DeviceLimits, KernelError
 
@@ -213,6 +213,7 @@ def test_tensors_without_a_backend_are_refused() -> None:
         ("cache.cu", "copy_blocks", False),
         ("norm.cu", "add_rms_norm", True),
         ("linear_skinny.cu", "linear_skinny", True),
+        ("linear_wgmma.cu", "linear_wgmma", True),
         ("sampling.cu", "argmax", False),
     ],
 )
@@ -246,3 +247,29 @@ def test_products_of_a_few_tokens_keep_two_ctas_on_a_processor(
     assert config.ctas * linear.WARPS * 32 * registers <= REGISTERS_OF_A_PROCESSOR
     if arch == "sm_90a":
         assert config.ctas * (config.shared_bytes(True) + 1024) <= LIMITS[arch].processor_shared_bytes
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize(("rows", "width", "gating"), [(6144, 4096, False), (28672, 4096, True), (4096, 14336, False)])
+def test_products_of_some_tokens_keep_their_sums_in_registers(
+    dtype: str, tokens: int, rows: int, width: int, gating: bool
+) -> None:
+    config = linear_wgmma.wgmma_config(tokens, rows, width, LIMITS["sm_90a"])
+    assert config is not None
+    cubin = build(
+        "linear_wgmma.cu",
+        "sm_90a",
+        DTYPE=dtype,
+        K=width,
+        FEATURES=config.features,
+        TOKEN_GROUPS=config.token_groups,
+        SPLIT=config.split,
+        STAGES=config.stages,
+        LAG=linear_wgmma.LAG,
+        EPILOGUE=linear_wgmma.GATING if gating else linear_wgmma.STORING,
+    )
+    assert_no_spills(cubin)
+    registers = cubin.resources["linear_wgmma"].registers
+    assert (config.token_groups + 1) * 128 * registers <= REGISTERS_OF_A_PROCESSOR
+    assert config.shared_bytes <= LIMITS["sm_90a"].shared_bytes

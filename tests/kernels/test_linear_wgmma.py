@@ -71,12 +71,10 @@ def test_products_that_share_tiles_leave_nothing_behind_for_the_next(device: tor
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 65, 128])
-@pytest.mark.parametrize(
-    ("rows", "width", "gating"), [(6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False)]
-)
-def test_the_products_of_a_large_model_fill_an_h100(tokens: int, rows: int, width: int, gating: bool) -> None:
+@pytest.mark.parametrize(("rows", "width"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_the_products_of_a_large_model_fill_an_h100(tokens: int, rows: int, width: int) -> None:
     limits = kernel_compile.DeviceLimits(132, 227 * 1024, 228 * 1024, wgmma=True)
-    config = linear_wgmma.wgmma_config(tokens, rows, width, gating, limits)
+    config = linear_wgmma.wgmma_config(tokens, rows, width, limits)
     assert config is not None
     assert config.shared_bytes <= limits.shared_bytes
     ctas = rows // config.features * config.split
