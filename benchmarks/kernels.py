@@ -403,18 +403,20 @@ def linear_rows() -> list[Row]:
                 gated = linear_wgmma.linear_gated(norm.add_rms_norm(out, residual, scale, 1e-5)[0], layer["gate_up"])
                 hidden = linear_wgmma.linear(gated, layer["down"])
 
-        def note(name: str, launches: list[Callable[[], object]], moved: int, tokens: int = tokens) -> None:
+        def note(
+            name: str, launches: list[Callable[[], object]], moved: int, in_each: int = 1, tokens: int = tokens
+        ) -> None:
             us, spread = measure(launches)
-            us /= layers if len(launches) == 1 else 1
+            us /= in_each
             row = {"kernel": name, "batch": tokens, "us": us, "tb_s": moved / us / 1e6}
             rows.append({**row, "limit_us": moved / BYTES_PER_US, "spread": spread})
 
-        note("linear library", [library], weight_bytes)
+        note("linear library", [library], weight_bytes, layers)
         if tokens <= linear.MAX_TOKENS:
-            note("linear ours", [ours], weight_bytes)
+            note("linear ours", [ours], weight_bytes, layers)
         if tokens < 16:
             continue
-        note("linear wgmma", [by_wgmma], weight_bytes)
+        note("linear wgmma", [by_wgmma], weight_bytes, layers)
         for name, (_, width) in shapes.items():
             x = torch.randn((tokens, width), device="cuda", dtype=torch.bfloat16)
             matrices = [layer[name] for layer in weights]

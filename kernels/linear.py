@@ -138,16 +138,21 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) ->
     return squares
 
 
+def check_factors(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless x [B, K] and weight [N, K] fit each other and 16-byte pieces."""
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise TypeError(f"x and weight must be of one dtype on one device: {x.dtype}, {weight.dtype}")
+    if x.dim() != 2 or not x.is_contiguous() or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}")
+    if x.data_ptr() % 16 or weight.data_ptr() % 16:
+        raise ValueError("x and weight must be aligned to 16 bytes")
+
+
 def _launch(
     out: torch.Tensor, x: torch.Tensor | Normed, weight: torch.Tensor, squares_out: torch.Tensor | None, epilogue: int
 ) -> None:
     hidden = x.hidden if isinstance(x, Normed) else x
-    if hidden.dtype != weight.dtype or hidden.device != weight.device:
-        raise TypeError(f"x and weight must be of one dtype on one device: {hidden.dtype}, {weight.dtype}")
-    if hidden.dim() != 2 or not hidden.is_contiguous() or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"x {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}")
-    if hidden.data_ptr() % 16 or weight.data_ptr() % 16:
-        raise ValueError("x and weight must be aligned to 16 bytes")
+    check_factors(hidden, weight)
     num_tokens, width = hidden.shape
     if not _fits(num_tokens, weight):
         raise ValueError(f"{num_tokens} tokens times {tuple(weight.shape)} {weight.dtype}: not for these kernels")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import compile as kernel_compile
+from kernels.linear import check_factors
 
 MAX_TOKENS = 128
 """Most tokens of one launch."""
@@ -20,6 +21,8 @@ FEATURES = (64, 96, 128, 192, 224, 256)
 STORING, GATING = 0, 2
 """EPILOGUE of the source."""
 _CHUNK = 64
+_FIXED_BYTES = 1024 + 16
+"""Of shared memory: to begin at a swizzle atom, and a word that a CTA's threads share."""
 LAG = 2
 """Stages that the producer asks for before it tells of one."""
 _MAX_STAGES = 6
@@ -42,12 +45,24 @@ class WgmmaConfig:
 
     @property
     def stage_bytes(self) -> int:
-        return (self.features + self.token_groups * 64) * _CHUNK * 2
+        """Of shared memory: a stage and its barriers."""
+        return (self.features + self.token_groups * 64) * _CHUNK * 2 + 16
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a launch."""
-        return 1024 + self.stages * (self.stage_bytes + 16) + 16
+        return _FIXED_BYTES + self.stages * self.stage_bytes
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """What the source is compiled with for this shape."""
+        return {
+            "FEATURES": self.features,
+            "TOKEN_GROUPS": self.token_groups,
+            "SPLIT": self.split,
+            "STAGES": self.stages,
+            "LAG": LAG,
+        }
 
 
 @functools.cache
@@ -62,8 +77,8 @@ def wgmma_config(num_tokens: int, rows: int, width: int, limits: kernel_compile.
         if rows % features:
             continue
         for split in range(1, _MAX_SPLIT + 1):
-            stage = WgmmaConfig(features, groups, split, 1).stage_bytes + 16
-            stages = min(_MAX_STAGES, (limits.shared_bytes - 1040) // stage, width // _CHUNK // split)
+            stage = WgmmaConfig(features, groups, split, 1).stage_bytes
+            stages = min(_MAX_STAGES, (limits.shared_bytes - _FIXED_BYTES) // stage, width // _CHUNK // split)
             if stages < LAG + 2:
                 continue
             ctas = rows // features * split
@@ -139,12 +154,7 @@ def linear_gated(x: torch.Tensor, gate_up: torch.Tensor, config: WgmmaConfig | N
 def _launch(
     out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: int, config: WgmmaConfig | None
 ) -> None:
-    if x.dtype != weight.dtype or x.device != weight.device:
-        raise TypeError(f"x and weight must be of one dtype on one device: {x.dtype}, {weight.dtype}")
-    if x.dim() != 2 or not x.is_contiguous() or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}")
-    if x.data_ptr() % 16 or weight.data_ptr() % 16:
-        raise ValueError("x and weight must be aligned to 16 bytes")
+    check_factors(x, weight)
     config = config or _config(x.shape[0], weight)
     if config is None:
         raise ValueError(f"{x.shape[0]} tokens times {tuple(weight.shape)} {weight.dtype}: not for this kernel")
@@ -154,12 +164,8 @@ def _launch(
         x.device,
         DTYPE=kernel_compile.CUDA_NAMES[x.dtype],
         K=x.shape[1],
-        FEATURES=config.features,
-        TOKEN_GROUPS=config.token_groups,
-        SPLIT=config.split,
-        STAGES=config.stages,
-        LAG=LAG,
         EPILOGUE=epilogue,
+        **config.defines,
     )
     workspace = _workspace(x.device)
     tiles = weight.shape[0] // config.features

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from scheduler.sequence import SequenceGroup, SequenceStatus
 
 PROGRESS_TOKENS = 16
@@ -56,14 +58,9 @@ class Census:
 
     def check_integrity(self, groups: dict[SequenceGroup, None]) -> None:
         """Raises AssertionError unless exactly these groups are counted."""
-        counted = Census(self._max_losses)
-        for group in groups:
-            for token in group.request.stop_ids:
-                counted.stop_tokens[token] = counted.stop_tokens.get(token, 0) + 1
-            priority = group.request.priority
-            counted.priorities[priority] = counted.priorities.get(priority, 0) + 1
-        assert counted.priorities == self.priorities, "priorities are miscounted"
-        assert counted.stop_tokens == self.stop_tokens, "stop tokens are miscounted"
+        stop_tokens = Counter(token for group in groups for token in group.request.stop_ids)
+        assert self.priorities == Counter(group.request.priority for group in groups), "priorities are miscounted"
+        assert self.stop_tokens == stop_tokens, "stop tokens are miscounted"
         assert self.searches.keys() == {group for group in groups if group.search is not None}, "a search is not known"
         assert self.suspects.keys() <= groups.keys(), "a group that is not here is suspected"
 

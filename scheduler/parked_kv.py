@@ -79,8 +79,7 @@ class ParkedKv:
         return sum(len(s.table) for group in self.groups for s in group.sequences if s.table.on_host)
 
     def _lose(self, sequence: Sequence) -> None:
-        sequence.computed_before = max(sequence.computed_before, sequence.computed)
-        sequence.computed = 0
+        sequence.forget_computed()
         self._blocks.free(sequence.table)
 
 

@@ -220,8 +220,7 @@ class Scheduler:
             group.losses += group in computing
             for sequence in group.live:
                 self._leave_decode(sequence)
-                sequence.computed_before = max(sequence.computed_before, sequence.computed)
-                sequence.computed = 0
+                sequence.forget_computed()
                 sequence.has_row = False
                 sequence.table = BlockTable()
                 if sequence.status is not WAITING:
@@ -246,8 +245,7 @@ class Scheduler:
             self._withdraw(sequence, keep_blocks_findable=True, keep_kv=True)
             sequence.starts_at = 0
             if not sequence.table.blocks:
-                sequence.computed_before = max(sequence.computed_before, sequence.computed)
-                sequence.computed = 0
+                sequence.forget_computed()
             self._end(sequence, FinishReason.PARKED, now)
 
     def end_group(self, group: SequenceGroup, reason: FinishReason, now: int) -> None:
@@ -926,8 +924,7 @@ class Scheduler:
                 if keep_blocks_findable and sequence.status is RUNNING:
                     self._register_output(sequence)
                 self._detach(sequence)
-                sequence.computed_before = max(sequence.computed_before, sequence.computed)
-                sequence.computed = 0
+                sequence.forget_computed()
                 sequence.starts_at = 0
                 sequence.status = PREEMPTED
         self.prefilling = [sequence for sequence in self.prefilling if sequence.status is PREFILLING]

@@ -183,6 +183,11 @@ class Sequence:
         """All known tokens. The prompt's own list when there is no output: do not change it."""
         return self.group.request.prompt + self.output if self.output else self.group.request.prompt
 
+    def forget_computed(self) -> None:
+        """Its KV is lost, or about to be: all its tokens have to be computed again."""
+        self.computed_before = max(self.computed_before, self.computed)
+        self.computed = 0
+
     @property
     def is_finished(self) -> bool:
         return self.finish is not None

@@ -262,12 +262,8 @@ def test_products_of_some_tokens_keep_their_sums_in_registers(
         "sm_90a",
         DTYPE=dtype,
         K=width,
-        FEATURES=config.features,
-        TOKEN_GROUPS=config.token_groups,
-        SPLIT=config.split,
-        STAGES=config.stages,
-        LAG=linear_wgmma.LAG,
         EPILOGUE=linear_wgmma.GATING if gating else linear_wgmma.STORING,
+        **config.defines,
     )
     assert_no_spills(cubin)
     registers = cubin.resources["linear_wgmma"].registers

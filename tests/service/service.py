@@ -157,7 +157,8 @@ async def wait_until_idle(channel: grpc.aio.Channel, limit_s: float = 30) -> con
     deadline = time.monotonic() + limit_s
     while True:
         now = await loads(channel)
-        for load in now:
+        if now:
+            (load,) = now
             idle = load.running == load.waiting == load.swapped == 0
             if idle and load.free_blocks == load.total_blocks and load.free_host_blocks == load.total_host_blocks:
                 return load
