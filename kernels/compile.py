@@ -79,6 +79,21 @@ class DeviceLimits:
     """Whether there are Hopper's warpgroup matrix products."""
 
 
+@dataclass(frozen=True)
+class TensorMap:
+    """A view of a tensor of 2-byte elements from which kernels copy boxes (Hopper's tensor memory accelerator)."""
+
+    address: int
+    """Of the first element, a multiple of 16."""
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    """Elements of each dimension, the contiguous one first."""
+    strides: tuple[int, ...]
+    """Bytes from element to element of the second dimension and further ones, multiples of 16."""
+    box: tuple[int, ...]
+    """Elements of a box in each dimension; 128 bytes in the first, at most 256 in others."""
+
+
 class Loaded(Protocol):
     """A kernel that a backend has made ready."""
 
@@ -95,24 +110,29 @@ class Backend(Protocol):
     def limits(self, device: torch.device) -> DeviceLimits:
         """What launches on `device` must fit."""
 
+    def tensor_map(self, matrix: TensorMap) -> bytes:
+        """`matrix` as a kernel's argument of type TensorMap."""
+
 
 class Kernel:
     """One kernel, ready for one device. Call it with a grid, a block size, dynamic shared bytes and its arguments.
 
-    Arguments are Python numbers: `tensor.data_ptr()` for pointers. Their count and range are checked against the
+    Arguments are Python numbers, `tensor.data_ptr()` for pointers, and `tensor_map(...)`. Their count and range are checked against the
     parameter list in the source (struct.error); what the pointers point to is the wrapper's to check.
     """
 
     def __init__(self, loaded: Loaded, parameters: Sequence[str]) -> None:
         self._loaded = loaded
-        self._struct = struct.Struct("<" + "".join(PARAMETER_FORMATS[p] for p in parameters))  # 8 bytes each
+        formats = [PARAMETER_FORMATS[p] for p in parameters]
+        self._struct = struct.Struct("<" + "".join(formats))
         self._buffer = ctypes.create_string_buffer(max(self._struct.size, 1))
         base = ctypes.addressof(self._buffer)
-        self._pointers = (ctypes.c_void_p * max(len(parameters), 1))(*(base + 8 * i for i in range(len(parameters))))
+        places = (base + struct.calcsize("<" + "".join(formats[:i])) for i in range(len(formats)))
+        self._pointers = (ctypes.c_void_p * max(len(parameters), 1))(*places)
         self._arguments = ctypes.addressof(self._pointers)
         self._lock = threading.Lock()
 
-    def __call__(self, grid: Grid, threads: int, shared_bytes: int, *arguments: float) -> None:
+    def __call__(self, grid: Grid, threads: int, shared_bytes: int, *arguments: float | bytes) -> None:
         """Raises KernelError when the launch is refused. A grid with a zero in it launches nothing."""
         if 0 in grid:
             return
@@ -121,7 +141,7 @@ class Kernel:
             self._loaded.launch(grid, threads, shared_bytes, self._arguments)
 
 
-PARAMETER_FORMATS = {"pointer": "Q", "int": "i4x", "u32": "I4x", "float": "f4x", "i64": "q", "u64": "Q"}
+PARAMETER_FORMATS = {"pointer": "Q", "int": "i4x", "u32": "I4x", "float": "f4x", "i64": "q", "u64": "Q", "TensorMap": "128s"}
 
 
 def parameters(text: str, name: str) -> tuple[str, ...]:
@@ -131,7 +151,8 @@ def parameters(text: str, name: str) -> tuple[str, ...]:
         raise KernelError(f"no kernel {name} in the source")
     kinds = []
     for declaration in match.group(1).split(","):
-        kind = "pointer" if "*" in declaration else declaration.split()[0]
+        words = [word for word in declaration.split() if word not in ("const", "__grid_constant__")]
+        kind = "pointer" if "*" in declaration else words[0]
         if kind not in PARAMETER_FORMATS:
             raise KernelError(f"{name}: parameter `{declaration.strip()}` is of no known type")
         kinds.append(kind)
@@ -296,6 +317,44 @@ class CupyBackend:
         )
 
 
+    def tensor_map(self, matrix: TensorMap) -> bytes:
+        """As the driver encodes it. Raises KernelError."""
+        rank = len(matrix.sizes)
+        room = ctypes.create_string_buffer(128 + 64)
+        encoded = ctypes.addressof(room) + -ctypes.addressof(room) % 64
+        status = _encode_tiled()(
+            encoded,
+            _TENSOR_MAP_TYPES[matrix.dtype],
+            rank,
+            matrix.address,
+            (ctypes.c_uint64 * rank)(*matrix.sizes),
+            (ctypes.c_uint64 * (rank - 1))(*matrix.strides),
+            (ctypes.c_uint32 * rank)(*matrix.box),
+            (ctypes.c_uint32 * rank)(*([1] * rank)),
+            0,  # not interleaved
+            3,  # CU_TENSOR_MAP_SWIZZLE_128B
+            2,  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+            0,  # zeros outside
+        )
+        if status:
+            raise KernelError(f"the driver refuses a tensor map of {matrix}: CUDA error {status}")
+        return ctypes.string_at(encoded, 128)
+
+
+_TENSOR_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+"""CUtensorMapDataType."""
+
+
+@functools.cache
+def _encode_tiled() -> Any:
+    """cuTensorMapEncodeTiled."""
+    function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    pointer, word = ctypes.c_void_p, ctypes.c_uint32
+    function.argtypes = (pointer, word, word, pointer, pointer, pointer, pointer, pointer, word, word, word, word)
+    function.restype = ctypes.c_int
+    return function
+
+
 _thread = threading.local()
 
 
@@ -414,6 +473,11 @@ def _backend(device: torch.device) -> Backend:
 def limits(device: torch.device) -> DeviceLimits:
     """What launches on `device` must fit. Raises KernelError."""
     return _backend(device).limits(device)
+
+
+def tensor_map(device: torch.device, matrix: TensorMap) -> bytes:
+    """`matrix` as an argument of kernels on `device`, of type TensorMap. Raises KernelError."""
+    return _backend(device).tensor_map(matrix)
 
 
 @functools.cache

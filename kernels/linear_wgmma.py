@@ -1,7 +1,6 @@
-"""Matrix products of some tokens on compute capability 9.0: `csrc/linear_wgmma.cu`. Twins: `kernels.reference.linear`.
+"""Matrix products of up to 256 tokens on compute capability 9.0: `csrc/linear_wgmma.cu`. Twins: `kernels.reference.linear`.
 
-For more tokens than `kernels.linear` takes, up to MAX_TOKENS; beyond, a product is bound by operations and the
-library's.
+For more tokens than `kernels.linear` takes; beyond, the library is as fast.
 """
 
 from __future__ import annotations
@@ -12,119 +11,78 @@ from dataclasses import dataclass
 import torch
 
 from kernels import compile as kernel_compile
+from kernels.compile import TensorMap
 from kernels.linear import check_factors
 
-MAX_TOKENS = 128
-"""Most tokens of one launch."""
-FEATURES = (64, 96, 128, 192, 224, 256)
-"""Rows of weights that a tile may have."""
+TOKENS = (64, 96, 128, 192, 256)
+"""Tokens that a tile may have."""
 STORING, GATING = 0, 2
 """EPILOGUE of the source."""
+ROWS = 128
+"""Rows of weights in a tile."""
+THREADS = 384
 _CHUNK = 64
-_FIXED_BYTES = 1024 + 16
-"""Of shared memory: to begin at a swizzle atom, and a word that a CTA's threads share."""
-LAG = 2
-"""Stages that the producer asks for before it tells of one."""
-_MAX_STAGES = 6
-_MAX_SPLIT = 8
-_LATENCY_CHUNKS = 6
-"""What starting a CTA, filling its ring and storing its sums take, in the time of a chunk of average size."""
+_FIXED_BYTES = 1024
+"""Of shared memory: to begin at a swizzle atom."""
+_MAX_STAGES = 8
+_CLUSTERED_SHARE = 0.9
+"""Of the multiprocessors; as many are certain to lie in whole clusters of four."""
+_LEAST_SHARE = 0.75
+"""Of the multiprocessors; with fewer busy the library is faster."""
 
 
 @dataclass(frozen=True)
 class WgmmaConfig:
-    """The compiled shape of one product."""
+    """The compiled shape of one product, and its grid."""
 
-    features: int
-    """Rows of weights in a tile."""
-    token_groups: int
-    """Groups of 64 tokens."""
-    split: int
-    """CTAs that share a tile."""
+    tokens: int
+    """Of a tile, at least those there are."""
+    cluster: int
+    """CTAs that copy tokens for each other."""
     stages: int
-
-    @property
-    def stage_bytes(self) -> int:
-        """Of shared memory: a stage and its barriers."""
-        return (self.features + self.token_groups * 64) * _CHUNK * 2 + 16
+    ctas: int
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a launch."""
-        return _FIXED_BYTES + self.stages * self.stage_bytes
+        return _FIXED_BYTES + self.stages * _stage_bytes(self.tokens)
 
     @property
     def defines(self) -> dict[str, int]:
         """What the source is compiled with for this shape."""
-        return {
-            "FEATURES": self.features,
-            "TOKEN_GROUPS": self.token_groups,
-            "SPLIT": self.split,
-            "STAGES": self.stages,
-            "LAG": LAG,
-        }
+        return {"TOKENS": self.tokens, "CLUSTER": self.cluster, "STAGES": self.stages}
+
+
+def _stage_bytes(tokens: int) -> int:
+    """Of shared memory: a stage and its barriers."""
+    return (ROWS + tokens) * _CHUNK * 2 + 16
 
 
 @functools.cache
 def wgmma_config(num_tokens: int, rows: int, width: int, limits: kernel_compile.DeviceLimits) -> WgmmaConfig | None:
-    """How to multiply num_tokens rows by a [rows, width] matrix: tiles and shares by which the slowest multiprocessor
-    reads least. None: not by this kernel."""
-    if not limits.wgmma or not 1 <= num_tokens <= MAX_TOKENS or width % _CHUNK:
+    """How to multiply num_tokens rows by a [rows, width] matrix: every CTA takes equally many tiles. None: not by this
+    kernel."""
+    tokens = next((tokens for tokens in TOKENS if tokens >= num_tokens), None)
+    if not limits.wgmma or tokens is None or num_tokens < 1 or width % _CHUNK or rows % ROWS:
         return None
-    groups = -(-num_tokens // 64)
-    best: tuple[float, WgmmaConfig] | None = None
-    for features in FEATURES:
-        if rows % features:
+    stages = min(_MAX_STAGES, (limits.shared_bytes - _FIXED_BYTES) // _stage_bytes(tokens))
+    best: WgmmaConfig | None = None
+    for cluster in (4, 2, 1) if tokens < 256 else (2, 1):
+        share = rows // ROWS // cluster
+        room = int(limits.processors * (_CLUSTERED_SHARE if cluster > 2 else 1)) // cluster
+        if rows // ROWS % cluster or not room:
             continue
-        for split in range(1, _MAX_SPLIT + 1):
-            stage = WgmmaConfig(features, groups, split, 1).stage_bytes
-            stages = min(_MAX_STAGES, (limits.shared_bytes - _FIXED_BYTES) // stage, width // _CHUNK // split)
-            if stages < LAG + 2:
-                continue
-            ctas = rows // features * split
-            waves = -(-ctas // limits.processors)
-            chunks = -(-(width // _CHUNK) // split)
-            meeting = features * groups * 64 * 4 * (split - 1)  # what the last CTA reads of the others' sums
-            time = waves * ((chunks + _LATENCY_CHUNKS) * stage) + meeting
-            config = WgmmaConfig(features, groups, split, stages)
-            if best is None or time < best[0]:
-                best = time, config
-    return None if best is None else best[1]
+        rounds = -(-share // room)
+        ctas = -(-share // rounds) * cluster
+        if best is None or ctas > best.ctas:
+            best = WgmmaConfig(tokens, cluster, stages, ctas)
+    return best
 
 
-@dataclass(frozen=True)
-class _Workspace:
-    partials: torch.Tensor
-    """uint8: sums of CTAs that share a tile."""
-    arrivals: torch.Tensor
-    """int32: how many have delivered; zero between launches."""
-
-
-_MOST_TILES = 1 << 12
-_PARTIALS_BYTES = 32 << 20
-_workspaces: dict[torch.device, _Workspace] = {}
-
-
-def _workspace(device: torch.device) -> _Workspace:
-    """Scratch of products that follow one another on one stream."""
-    if device not in _workspaces:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise kernel_compile.KernelError("run a product of some tokens once before capturing a graph")
-        _workspaces[device] = _Workspace(
-            torch.empty(_PARTIALS_BYTES, dtype=torch.uint8, device=device),
-            torch.zeros(_MOST_TILES, dtype=torch.int32, device=device),
-        )
-    return _workspaces[device]
-
-
-def forget_workspaces() -> None:
-    """Drops the scratch memory; captured graphs that use it must be gone."""
-    _workspaces.clear()
-
-
-def takes_some_tokens(num_tokens: int, *weights: torch.Tensor) -> bool:
-    """Whether this kernel can multiply num_tokens rows by each of these [N, K] matrices."""
-    return all(_config(num_tokens, weight) is not None for weight in weights)
+def takes_many_tokens(num_tokens: int, weight: torch.Tensor) -> bool:
+    """Whether this kernel is the better way to multiply num_tokens rows by this [N, K] matrix."""
+    config = _config(num_tokens, weight)
+    return config is not None and config.ctas >= _LEAST_SHARE * kernel_compile.limits(weight.device).processors
 
 
 def _config(num_tokens: int, weight: torch.Tensor) -> WgmmaConfig | None:
@@ -158,29 +116,38 @@ def _launch(
     config = config or _config(x.shape[0], weight)
     if config is None:
         raise ValueError(f"{x.shape[0]} tokens times {tuple(weight.shape)} {weight.dtype}: not for this kernel")
+    device, dtype, width = x.device, x.dtype, x.shape[1]
     kernel = kernel_compile.kernel(
         "linear_wgmma.cu",
         "linear_wgmma",
-        x.device,
-        DTYPE=kernel_compile.CUDA_NAMES[x.dtype],
-        K=x.shape[1],
+        device,
+        DTYPE=kernel_compile.CUDA_NAMES[dtype],
+        K=width,
         EPILOGUE=epilogue,
         **config.defines,
     )
-    workspace = _workspace(x.device)
-    tiles = weight.shape[0] // config.features
-    needed = tiles * config.split * config.features * config.token_groups * 64 * 4
-    if config.split > 1 and (tiles > _MOST_TILES or needed > _PARTIALS_BYTES):
-        raise ValueError(f"{needed} bytes of partial sums: more than the scratch memory holds")
     kernel(
-        (tiles, config.split, 1),
-        (config.token_groups + 1) * 128,
+        (config.ctas, 1, 1),
+        THREADS,
         config.shared_bytes,
         out.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        workspace.partials.data_ptr(),
-        workspace.arrivals.data_ptr(),
+        _weight_map(device, weight.data_ptr(), dtype, weight.shape[0], width, epilogue),
+        _token_map(device, x.data_ptr(), dtype, x.shape[0], width, config.tokens // config.cluster),
         x.shape[0],
         out.shape[1],
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_map(device: torch.device, address: int, dtype: torch.dtype, rows: int, width: int, epilogue: int) -> bytes:
+    """Of a matrix in sixteens of rows: with GATING eight of the first half and eight of the second."""
+    row = width * 2
+    strides = (row, rows // 2 * row, 8 * row) if epilogue == GATING else (row, 8 * row, 16 * row)
+    view = TensorMap(address, dtype, (width, 8, 2, rows // 16), strides, (_CHUNK, 8, 2, ROWS // 16))
+    return kernel_compile.tensor_map(device, view)
+
+
+@functools.lru_cache(maxsize=4096)
+def _token_map(device: torch.device, address: int, dtype: torch.dtype, tokens: int, width: int, box: int) -> bytes:
+    view = TensorMap(address, dtype, (width, tokens), (width * 2,), (_CHUNK, box))
+    return kernel_compile.tensor_map(device, view)

@@ -190,8 +190,8 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
           const int block = __shfl_sync(FULL_MASK, next_block, row);
           source = kv + (i64)block * block_stride + head_offset + (token % BLOCK_SIZE) * HEAD_DIM + column * 8;
         }
-        copy_async_16(keys + row * PITCH + column * 16, source, valid);
-        copy_async_16(keys + TILE_BYTES + row * PITCH + column * 16, source + value_offset, valid);
+        copy_async_16_once(keys + row * PITCH + column * 16, source, valid);
+        copy_async_16_once(keys + TILE_BYTES + row * PITCH + column * 16, source + value_offset, valid);
       }
     }
     copy_async_commit();  // also when empty: one group per step keeps the wait's count right

@@ -145,6 +145,13 @@ DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
                ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same of what is read once: the line leaves L2 before others do (a policy as createpolicy makes it, all of evict_first).
+constexpr u64 EVICT_FIRST = 0x12f0000000000000;
+DEVICE void copy_async_16_once(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0), "l"(EVICT_FIRST)
+               : "memory");
+}
 // The same for 4 bytes.
 DEVICE void copy_async_4(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
@@ -176,6 +183,12 @@ DEVICE void wait_for_previous() {
 // Loads that skip L1, for data that another CTA of the same launch wrote.
 DEVICE float load_l2(const float* p) { return __ldcg(p); }
 DEVICE float4 load_l2(const float4* p) { return __ldcg(p); }
+// What other CTAs wrote before they set this is there afterwards.
+DEVICE int load_acquire(const int* p) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
 
 #endif
 

@@ -66,7 +66,7 @@ linear_skinny(void* out, const DTYPE* x, const DTYPE* __restrict__ weight, const
       const int row = i * 8 + lane / 4;
       // GATING: a tile of 16 is 8 gate rows over the 8 up rows that belong to them.
       const int from = EPILOGUE == GATING ? (tile * ROW_TILES + i / 2) * 8 + row % 8 + i % 2 * num_rows : tile * ROWS + row;
-      copy_async_16(ring + stage * STAGE_BYTES + place(row, unit), source + (i64)from * K, true);
+      copy_async_16_once(ring + stage * STAGE_BYTES + place(row, unit), source + (i64)from * K, true);
     }
   };
   auto load_tokens = [&](int stage, int chunk) {
