@@ -360,8 +360,8 @@ def prefill_sweep() -> Iterator[Row]:
 
 
 def linear_rows() -> list[Row]:
-    """A layer's products and the small operations between them for up to 128 tokens: the library's way, and ours; and
-    from 16 on each product by itself."""
+    """A layer's products and the small operations between them for up to 256 tokens: the library's way and ours; and
+    from 16 on those that `linear_wgmma` takes by themselves."""
     layers = 10  # together larger than the L2 cache
     shapes = {"qkv": (6144, HIDDEN), "output": (HIDDEN, HIDDEN), "gate_up": (2 * INTERMEDIATE, HIDDEN)}
     shapes["down"] = (HIDDEN, INTERMEDIATE)
@@ -375,7 +375,7 @@ def linear_rows() -> list[Row]:
     weight_bytes = sum(matrix.nbytes for matrix in weights[0].values())
     scale = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
     rows = []
-    for tokens in (1, 4, 8, 16, 32, 64, 128):
+    for tokens in (1, 4, 8, 16, 32, 64, 128, 192, 256):
         hidden, attended = (torch.randn((tokens, HIDDEN), device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
         def library(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
@@ -395,13 +395,13 @@ def linear_rows() -> list[Row]:
                 gated = linear.linear_gated(linear.Normed(residual, squares, scale, 1e-5), layer["gate_up"])
                 squares = linear.linear_add(gated, layer["down"], residual)
 
-        def by_wgmma(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
+        def ours_of_many(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
             residual = hidden.clone()
             for layer in weights:
-                linear_wgmma.linear(norm.add_rms_norm(hidden, residual, scale, 1e-5)[0], layer["qkv"])
-                out = linear_wgmma.linear(attended, layer["output"])
-                gated = linear_wgmma.linear_gated(norm.add_rms_norm(out, residual, scale, 1e-5)[0], layer["gate_up"])
-                hidden = linear_wgmma.linear(gated, layer["down"])
+                torch.nn.functional.linear(norm.add_rms_norm(hidden, residual, scale, 1e-5)[0], layer["qkv"])
+                out = torch.nn.functional.linear(attended, layer["output"])
+                normed = norm.add_rms_norm(out, residual, scale, 1e-5)[0]
+                hidden = torch.nn.functional.linear(linear_wgmma.linear_gated(normed, layer["gate_up"]), layer["down"])
 
         def note(
             name: str, launches: list[Callable[[], object]], moved: int, in_each: int = 1, tokens: int = tokens
@@ -412,25 +412,17 @@ def linear_rows() -> list[Row]:
             rows.append({**row, "limit_us": moved / BYTES_PER_US, "spread": spread})
 
         note("linear library", [library], weight_bytes, layers)
-        if tokens <= linear.MAX_TOKENS:
-            note("linear ours", [ours], weight_bytes, layers)
+        note("linear ours", [ours if tokens <= linear.FEW_TOKENS else ours_of_many], weight_bytes, layers)
         if tokens < 16:
             continue
-        note("linear wgmma", [by_wgmma], weight_bytes, layers)
-        for name, (_, width) in shapes.items():
-            x = torch.randn((tokens, width), device="cuda", dtype=torch.bfloat16)
-            matrices = [layer[name] for layer in weights]
-            moved = matrices[0].nbytes
-            if name == "gate_up":
+        x = torch.randn((tokens, HIDDEN), device="cuda", dtype=torch.bfloat16)
 
-                def gated_by_library(matrix: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
-                    return activation.silu_and_mul(torch.nn.functional.linear(x, matrix))
+        def gated_by_library(matrix: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
+            return activation.silu_and_mul(torch.nn.functional.linear(x, matrix))
 
-                ways = {"library": gated_by_library, "wgmma": partial(linear_wgmma.linear_gated, x)}
-            else:
-                ways = {"library": partial(torch.nn.functional.linear, x), "wgmma": partial(linear_wgmma.linear, x)}
-            for way, multiply in ways.items():
-                note(f"{name} {way}", [partial(multiply, matrix) for matrix in matrices], moved)
+        gate_ups = [layer["gate_up"] for layer in weights]
+        for way, multiply in {"library": gated_by_library, "wgmma": partial(linear_wgmma.linear_gated, x)}.items():
+            note(f"gate_up {way}", [partial(multiply, matrix) for matrix in gate_ups], gate_ups[0].nbytes)
     return rows
 
 

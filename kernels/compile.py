@@ -117,8 +117,9 @@ class Backend(Protocol):
 class Kernel:
     """One kernel, ready for one device. Call it with a grid, a block size, dynamic shared bytes and its arguments.
 
-    Arguments are Python numbers, `tensor.data_ptr()` for pointers, and `tensor_map(...)`. Their count and range are checked against the
-    parameter list in the source (struct.error); what the pointers point to is the wrapper's to check.
+    Arguments are Python numbers, `tensor.data_ptr()` for pointers, and `tensor_map(...)`. Their count and range are
+    checked against the parameter list in the source (struct.error); what the pointers point to is the wrapper's to
+    check.
     """
 
     def __init__(self, loaded: Loaded, parameters: Sequence[str]) -> None:
@@ -141,7 +142,15 @@ class Kernel:
             self._loaded.launch(grid, threads, shared_bytes, self._arguments)
 
 
-PARAMETER_FORMATS = {"pointer": "Q", "int": "i4x", "u32": "I4x", "float": "f4x", "i64": "q", "u64": "Q", "TensorMap": "128s"}
+PARAMETER_FORMATS = {
+    "pointer": "Q",
+    "int": "i4x",
+    "u32": "I4x",
+    "float": "f4x",
+    "i64": "q",
+    "u64": "Q",
+    "TensorMap": "128s",
+}
 
 
 def parameters(text: str, name: str) -> tuple[str, ...]:
@@ -315,7 +324,6 @@ class CupyBackend:
             ),
             wgmma=torch.cuda.get_device_capability(index) == (9, 0),
         )
-
 
     def tensor_map(self, matrix: TensorMap) -> bytes:
         """As the driver encodes it. Raises KernelError."""

@@ -7,6 +7,7 @@ from kernels.activation import gather_rows, silu_and_mul
 from kernels.attention import paged_attention_decode, paged_attention_prefill
 from kernels.cache import copy_blocks, rope, rope_and_cache, write_kv
 from kernels.linear import linear, linear_add, linear_gated, takes_few_tokens
+from kernels.linear_wgmma import takes_many_tokens
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.sampling import (
     add_logit_bias,
@@ -38,6 +39,7 @@ __all__ = [
     "silu_and_mul",
     "swap_blocks",
     "takes_few_tokens",
+    "takes_many_tokens",
     "token_logprobs",
     "write_kv",
 ]

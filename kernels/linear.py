@@ -16,7 +16,7 @@ from kernels.reference.linear import SQUARES_COLUMNS, Normed
 MAX_TOKENS = 16
 """Most tokens of one launch."""
 FEW_TOKENS = 8
-"""Most tokens with which these kernels are faster than the library's products and the small kernels around them."""
+"""Most tokens with which these kernels are faster than other products and the small kernels around them."""
 WARPS = 8
 """Of a CTA."""
 _CHUNK = 32

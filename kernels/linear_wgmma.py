@@ -1,6 +1,6 @@
-"""Matrix products of up to 256 tokens on compute capability 9.0: `csrc/linear_wgmma.cu`. Twins: `kernels.reference.linear`.
+"""Matrix products of up to 256 tokens on compute capability 9.0: `csrc/linear_wgmma.cu`.
 
-For more tokens than `kernels.linear` takes; beyond, the library is as fast.
+Twins: `kernels.reference.linear`. For more tokens than `kernels.linear` takes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
 _LEAST_SHARE = 0.75
 """Of the multiprocessors; with fewer busy the library is faster."""
+_MOST_TOKENS = {STORING: 64, GATING: 256}
+"""With more the library is as fast (docs/kernels/linear.md)."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ def wgmma_config(num_tokens: int, rows: int, width: int, limits: kernel_compile.
     return best
 
 
-def takes_many_tokens(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Whether this kernel is the better way to multiply num_tokens rows by this [N, K] matrix."""
+def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, gated: bool) -> bool:
+    """Whether this kernel is the better way to multiply num_tokens rows by this [N, K] matrix: `linear_gated` if gated,
+    otherwise `linear`."""
+    if num_tokens > _MOST_TOKENS[GATING if gated else STORING]:
+        return False
     config = _config(num_tokens, weight)
     return config is not None and config.ctas >= _LEAST_SHARE * kernel_compile.limits(weight.device).processors
 

@@ -36,6 +36,11 @@ def takes_few_tokens(num_tokens: int, *weights: torch.Tensor) -> bool:
     return False
 
 
+def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, gated: bool) -> bool:
+    """Whether `linear`, or `linear_gated` if gated, is the better way to multiply more rows than a few: not here."""
+    return False
+
+
 def _values(x: torch.Tensor | Normed) -> torch.Tensor:
     return x.values() if isinstance(x, Normed) else x
 

@@ -264,8 +264,7 @@ class LlamaModel:
                 hidden, residual = ops.add_rms_norm(hidden, residual, layer.input_norm, epsilon)
             hidden = self._attention(number, layer, hidden, positions, batch)
             hidden, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, epsilon)
-            gate_up = functional.linear(hidden, layer.gate_up, layer.gate_up_bias)
-            hidden = functional.linear(ops.silu_and_mul(gate_up), layer.down, layer.down_bias)
+            hidden = functional.linear(self._gated(layer, hidden), layer.down, layer.down_bias)
         return ops.add_rms_norm(hidden, residual, self._weights.norm, epsilon)[0]
 
     def _forward_few(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
@@ -285,12 +284,22 @@ class LlamaModel:
             squares = ops.linear_add(gated, layer.down, residual)
         return ops.rms_norm(residual, self._weights.norm, epsilon)
 
+    def _gated(self, layer: LlamaLayer, hidden: torch.Tensor) -> torch.Tensor:
+        """SwiGLU's gate: normed hidden [T, hidden_size] to [T, intermediate_size]."""
+        ops = self._ops
+        if layer.gate_up_bias is None and ops.takes_many_tokens(len(hidden), layer.gate_up, gated=True):
+            return ops.linear_gated(hidden, layer.gate_up)
+        return ops.silu_and_mul(functional.linear(hidden, layer.gate_up, layer.gate_up_bias))
+
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As in PagedModel."""
-        if self._ops.takes_few_tokens(len(hidden), self._weights.head):
-            return self._ops.linear(hidden, self._weights.head, floating=True)
-        return functional.linear(hidden, self._weights.head)
+        ops, head = self._ops, self._weights.head
+        if ops.takes_few_tokens(len(hidden), head):
+            return ops.linear(hidden, head, floating=True)
+        if ops.takes_many_tokens(len(hidden), head, gated=False):
+            return ops.linear(hidden, head)
+        return functional.linear(hidden, head)
 
     def _attention(
         self, number: int, layer: LlamaLayer, hidden: torch.Tensor, positions: torch.Tensor, batch: PagedAttention

@@ -11,6 +11,7 @@ import torch
 
 from kernels import activation, cache, norm, reference
 from kernels import linear as few
+from kernels import linear_wgmma as many
 from kernels.reference import Normed
 
 _WIDEST_NORM = 32 * 1024
@@ -44,8 +45,12 @@ class LayerOps(Protocol):
         """Whether the three products below take num_tokens rows times these matrices, and are the better way."""
         ...
 
+    def takes_many_tokens(self, num_tokens: int, weight: torch.Tensor, *, gated: bool) -> bool:
+        """The same of `linear`, or of `linear_gated` if gated, for more tokens than a few, without a norm in front."""
+        ...
+
     def linear(self, x: torch.Tensor | Normed, weight: torch.Tensor, *, floating: bool = False) -> torch.Tensor:
-        """A product of a few tokens, after a norm where x is `Normed`."""
+        """A product, after a norm where x is `Normed`."""
         ...
 
     def linear_gated(self, x: torch.Tensor | Normed, gate_up: torch.Tensor) -> torch.Tensor:
@@ -85,8 +90,20 @@ class CudaOps:
         return silu_and_mul(gate_up)
 
     takes_few_tokens = staticmethod(few.takes_few_tokens)
-    linear = staticmethod(few.linear)
-    linear_gated = staticmethod(few.linear_gated)
+    takes_many_tokens = staticmethod(many.takes_many_tokens)
+
+    def linear(self, x: torch.Tensor | Normed, weight: torch.Tensor, *, floating: bool = False) -> torch.Tensor:
+        """As in LayerOps."""
+        if isinstance(x, Normed) or floating or len(x) <= few.FEW_TOKENS:
+            return few.linear(x, weight, floating=floating)
+        return many.linear(x, weight)
+
+    def linear_gated(self, x: torch.Tensor | Normed, gate_up: torch.Tensor) -> torch.Tensor:
+        """As in LayerOps."""
+        if isinstance(x, Normed) or len(x) <= few.FEW_TOKENS:
+            return few.linear_gated(x, gate_up)
+        return many.linear_gated(x, gate_up)
+
     linear_add = staticmethod(few.linear_add)
 
 
