@@ -7,7 +7,7 @@ from kernels.activation import gather_rows, silu_and_mul
 from kernels.attention import paged_attention_decode, paged_attention_prefill
 from kernels.cache import copy_blocks, rope, rope_and_cache, write_kv
 from kernels.linear import linear, linear_add, linear_gated, takes_few_tokens
-from kernels.linear_wgmma import takes_many_tokens
+from kernels.linear_wgmma import linear_parts, takes_many_tokens
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.sampling import (
     add_logit_bias,
@@ -29,6 +29,7 @@ __all__ = [
     "linear",
     "linear_add",
     "linear_gated",
+    "linear_parts",
     "mask_tokens",
     "paged_attention_decode",
     "paged_attention_prefill",

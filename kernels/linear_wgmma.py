@@ -16,8 +16,10 @@ from kernels.linear import check_factors
 
 TOKENS = (64, 96, 128, 192, 256)
 """Tokens that a tile may have."""
-STORING, GATING = 0, 2
+STORING, PARTS, GATING = range(3)
 """EPILOGUE of the source."""
+MOST_PARTS = 4
+"""Of a product by `linear_parts`; what adds them up has to read them all."""
 ROWS = 128
 """Rows of weights in a tile."""
 THREADS = 384
@@ -29,7 +31,7 @@ _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
 _LEAST_SHARE = 0.75
 """Of the multiprocessors; with fewer busy the library is faster."""
-_MOST_TOKENS = {STORING: 64, GATING: 256}
+_MOST_TOKENS = {"linear": 64, "linear_parts": 128, "linear_gated": 256}
 """With more the library is as fast (docs/kernels/linear.md)."""
 
 
@@ -43,6 +45,8 @@ class WgmmaConfig:
     """CTAs that copy tokens for each other."""
     stages: int
     ctas: int
+    split: int = 1
+    """Parts of K that are multiplied apart."""
 
     @property
     def shared_bytes(self) -> int:
@@ -52,7 +56,7 @@ class WgmmaConfig:
     @property
     def defines(self) -> dict[str, int]:
         """What the source is compiled with for this shape."""
-        return {"TOKENS": self.tokens, "CLUSTER": self.cluster, "STAGES": self.stages}
+        return {"TOKENS": self.tokens, "CLUSTER": self.cluster, "STAGES": self.stages, "SPLIT": self.split}
 
 
 def _stage_bytes(tokens: int) -> int:
@@ -61,40 +65,44 @@ def _stage_bytes(tokens: int) -> int:
 
 
 @functools.cache
-def wgmma_config(num_tokens: int, rows: int, width: int, limits: kernel_compile.DeviceLimits) -> WgmmaConfig | None:
-    """How to multiply num_tokens rows by a [rows, width] matrix: every CTA takes equally many tiles. None: not by this
-    kernel."""
+def wgmma_config(
+    num_tokens: int, rows: int, width: int, limits: kernel_compile.DeviceLimits, most_parts: int = 1
+) -> WgmmaConfig | None:
+    """How to multiply num_tokens rows by a [rows, width] matrix, in most_parts parts at most: every CTA takes equally
+    many shares. None: not by this kernel."""
     tokens = next((tokens for tokens in TOKENS if tokens >= num_tokens), None)
     if not limits.wgmma or tokens is None or num_tokens < 1 or width % _CHUNK or rows % ROWS:
         return None
     stages = min(_MAX_STAGES, (limits.shared_bytes - _FIXED_BYTES) // _stage_bytes(tokens))
     best: WgmmaConfig | None = None
     for cluster in (4, 2, 1) if tokens < 256 else (2, 1):
-        share = rows // ROWS // cluster
         room = int(limits.processors * (_CLUSTERED_SHARE if cluster > 2 else 1)) // cluster
         if rows // ROWS % cluster or not room:
             continue
-        rounds = -(-share // room)
-        ctas = -(-share // rounds) * cluster
-        if best is None or ctas > best.ctas:
-            best = WgmmaConfig(tokens, cluster, stages, ctas)
+        for split in range(1, min(most_parts, width // _CHUNK) + 1):
+            shares = rows // ROWS // cluster * split
+            rounds = -(-shares // room)
+            if split > 1 and rounds > 1:
+                break
+            ctas = -(-shares // rounds) * cluster
+            if best is None or ctas > best.ctas:
+                best = WgmmaConfig(tokens, cluster, stages, ctas, split)
     return best
 
 
-def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, gated: bool) -> bool:
-    """Whether this kernel is the better way to multiply num_tokens rows by this [N, K] matrix: `linear_gated` if gated,
-    otherwise `linear`."""
-    if num_tokens > _MOST_TOKENS[GATING if gated else STORING]:
+def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: str) -> bool:
+    """Whether the function of this name is the better way to multiply num_tokens rows by this [N, K] matrix."""
+    if num_tokens > _MOST_TOKENS[by]:
         return False
-    config = _config(num_tokens, weight)
+    config = _config(num_tokens, weight, MOST_PARTS if by == "linear_parts" else 1)
     return config is not None and config.ctas >= _LEAST_SHARE * kernel_compile.limits(weight.device).processors
 
 
-def _config(num_tokens: int, weight: torch.Tensor) -> WgmmaConfig | None:
+def _config(num_tokens: int, weight: torch.Tensor, most_parts: int = 1) -> WgmmaConfig | None:
     if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
         return None
     rows, width = weight.shape
-    return wgmma_config(num_tokens, rows, width, kernel_compile.limits(weight.device))
+    return wgmma_config(num_tokens, rows, width, kernel_compile.limits(weight.device), most_parts)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, config: WgmmaConfig | None = None) -> torch.Tensor:
@@ -104,6 +112,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, config: WgmmaConfig | None = N
     """
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     _launch(out, x, weight, STORING, config)
+    return out
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor, config: WgmmaConfig | None = None) -> torch.Tensor:
+    """x [B, K] times weight [N, K] transposed in parts of K: float32 [parts, B, N], whose sum it is. As `linear`."""
+    config = config or _config(x.shape[0], weight, MOST_PARTS)
+    parts = 1 if config is None else config.split
+    out = torch.empty((parts, x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
+    _launch(out, x, weight, PARTS, config)
     return out
 
 
@@ -139,7 +156,7 @@ def _launch(
         _weight_map(device, weight.data_ptr(), dtype, weight.shape[0], width, epilogue),
         _token_map(device, x.data_ptr(), dtype, x.shape[0], width, config.tokens // config.cluster),
         x.shape[0],
-        out.shape[1],
+        out.shape[-1],
     )
 
 

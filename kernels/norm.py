@@ -21,7 +21,9 @@ def _shape(width: int, vector: int) -> tuple[int, int]:
     return min(32, -(-width // vector // 64)), 1  # about two 16-byte pieces a thread
 
 
-def _kernel(name: str, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[kernel_compile.Kernel, int, int]:
+def _kernel(
+    name: str, hidden: torch.Tensor, weight: torch.Tensor, parts: int = 0
+) -> tuple[kernel_compile.Kernel, int, int]:
     """(kernel, rows of a CTA, threads of a CTA). Raises ValueError or TypeError."""
     if hidden.dtype not in kernel_compile.CUDA_NAMES or weight.dtype != hidden.dtype:
         raise TypeError(f"hidden and weight must both be bfloat16, float16 or float32: {hidden.dtype}, {weight.dtype}")
@@ -43,6 +45,7 @@ def _kernel(name: str, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[kern
         WIDTH=width,
         ROW_WARPS=row_warps,
         CTA_ROWS=cta_rows,
+        PARTS=parts,
     )
     return kernel, cta_rows, cta_rows * row_warps * 32
 
@@ -73,15 +76,19 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the twin, but the sum is written over `residual`, which is returned as the second result.
 
-    Both are contiguous [T, H]. Raises ValueError, TypeError, KernelError.
+    residual is contiguous [T, H]; hidden too, or float32 [parts, T, H], whose sum is added without a rounding before.
+    Raises ValueError, TypeError, KernelError.
     """
-    kernel, cta_rows, threads = _kernel("add_rms_norm", hidden, weight)
-    if residual.shape != hidden.shape or residual.dtype != hidden.dtype or residual.device != hidden.device:
-        raise ValueError(f"residual must be like hidden: {tuple(residual.shape)} {residual.dtype}")
-    if not (hidden.is_contiguous() and residual.is_contiguous()) or residual.data_ptr() % 16:
-        raise ValueError("hidden and residual must be contiguous and aligned to 16 bytes")
-    out = torch.empty_like(hidden)
-    rows = hidden.numel() // hidden.shape[-1]
+    parts = hidden.shape[0] if hidden.dim() == 3 else 0
+    kernel, cta_rows, threads = _kernel("add_rms_norm", residual, weight, parts)
+    if hidden.dtype != (torch.float32 if parts else residual.dtype) or hidden.device != residual.device:
+        raise TypeError(f"hidden must be like residual, or float32 parts: {hidden.dtype} {hidden.device}")
+    if residual.dim() != 2 or hidden.shape != (parts, *residual.shape)[not parts :]:
+        raise ValueError(f"residual must be like hidden: {tuple(hidden.shape)}, {tuple(residual.shape)}")
+    if not (hidden.is_contiguous() and residual.is_contiguous()) or hidden.data_ptr() % (32 if parts else 16):
+        raise ValueError("hidden and residual must be contiguous and aligned to 16 bytes, parts to 32")
+    out = torch.empty_like(residual)
+    rows = len(residual)
     grid = (-(-rows // cta_rows), 1, 1)
     kernel(
         grid, threads, 0,

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.crossover import crossovers
+
 PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
 Report = dict[str, Any]
 
@@ -155,6 +157,24 @@ def swap_vs_recompute(report: Report) -> str:
     return table + "\n\n" + rows(["end to end, s/token", *sizes], ends)
 
 
+def crossover(report: Report) -> str:
+    shapes = list(dict.fromkeys(row["shape"] for row in report["rows"]))
+    sizes = sorted({row["block_size"] for row in report["rows"]})
+    longest = max(row["context"] for row in report["rows"])
+    body = []
+    for shape in shapes:
+        own = [row for row in report["rows"] if row["shape"] == shape]
+        for context in (256, longest):
+            of = {row["block_size"]: row for row in own if row["context"] == context}
+            swaps = [f"{of[size]['swap_out_ms'] + of[size]['swap_in_ms']:.2f}" for size in sizes]
+            recompute = [f"{of[size]['recompute_ms']:.1f}" for size in sizes]
+            body.append([f"{shape}, {context} tokens: swap out and in, ms", *swaps])
+            body.append([f"{shape}, {context} tokens: recompute, ms", *recompute])
+        found = crossovers(report["rows"])[shape]
+        body.append([f"{shape}: swapping is cheaper from, tokens", *(found[str(size)] for size in sizes)])
+    return rows(["block size", *sizes], body) + f"\n\n{report['gpu']}, commit `{report['commit'][:12]}`."
+
+
 def h200(report: Report) -> str:
     body = [
         [name, *each["sustained_per_s"].values(), each["over_orca_max"], each["over_orca_oracle"]]
@@ -173,5 +193,6 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "chatbot": chatbot,
     "block_size": block_size,
     "swap_vs_recompute": swap_vs_recompute,
+    "crossover": crossover,
     "h200": h200,
 }

@@ -12,11 +12,19 @@
 // lie in sixteens, with GATING eight gate rows and the eight up rows of the same columns, so that one thread has both.
 //
 // Defines: DTYPE (bfloat16 | float16), K (multiple of 64), TOKENS (64 | 96 | 128 | 192 | 256), CLUSTER (1 | 2 | 4), STAGES,
-//   EPILOGUE  STORING: out [B, N];  GATING: weight is [2 * N, K], gate rows, then up rows; out [B, N] = silu(gate) * up
+//   SPLIT     CTAs that share a tile's K, 1 unless PARTS
+//   EPILOGUE  STORING: out [B, N];  PARTS: out [SPLIT, B, N] float, to be added up by who reads it;
+//             GATING: weight is [2 * N, K], gate rows, then up rows; out [B, N] = silu(gate) * up
 #include "hopper.cuh"
 
 #define STORING 0
+#define PARTS 1
 #define GATING 2
+#if EPILOGUE == PARTS
+typedef float Out;
+#else
+typedef DTYPE Out;
+#endif
 
 constexpr int CHUNK = 64;
 constexpr int CHUNKS = K / CHUNK;
@@ -26,13 +34,14 @@ constexpr int WEIGHT_BYTES = ROWS * CHUNK * 2, STAGE = WEIGHT_BYTES + TOKENS * C
 constexpr int QUADS = TOKENS / 8;                                 // of a thread: its sums of eight tokens
 constexpr int COLUMNS = EPILOGUE == GATING ? ROWS / 2 : ROWS;     // of out that a tile makes
 static_assert(K % CHUNK == 0 && OWN_TOKENS % 8 == 0 && STAGES >= 2, "whole chunks and swizzle atoms");
+static_assert(SPLIT == 1 || EPILOGUE == PARTS, "nobody adds up what is stored otherwise");
 
 // Grid: [a multiple of CLUSTER]. Block: [384]. Shared: 1024 + STAGES * STAGE + STAGES * 16 bytes.
 //   weight  boxes of (64, 8, 2, ROWS / 16) of (K, 8, 2, rows / 16), rows in sixteens as above
 //   x       boxes of (64, OWN_TOKENS) of (K, num_tokens), num_tokens at most TOKENS
-//   out     [num_tokens, num_columns] DTYPE; num_columns a multiple of CLUSTER * COLUMNS
+//   out     [num_tokens, num_columns] as EPILOGUE says; num_columns a multiple of CLUSTER * COLUMNS
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
-linear_wgmma(DTYPE* out, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, int num_tokens, int num_columns) {
+linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, int num_tokens, int num_columns) {
   SHARED_MEMORY(dynamic);
   unsigned char* ring = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // [STAGES][ROWS + TOKENS][128]
   u64* full = (u64*)(ring + STAGES * STAGE);                                        // [STAGES]
@@ -40,7 +49,11 @@ linear_wgmma(DTYPE* out, const __grid_constant__ TensorMap weight, const __grid_
   const int tid = threadIdx.x, lane = tid % 32;
   const int warp = __shfl_sync(FULL_MASK, tid / 32, 0);  // so that the compiler sees it is the same in all lanes
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
-  const int tiles = num_columns / COLUMNS;
+  // Shares of tiles: those of one tile one after another, a cluster's CTAs at the same share of neighbouring tiles.
+  const int shares = num_columns / COLUMNS / CLUSTER * SPLIT, step = gridDim.x / CLUSTER;
+  auto tile_of = [&](int share) { return share / SPLIT * CLUSTER + rank; };
+  auto first_chunk = [&](int share) { return CHUNKS * (share % SPLIT) / SPLIT; };
+  auto last_chunk = [&](int share) { return CHUNKS * (share % SPLIT + 1) / SPLIT; };
 
   let_next_start();
   if (tid == 0) {
@@ -69,16 +82,17 @@ linear_wgmma(DTYPE* out, const __grid_constant__ TensorMap weight, const __grid_
         else
           copy_box(to, &x, full + slot, chunk * CHUNK, 0);
       };
-      constexpr int FIRST = STAGES < CHUNKS ? STAGES : CHUNKS;  // chunks that need not wait for room
-      for (int i = 0; i < FIRST; ++i) load_weights(i, blockIdx.x, i);
+      int share = blockIdx.x / CLUSTER, chunk = first_chunk(share);
+      const int filled = min(STAGES, last_chunk(share) - chunk);  // chunks that need not wait for room
+      for (int i = 0; i < filled; ++i) load_weights(i, tile_of(share), chunk + i);
       wait_for_previous();
-      for (int i = 0; i < FIRST; ++i) load_tokens(i, i);
-      int slot = FIRST % STAGES, first = FIRST;
-      u32 parity = FIRST < STAGES;
-      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, first = 0)
-        for (int chunk = first; chunk < CHUNKS; ++chunk) {
+      for (int i = 0; i < filled; ++i) load_tokens(i, chunk + i);
+      int slot = filled % STAGES;
+      u32 parity = filled < STAGES;
+      for (chunk += filled; share < shares; share += step, chunk = first_chunk(share))
+        for (; chunk < last_chunk(share); ++chunk) {
           barrier_wait(empty + slot, parity);
-          load_weights(slot, tile, chunk);
+          load_weights(slot, tile_of(share), chunk);
           load_tokens(slot, chunk);
           if (++slot == STAGES) slot = 0, parity ^= 1;
         }
@@ -98,15 +112,16 @@ linear_wgmma(DTYPE* out, const __grid_constant__ TensorMap weight, const __grid_
     float sums[QUADS][4] = {};
     int slot = 0;
     u32 parity = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      for (int chunk = 0, before = -1; chunk < CHUNKS; ++chunk) {
+    for (int share = blockIdx.x / CLUSTER; share < shares; share += step) {
+      const int tile = tile_of(share), first = first_chunk(share), last = last_chunk(share);
+      for (int chunk = first, before = -1; chunk < last; ++chunk) {
         barrier_wait(full + slot, parity);
         keep_order(sums);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < CHUNK / 16; ++k)
           wgmma<DTYPE, TOKENS>(sums, weight_operand + (slot * STAGE + k * 32) / 16, token_operand + (slot * STAGE + k * 32) / 16,
-                               chunk > 0 || k > 0);
+                               chunk > first || k > 0);
         wgmma_commit();
         wgmma_wait<1>();  // the products of the stage before have been computed
         if (before >= 0) release(before);
@@ -118,8 +133,18 @@ linear_wgmma(DTYPE* out, const __grid_constant__ TensorMap weight, const __grid_
       release(slot == 0 ? STAGES - 1 : slot - 1);
       wait_for_previous();  // it may still read what this kernel writes
 
-      // A thread's sums are of two rows of weights and two tokens in eight; transposed, of one token and two columns in eight.
-      DTYPE* to = out + (i64)g * num_columns + tile * COLUMNS + sixteen * (COLUMNS / 8) + 2 * t;
+      // A thread's sums are of rows g and g + 8 of sixteen and of tokens 2 t and 2 t + 1 of eight.
+      if constexpr (EPILOGUE == PARTS) {
+        float* to = (float*)out + ((i64)(share % SPLIT) * num_tokens + 2 * t) * num_columns + tile * COLUMNS + sixteen * 16 + g;
+#pragma unroll
+        for (int n = 0; n < QUADS; ++n, to += (i64)8 * num_columns) {
+          if (n * 8 + 2 * t < num_tokens) to[0] = sums[n][0], to[8] = sums[n][2];
+          if (n * 8 + 2 * t + 1 < num_tokens) to[num_columns] = sums[n][1], to[num_columns + 8] = sums[n][3];
+        }
+        continue;
+      }
+      // Transposed, of token g and of columns 2 t and 2 t + 1 of eight.
+      DTYPE* to = (DTYPE*)out + (i64)g * num_columns + tile * COLUMNS + sixteen * (COLUMNS / 8) + 2 * t;
 #pragma unroll
       for (int n = 0; n < QUADS; ++n, to += (i64)8 * num_columns) {
         const float(&q)[4] = sums[n];

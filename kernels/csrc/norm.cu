@@ -1,8 +1,14 @@
 // RMSNorm, with or without adding to the residual stream first (Zhang and Sennrich 2019). One read, one write; float32 inside.
 //
 // Defines: DTYPE, WIDTH (elements of a row, a multiple of 16 bytes), ROW_WARPS (warps that share a row), CTA_ROWS (rows of a CTA;
-// 1 unless ROW_WARPS is 1).
+// 1 unless ROW_WARPS is 1), PARTS (0: `hidden` of add_rms_norm is DTYPE; else it is the sum of so many float arrays).
 #include "device.cuh"
+
+#if PARTS
+typedef float Hidden;
+#else
+typedef DTYPE Hidden;
+#endif
 
 constexpr int VECTOR = 16 / sizeof(DTYPE);
 constexpr int VECTORS = WIDTH / VECTOR;                         // of a row
@@ -69,9 +75,9 @@ rms_norm(DTYPE* out, const DTYPE* hidden, const DTYPE* weight, int rows, int hea
 // Grid, block and shared as above.
 //   out       [rows, WIDTH] DTYPE: rms_norm(total)
 //   total     [rows, WIDTH] DTYPE: hidden + residual, rounded; may be `residual` itself or `hidden` itself
-//   hidden    [rows, WIDTH] DTYPE;  residual [rows, WIDTH] DTYPE;  weight [WIDTH] DTYPE
+//   hidden    [rows, WIDTH] DTYPE, or [PARTS, rows, WIDTH] float;  residual [rows, WIDTH] DTYPE;  weight [WIDTH] DTYPE
 extern "C" __global__ void __launch_bounds__(CTA_ROWS * ROW_THREADS)
-add_rms_norm(DTYPE* out, DTYPE* total, const DTYPE* hidden, const DTYPE* residual, const DTYPE* weight, int rows,
+add_rms_norm(DTYPE* out, DTYPE* total, const Hidden* hidden, const DTYPE* residual, const DTYPE* weight, int rows,
              float eps) {
   __shared__ float scratch[ROW_WARPS];
   let_next_start();
@@ -84,14 +90,20 @@ add_rms_norm(DTYPE* out, DTYPE* total, const DTYPE* hidden, const DTYPE* residua
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
     const int v = i * ROW_THREADS + lane_in_row;
-    Packed in = {}, held = {};
+    Packed held = {};
+    Vector<Hidden, VECTOR> in[PARTS ? PARTS : 1] = {};
     if (v < VECTORS) {
-      in = *(const Packed*)(hidden + base + v * VECTOR);
+#pragma unroll
+      for (int part = 0; part < (PARTS ? PARTS : 1); ++part)
+        in[part] = *(const Vector<Hidden, VECTOR>*)(hidden + (i64)part * rows * WIDTH + base + v * VECTOR);
       held = *(const Packed*)(residual + base + v * VECTOR);
     }
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-      held.values[j] = from_float<DTYPE>(to_float(in.values[j]) + to_float(held.values[j]));
+      float added = to_float(in[0].values[j]);
+#pragma unroll
+      for (int part = 1; part < PARTS; ++part) added += to_float(in[part].values[j]);
+      held.values[j] = from_float<DTYPE>(added + to_float(held.values[j]));
       x[i][j] = to_float(held.values[j]);
     }
     if (v < VECTORS) *(Packed*)(total + base + v * VECTOR) = held;

@@ -7,7 +7,15 @@ All twins accumulate in float32 or wider and never let the content of an unused 
 from kernels.reference.attention import SharedPrefix, paged_attention_decode, paged_attention_prefill
 from kernels.reference.cache import copy_blocks, rope_and_cache, swap_blocks, write_kv
 from kernels.reference.layers import add_rms_norm, rms_norm, rope, silu_and_mul
-from kernels.reference.linear import Normed, linear, linear_add, linear_gated, takes_few_tokens, takes_many_tokens
+from kernels.reference.linear import (
+    Normed,
+    linear,
+    linear_add,
+    linear_gated,
+    linear_parts,
+    takes_few_tokens,
+    takes_many_tokens,
+)
 from kernels.reference.philox import philox4x32
 from kernels.reference.sampling import (
     TokenLogprobRows,
@@ -31,6 +39,7 @@ __all__ = [
     "linear",
     "linear_add",
     "linear_gated",
+    "linear_parts",
     "mask_tokens",
     "paged_attention_decode",
     "paged_attention_prefill",

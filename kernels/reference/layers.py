@@ -21,9 +21,10 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds the residual stream, then normalises: returns (rms_norm(hidden + residual), hidden + residual).
 
-    hidden and residual are [T, H] of one dtype; the sum is rounded to that dtype before it is normalised.
+    hidden and residual are [T, H] of one dtype; the sum is rounded to that dtype before it is normalised. hidden may
+    also be float32 [parts, T, H], what `linear_parts` returns: its parts are added without a rounding before.
     """
-    total = hidden + residual
+    total = hidden + residual if hidden.dim() == 2 else (hidden.sum(0) + residual.float()).to(residual.dtype)
     return rms_norm(total, weight, eps), total
 
 

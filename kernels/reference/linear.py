@@ -36,8 +36,9 @@ def takes_few_tokens(num_tokens: int, *weights: torch.Tensor) -> bool:
     return False
 
 
-def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, gated: bool) -> bool:
-    """Whether `linear`, or `linear_gated` if gated, is the better way to multiply more rows than a few: not here."""
+def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: str) -> bool:
+    """Whether `linear`, `linear_parts` or `linear_gated`, as `by` says, is the better way to multiply more rows than a
+    few: not here."""
     return False
 
 
@@ -50,6 +51,11 @@ def linear(x: torch.Tensor | Normed, weight: torch.Tensor, *, floating: bool = F
     x = _values(x)
     wide = functional.linear(x.float(), weight.float())
     return wide if floating else wide.to(x.dtype)
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [B, K] times weight [N, K] transposed in parts of K: float32 [parts, B, N], whose sum it is."""
+    return linear(x, weight, floating=True)[None]
 
 
 def linear_gated(x: torch.Tensor | Normed, gate_up: torch.Tensor) -> torch.Tensor:

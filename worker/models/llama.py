@@ -264,7 +264,7 @@ class LlamaModel:
                 hidden, residual = ops.add_rms_norm(hidden, residual, layer.input_norm, epsilon)
             hidden = self._attention(number, layer, hidden, positions, batch)
             hidden, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, epsilon)
-            hidden = functional.linear(self._gated(layer, hidden), layer.down, layer.down_bias)
+            hidden = self._added(self._gated(layer, hidden), layer.down, layer.down_bias)
         return ops.add_rms_norm(hidden, residual, self._weights.norm, epsilon)[0]
 
     def _forward_few(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
@@ -284,10 +284,16 @@ class LlamaModel:
             squares = ops.linear_add(gated, layer.down, residual)
         return ops.rms_norm(residual, self._weights.norm, epsilon)
 
+    def _added(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """A product that `add_rms_norm` adds to the residual stream: [T, hidden_size], or parts of it."""
+        if bias is None and self._ops.takes_many_tokens(len(x), weight, by="linear_parts"):
+            return self._ops.linear_parts(x, weight)
+        return functional.linear(x, weight, bias)
+
     def _gated(self, layer: LlamaLayer, hidden: torch.Tensor) -> torch.Tensor:
         """SwiGLU's gate: normed hidden [T, hidden_size] to [T, intermediate_size]."""
         ops = self._ops
-        if layer.gate_up_bias is None and ops.takes_many_tokens(len(hidden), layer.gate_up, gated=True):
+        if layer.gate_up_bias is None and ops.takes_many_tokens(len(hidden), layer.gate_up, by="linear_gated"):
             return ops.linear_gated(hidden, layer.gate_up)
         return ops.silu_and_mul(functional.linear(hidden, layer.gate_up, layer.gate_up_bias))
 
@@ -297,17 +303,17 @@ class LlamaModel:
         ops, head = self._ops, self._weights.head
         if ops.takes_few_tokens(len(hidden), head):
             return ops.linear(hidden, head, floating=True)
-        if ops.takes_many_tokens(len(hidden), head, gated=False):
+        if ops.takes_many_tokens(len(hidden), head, by="linear"):
             return ops.linear(hidden, head)
         return functional.linear(hidden, head)
 
     def _attention(
         self, number: int, layer: LlamaLayer, hidden: torch.Tensor, positions: torch.Tensor, batch: PagedAttention
     ) -> torch.Tensor:
-        """Self-attention of one layer: normed hidden [T, hidden_size] to [T, hidden_size]."""
+        """Self-attention of one layer: normed hidden [T, hidden_size] to what `_added` returns."""
         qkv = functional.linear(hidden, layer.qkv, layer.qkv_bias)
         attended = self._attend(number, layer, qkv, positions, batch)
-        return functional.linear(attended, layer.output, layer.output_bias)
+        return self._added(attended, layer.output, layer.output_bias)
 
     def _attend(
         self, number: int, layer: LlamaLayer, qkv: torch.Tensor, positions: torch.Tensor, batch: PagedAttention

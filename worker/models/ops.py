@@ -28,7 +28,8 @@ class LayerOps(Protocol):
     def add_rms_norm(
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the residual stream, then normalises: (normed sum, sum). `residual` must not be read afterwards."""
+        """Adds the residual stream, then normalises: (normed sum, sum). `residual` must not be read afterwards;
+        hidden may be in parts."""
         ...
 
     def rope(
@@ -45,16 +46,20 @@ class LayerOps(Protocol):
         """Whether the three products below take num_tokens rows times these matrices, and are the better way."""
         ...
 
-    def takes_many_tokens(self, num_tokens: int, weight: torch.Tensor, *, gated: bool) -> bool:
-        """The same of `linear`, or of `linear_gated` if gated, for more tokens than a few, without a norm in front."""
+    def takes_many_tokens(self, num_tokens: int, weight: torch.Tensor, *, by: str) -> bool:
+        """The same of `linear`, `linear_parts` or `linear_gated`, for more tokens than a few, with no norm in front."""
         ...
 
     def linear(self, x: torch.Tensor | Normed, weight: torch.Tensor, *, floating: bool = False) -> torch.Tensor:
         """A product, after a norm where x is `Normed`."""
         ...
 
+    def linear_parts(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A product of many tokens in parts that `add_rms_norm` adds up."""
+        ...
+
     def linear_gated(self, x: torch.Tensor | Normed, gate_up: torch.Tensor) -> torch.Tensor:
-        """The same, then SwiGLU's gate."""
+        """A product, then SwiGLU's gate."""
         ...
 
     def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -74,7 +79,7 @@ class CudaOps:
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in LayerOps; the sum replaces `residual`."""
-        add_rms_norm = norm.add_rms_norm if _fits_norm(hidden) else reference.add_rms_norm
+        add_rms_norm = norm.add_rms_norm if _fits_norm(residual) else reference.add_rms_norm
         return add_rms_norm(hidden, residual, weight, eps)
 
     def rope(
@@ -104,6 +109,7 @@ class CudaOps:
             return few.linear_gated(x, gate_up)
         return many.linear_gated(x, gate_up)
 
+    linear_parts = staticmethod(many.linear_parts)
     linear_add = staticmethod(few.linear_add)
 
 
