@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from kernels import activation, attention, cache, linear, linear_wgmma, norm, sampling
+from kernels import activation, attention, cache, linear, linear_wgmma, norm, reference, sampling
 from kernels import compile as kernel_compile
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCABULARY = 32, 8, 128, 16, 4096, 14336, 128256
@@ -395,13 +395,18 @@ def linear_rows() -> list[Row]:
                 gated = linear.linear_gated(linear.Normed(residual, squares, scale, 1e-5), layer["gate_up"])
                 squares = linear.linear_add(gated, layer["down"], residual)
 
+        def product(x: torch.Tensor, matrix: torch.Tensor, by: reference.Product = "linear") -> torch.Tensor:
+            if linear_wgmma.takes_many_tokens(len(x), matrix, by=by):
+                return getattr(linear_wgmma, by)(x, matrix)
+            return torch.nn.functional.linear(x, matrix)
+
         def ours_of_many(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
             residual = hidden.clone()
             for layer in weights:
-                torch.nn.functional.linear(norm.add_rms_norm(hidden, residual, scale, 1e-5)[0], layer["qkv"])
-                out = torch.nn.functional.linear(attended, layer["output"])
+                product(norm.add_rms_norm(hidden, residual, scale, 1e-5)[0], layer["qkv"])
+                out = product(attended, layer["output"], "linear_parts")
                 normed = norm.add_rms_norm(out, residual, scale, 1e-5)[0]
-                hidden = torch.nn.functional.linear(linear_wgmma.linear_gated(normed, layer["gate_up"]), layer["down"])
+                hidden = product(linear_wgmma.linear_gated(normed, layer["gate_up"]), layer["down"], "linear_parts")
 
         def note(
             name: str, launches: list[Callable[[], object]], moved: int, in_each: int = 1, tokens: int = tokens

@@ -6,6 +6,7 @@ Twins: `kernels.reference.linear`. For more tokens than `kernels.linear` takes.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,12 @@ import torch
 from kernels import compile as kernel_compile
 from kernels.compile import TensorMap
 from kernels.linear import check_factors
+from kernels.reference.linear import Product
 
 TOKENS = (64, 96, 128, 192, 256)
 """Tokens that a tile may have."""
 STORING, PARTS, GATING = range(3)
 """EPILOGUE of the source."""
-MOST_PARTS = 4
-"""Of a product by `linear_parts`; what adds them up has to read them all."""
 ROWS = 128
 """Rows of weights in a tile."""
 THREADS = 384
@@ -27,12 +27,17 @@ _CHUNK = 64
 _FIXED_BYTES = 1024
 """Of shared memory: to begin at a swizzle atom."""
 _MAX_STAGES = 8
+_MOST_PARTS = 6
+"""Of a product by `linear_parts`; what adds them up has to read them all."""
 _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
-_LEAST_SHARE = 0.75
-"""Of the multiprocessors; with fewer busy the library is faster."""
-_MOST_TOKENS = {"linear": 64, "linear_parts": 128, "linear_gated": 256}
+_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 128, "linear_gated": 256}
 """With more the library is as fast (docs/kernels/linear.md)."""
+_LEAST_SHARE: dict[Product, float] = {"linear": 0.35, "linear_parts": 0.45, "linear_gated": 0.75}
+"""Of the multiprocessors; with fewer busy the library is faster. `linear_parts` has no more parts than it needs to
+reach it, ..."""
+_SHARE_OF_SOME, _SOME = 0.7, 32
+"""... or to reach this one for up to so many tokens, whose parts are small."""
 
 
 @dataclass(frozen=True)
@@ -66,78 +71,80 @@ def _stage_bytes(tokens: int) -> int:
 
 @functools.cache
 def wgmma_config(
-    num_tokens: int, rows: int, width: int, limits: kernel_compile.DeviceLimits, most_parts: int = 1
+    by: Product, num_tokens: int, rows: int, width: int, limits: kernel_compile.DeviceLimits
 ) -> WgmmaConfig | None:
-    """How to multiply num_tokens rows by a [rows, width] matrix, in most_parts parts at most: every CTA takes equally
-    many shares. None: not by this kernel."""
+    """How the function of this name multiplies num_tokens rows by a [rows, width] matrix: every CTA takes equally many
+    tiles. None: not by this kernel."""
     tokens = next((tokens for tokens in TOKENS if tokens >= num_tokens), None)
     if not limits.wgmma or tokens is None or num_tokens < 1 or width % _CHUNK or rows % ROWS:
         return None
+    tiles, split = rows // ROWS, 1
+    if by == "linear_parts":
+        busy = limits.processors * (_SHARE_OF_SOME if num_tokens <= _SOME else _LEAST_SHARE[by])
+        split = min(_MOST_PARTS, width // _CHUNK, math.ceil(busy / tiles))
     stages = min(_MAX_STAGES, (limits.shared_bytes - _FIXED_BYTES) // _stage_bytes(tokens))
+    clusters = (1,) if by != "linear_gated" else (2, 1) if tokens == 256 else (4, 2, 1)
     best: WgmmaConfig | None = None
-    for cluster in (4, 2, 1) if tokens < 256 else (2, 1):
+    for cluster in clusters:
         room = int(limits.processors * (_CLUSTERED_SHARE if cluster > 2 else 1)) // cluster
-        if rows // ROWS % cluster or not room:
+        if tiles % cluster or not room:
             continue
-        for split in range(1, min(most_parts, width // _CHUNK) + 1):
-            shares = rows // ROWS // cluster * split
-            rounds = -(-shares // room)
-            if split > 1 and rounds > 1:
-                break
-            ctas = -(-shares // rounds) * cluster
-            if best is None or ctas > best.ctas:
-                best = WgmmaConfig(tokens, cluster, stages, ctas, split)
+        shares = tiles // cluster * split
+        ctas = math.ceil(shares / math.ceil(shares / room)) * cluster
+        if best is None or ctas > best.ctas:
+            best = WgmmaConfig(tokens, cluster, stages, ctas, split)
     return best
 
 
-def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: str) -> bool:
+def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
     """Whether the function of this name is the better way to multiply num_tokens rows by this [N, K] matrix."""
     if num_tokens > _MOST_TOKENS[by]:
         return False
-    config = _config(num_tokens, weight, MOST_PARTS if by == "linear_parts" else 1)
-    return config is not None and config.ctas >= _LEAST_SHARE * kernel_compile.limits(weight.device).processors
+    config = _config(by, num_tokens, weight)
+    return config is not None and config.ctas >= _LEAST_SHARE[by] * kernel_compile.limits(weight.device).processors
 
 
-def _config(num_tokens: int, weight: torch.Tensor, most_parts: int = 1) -> WgmmaConfig | None:
+def _config(by: Product, num_tokens: int, weight: torch.Tensor) -> WgmmaConfig | None:
     if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
         return None
-    rows, width = weight.shape
-    return wgmma_config(num_tokens, rows, width, kernel_compile.limits(weight.device), most_parts)
+    return wgmma_config(by, num_tokens, *weight.shape, kernel_compile.limits(weight.device))
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, config: WgmmaConfig | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, *, config: WgmmaConfig | None = None) -> torch.Tensor:
     """x [B, K] times weight [N, K] transposed: [B, N] of x's dtype.
 
     config: another than the one chosen, for measuring. Raises ValueError, TypeError, KernelError.
     """
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    _launch(out, x, weight, STORING, config)
+    _launch(out, x, weight, STORING, config or _fitting("linear", x, weight))
     return out
 
 
-def linear_parts(x: torch.Tensor, weight: torch.Tensor, config: WgmmaConfig | None = None) -> torch.Tensor:
+def linear_parts(x: torch.Tensor, weight: torch.Tensor, *, config: WgmmaConfig | None = None) -> torch.Tensor:
     """x [B, K] times weight [N, K] transposed in parts of K: float32 [parts, B, N], whose sum it is. As `linear`."""
-    config = config or _config(x.shape[0], weight, MOST_PARTS)
-    parts = 1 if config is None else config.split
-    out = torch.empty((parts, x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
+    config = config or _fitting("linear_parts", x, weight)
+    out = torch.empty((config.split, x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
     _launch(out, x, weight, PARTS, config)
     return out
 
 
-def linear_gated(x: torch.Tensor, gate_up: torch.Tensor, config: WgmmaConfig | None = None) -> torch.Tensor:
+def linear_gated(x: torch.Tensor, gate_up: torch.Tensor, *, config: WgmmaConfig | None = None) -> torch.Tensor:
     """silu(gate) * up of x times gate_up [2 * I, K] transposed, gate rows first: [B, I]. As `linear`."""
     out = torch.empty((x.shape[0], gate_up.shape[0] // 2), dtype=x.dtype, device=x.device)
-    _launch(out, x, gate_up, GATING, config)
+    _launch(out, x, gate_up, GATING, config or _fitting("linear_gated", x, gate_up))
     return out
 
 
-def _launch(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: int, config: WgmmaConfig | None
-) -> None:
-    check_factors(x, weight)
-    config = config or _config(x.shape[0], weight)
+def _fitting(by: Product, x: torch.Tensor, weight: torch.Tensor) -> WgmmaConfig:
+    """Raises ValueError where there is no way."""
+    config = _config(by, x.shape[0], weight)
     if config is None:
         raise ValueError(f"{x.shape[0]} tokens times {tuple(weight.shape)} {weight.dtype}: not for this kernel")
+    return config
+
+
+def _launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: int, config: WgmmaConfig) -> None:
+    check_factors(x, weight)
     device, dtype, width = x.device, x.dtype, x.shape[1]
     kernel = kernel_compile.kernel(
         "linear_wgmma.cu",

@@ -9,6 +9,7 @@ from kernels.reference.cache import copy_blocks, rope_and_cache, swap_blocks, wr
 from kernels.reference.layers import add_rms_norm, rms_norm, rope, silu_and_mul
 from kernels.reference.linear import (
     Normed,
+    Product,
     linear,
     linear_add,
     linear_gated,
@@ -29,6 +30,7 @@ from kernels.reference.sampling import (
 
 __all__ = [
     "Normed",
+    "Product",
     "SharedPrefix",
     "TokenLogprobRows",
     "add_logit_bias",

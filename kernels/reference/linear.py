@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -11,6 +12,10 @@ from kernels.reference.layers import silu_and_mul
 
 SQUARES_COLUMNS = 16
 """Columns whose squares one entry of `Normed.squares` sums."""
+
+
+Product = Literal["linear", "linear_parts", "linear_gated"]
+"""The products of many tokens, by function."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,8 @@ def takes_few_tokens(num_tokens: int, *weights: torch.Tensor) -> bool:
     return False
 
 
-def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: str) -> bool:
-    """Whether `linear`, `linear_parts` or `linear_gated`, as `by` says, is the better way to multiply more rows than a
-    few: not here."""
+def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
+    """Whether the function of this name is the better way to multiply more rows than a few: not here."""
     return False
 
 

@@ -284,6 +284,12 @@ class LlamaModel:
             squares = ops.linear_add(gated, layer.down, residual)
         return ops.rms_norm(residual, self._weights.norm, epsilon)
 
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T, K] times weight [N, K] transposed: [T, N]."""
+        if bias is None and self._ops.takes_many_tokens(len(x), weight, by="linear"):
+            return self._ops.linear(x, weight)
+        return functional.linear(x, weight, bias)
+
     def _added(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """A product that `add_rms_norm` adds to the residual stream: [T, hidden_size], or parts of it."""
         if bias is None and self._ops.takes_many_tokens(len(x), weight, by="linear_parts"):
@@ -303,15 +309,13 @@ class LlamaModel:
         ops, head = self._ops, self._weights.head
         if ops.takes_few_tokens(len(hidden), head):
             return ops.linear(hidden, head, floating=True)
-        if ops.takes_many_tokens(len(hidden), head, by="linear"):
-            return ops.linear(hidden, head)
-        return functional.linear(hidden, head)
+        return self._product(hidden, head, None)
 
     def _attention(
         self, number: int, layer: LlamaLayer, hidden: torch.Tensor, positions: torch.Tensor, batch: PagedAttention
     ) -> torch.Tensor:
         """Self-attention of one layer: normed hidden [T, hidden_size] to what `_added` returns."""
-        qkv = functional.linear(hidden, layer.qkv, layer.qkv_bias)
+        qkv = self._product(hidden, layer.qkv, layer.qkv_bias)
         attended = self._attend(number, layer, qkv, positions, batch)
         return self._added(attended, layer.output, layer.output_bias)
 

@@ -12,7 +12,7 @@ import torch
 from kernels import activation, cache, norm, reference
 from kernels import linear as few
 from kernels import linear_wgmma as many
-from kernels.reference import Normed
+from kernels.reference import Normed, Product
 
 _WIDEST_NORM = 32 * 1024
 """Elements of the widest row that the norm kernel takes."""
@@ -46,7 +46,7 @@ class LayerOps(Protocol):
         """Whether the three products below take num_tokens rows times these matrices, and are the better way."""
         ...
 
-    def takes_many_tokens(self, num_tokens: int, weight: torch.Tensor, *, by: str) -> bool:
+    def takes_many_tokens(self, num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
         """The same of `linear`, `linear_parts` or `linear_gated`, for more tokens than a few, with no norm in front."""
         ...
 
