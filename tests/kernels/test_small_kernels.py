@@ -50,6 +50,19 @@ def test_add_rms_norm_equals_its_twin_and_writes_the_sum_over_the_residual(
 
 
 @DTYPES
+@pytest.mark.parametrize("parts", [1, 3])
+def test_add_rms_norm_adds_the_parts_of_a_product_without_rounding_before(
+    device: torch.device, dtype: torch.dtype, parts: int
+) -> None:
+    hidden = rand(parts, 5, 4096, dtype=FP32, device=device)
+    residual, weight = rand(5, 4096, dtype=dtype, device=device, seed=1), rand(4096, dtype=dtype, device=device, seed=2)
+    wanted, wanted_total = reference.add_rms_norm(hidden, residual, weight, 1e-5)
+    out, total = norm.add_rms_norm(hidden, residual, weight, 1e-5)
+    assert torch.equal(total, wanted_total)
+    assert_close(out, wanted)
+
+
+@DTYPES
 def test_silu_and_mul_equals_its_twin(device: torch.device, dtype: torch.dtype) -> None:
     gate_up = rand(3, 2 * 2056, dtype=dtype, device=device) * 4
     assert_close(activation.silu_and_mul(gate_up), reference.silu_and_mul(gate_up))
