@@ -1,8 +1,8 @@
 """The kernel tests under compute-sanitizer on a machine with a CUDA device: `python -m benchmarks.sanitize OUT_FOLDER`.
 
 Only Pagewire's own kernels are checked, and every tensor is an allocation of its own, so that memcheck sees where each
-ends. The tests of a file are dealt out to processes of a few tests. OUT_FOLDER/sanitize.json has a row for each tool and
-file, sanitize-logs.tgz what the tools said. Exit code 1: something was found, a test failed or was not reached.
+ends. The tests of a file are dealt out to processes of a few tests. OUT_FOLDER/sanitize.json has a row for each tool
+and file, sanitize-logs.tgz what the tools said. Exit code 1: something was found, a test failed or was not reached.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ def parts(tools: Sequence[str], tests: dict[str, list[str]], folder: Path) -> li
     for tool in tools:
         for file, names in tests.items():
             count = -(-len(names) // TESTS_PER_PROCESS)
-            for i in range(count):
-                found.append(Part(tool, file, names[i::count], folder / f"{tool}-{file}-{i}.log"))
+            found += [Part(tool, file, names[i::count], folder / f"{tool}-{file}-{i}.log") for i in range(count)]
     return found
 
 
