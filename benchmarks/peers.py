@@ -33,6 +33,8 @@ from pagewire.bench.workloads import OFFLINE, Job, Scale, longest, offline, tota
 CONFIGS = Path(__file__).parent / "configs"
 ENGINES = ("continuous-batching", "static-batch")
 WORKLOADS = ("decode-b1", "decode-b32", "decode-b256", "shared-prefix-2048", "alpaca-like-2000")
+WARM_UP = 32
+"""Requests of the untimed run in front."""
 CPU_BLOCKS, CPU_BATCH_TOKENS = 64, 256
 RESULT_LIMIT_S = 60.0
 """Longest silence of the continuous-batching engine before its row is given up."""
@@ -113,7 +115,7 @@ def measure(run: Run, jobs: Sequence[Job], device: torch.device, limit_s: float)
     """
     tokens_in, tokens_out = totals(jobs)
     ends = time.monotonic() + limit_s
-    run([Job(job.prompt[::-1], min(job.max_tokens, 4)) for job in jobs[:8]], ends)
+    run([Job(job.prompt[::-1], min(job.max_tokens, 4)) for job in jobs[:WARM_UP]], ends)
     _settle(device)
     begin = time.perf_counter()
     tokens = run(jobs, ends)

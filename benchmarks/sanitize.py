@@ -1,8 +1,9 @@
 """The kernel tests under compute-sanitizer on a machine with a CUDA device: `python -m benchmarks.sanitize OUT_FOLDER`.
 
 Only Pagewire's own kernels are checked, and every tensor is an allocation of its own, so that memcheck sees where each
-ends. The tests of a file are dealt out to processes of a few tests. OUT_FOLDER/sanitize.json has a row for each tool
-and file, sanitize-logs.tgz what the tools said. Exit code 1: something was found, a test failed or was not reached.
+ends. The tests of a file are dealt out to processes of a few tests; a few kernels with planted defects come first.
+OUT_FOLDER/sanitize.json has a row for each tool and file, and for each tool and planted defect; sanitize-logs.tgz has
+what the tools said. Exit code 1: something was found, a test failed or was not reached.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import planted_defects
 from kernels.compile import CSRC
 from pagewire.bench import results
 from pagewire.bench.service import ROOT
 
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+TOOLS = tuple(planted_defects.DEFECTS)
 # The project's pytest settings name plugins that such a machine may lack; kernel tests need none of them.
 PYTEST = (sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir=.", "-p", "no:cacheprovider", "-m", "gpu")
 REAL_SIZES = "tests/kernels/gpu"
@@ -39,11 +41,13 @@ SUMMARY = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) ", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Part:
-    """Tests of one file that one process runs."""
+    """What one process runs: some tests of a file, or a kernel with a planted defect."""
 
     tool: str
-    file: str
+    name: str
+    """The file's, or the defect's."""
     tests: Sequence[str]
+    """None of them: a planted defect."""
     log: Path
 
 
@@ -63,9 +67,12 @@ def read(log: str) -> Outcome:
 
 
 def kernel_names() -> list[str]:
-    """Of all kernels, and of the one that the tests of wgmma write themselves."""
+    """Of all kernels, of the one that the tests of wgmma write themselves, and of the planted ones."""
     head = re.compile(r'extern "C" __global__ [^;{}]*?\b(\w+)\((?!THREADS|CTA_ROWS|\d)')
-    return sorted({name for file in CSRC.glob("*.cu") for name in head.findall(file.read_text())} | {"probe"})
+    return sorted(
+        {name for file in CSRC.glob("*.cu") for name in head.findall(file.read_text())}
+        | {"probe", planted_defects.NAME}
+    )
 
 
 def collect(keywords: str) -> dict[str, list[str]]:
@@ -82,8 +89,12 @@ def collect(keywords: str) -> dict[str, list[str]]:
 
 
 def parts(tools: Sequence[str], tests: dict[str, list[str]], folder: Path) -> list[Part]:
-    """All processes to run."""
-    found = []
+    """All processes to run, the planted defects first."""
+    found = [
+        Part(tool, name, (), folder / f"{tool}-planted-{i}.log")
+        for tool in tools
+        for i, name in enumerate(planted_defects.DEFECTS[tool])
+    ]
     for tool in tools:
         for file, names in tests.items():
             count = -(-len(names) // TESTS_PER_PROCESS)
@@ -96,12 +107,15 @@ def check(part: Part, port: int, ends: float) -> Outcome:
     left = ends - time.monotonic()
     if left < 5:
         return Outcome(Counter(), None)
-    arguments = part.log.with_suffix(".txt")
-    arguments.write_text("\n".join(part.tests))
     filters = [argument for name in kernel_names() for argument in ("--kernel-name", f"kne={name}")]
-    command = ["compute-sanitizer", "--tool", part.tool, "--port", str(port), "--print-limit", "20"]
+    command = ["compute-sanitizer", "--tool", part.tool, "--port", str(port), "--print-limit", "20", *filters]
     command += ["--report-api-errors", "no", "--show-backtrace", "device", "--destroy-on-device-error", "kernel"]
-    command += [*filters, *PYTEST, "-v", f"@{arguments}"]
+    arguments = part.log.with_suffix(".txt")
+    if part.tests:
+        arguments.write_text("\n".join(part.tests))
+        command += [*PYTEST, "-v", f"@{arguments}"]
+    else:
+        command += [sys.executable, "-m", planted_defects.__name__, part.name]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
     with part.log.open("w") as log:
         process = subprocess.Popen(
@@ -112,7 +126,7 @@ def check(part: Part, port: int, ends: float) -> Outcome:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    arguments.unlink()
+    arguments.unlink(missing_ok=True)
     return read(part.log.read_text(errors="replace"))
 
 
@@ -136,7 +150,7 @@ def main() -> int:
     """Exit code 1: something was found, failed or not reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--tool", nargs="*", choices=TOOLS, default=["memcheck", "racecheck"])
+    parser.add_argument("--tool", nargs="*", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--jobs", type=int, default=14, help="processes at a time")
     parser.add_argument("--limit-s", type=float, default=540.0)
     parser.add_argument("-k", dest="keywords", default="", help="expression that chooses tests, as pytest takes it")
@@ -149,20 +163,21 @@ def main() -> int:
     with ThreadPoolExecutor(given.jobs) as pool:
         outcomes = list(pool.map(lambda part, port: check(part, port, begin + given.limit_s - 5), todo, ports))
     recorder = results.Recorder(given.out / "sanitize.json", results.header())
-    for tool in given.tool:
-        for file, names in tests.items():
-            mine = [
-                outcome for part, outcome in zip(todo, outcomes, strict=True) if (part.tool, part.file) == (tool, file)
-            ]
-            recorder.add(row(tool, file, len(names), mine))
-            print(recorder.rows[-1], flush=True)
+    found: dict[tuple[str, str], list[Outcome]] = {}
+    for part, outcome in zip(todo, outcomes, strict=True):
+        found.setdefault((part.tool, part.name), []).append(outcome)
+    for (tool, name), some in found.items():
+        planted = {"tool": tool, "planted": name, "errors": some[0].errors}
+        recorder.add(row(tool, name, len(tests[name]), some) if name in tests else planted)
+        print(recorder.rows[-1], flush=True)
     with tarfile.open(given.out / "sanitize-logs.tgz", "w:gz") as archive:
         for part in todo:
             if part.log.exists():
                 archive.add(part.log, part.log.name)
                 part.log.unlink()
     print(f"{time.monotonic() - begin:.0f} s")
-    return 1 if any(one["errors"] != 0 or one["failed"] or one["not_reached"] for one in recorder.rows) else 0
+    checked = [one for one in recorder.rows if "file" in one]
+    return 1 if any(one["errors"] != 0 or one["failed"] or one["not_reached"] for one in checked) else 0
 
 
 if __name__ == "__main__":
