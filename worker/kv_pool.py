@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kernels.kv_layout import KvLayout
 from pagewire.runtime.errors import StartError
 
 GIB = 1 << 30
+PAGE_BYTES = mmap.PAGESIZE
 CPU_POOL_SHARE = 0.25
 """Share of the available RAM that the pool takes on the CPU backend: the machine has other work to do."""
 CPU_POOL_CAP_BYTES = 16 * GIB
@@ -47,23 +51,34 @@ def allocate(layout: KvLayout, *, num_blocks: int, host_blocks: int, device: tor
     except RuntimeError:
         raise StartError(_too_little("KV pool", num_blocks * layout.block_bytes, free_bytes(device))) from None
     try:
-        arena = torch.empty(layout.pool_shape(host_blocks), dtype=layout.dtype)
         if device.type == "cuda" and host_blocks:
-            _pin(arena)
-    except RuntimeError:
+            arena = pinned(layout, host_blocks)
+        else:
+            arena = torch.empty(layout.pool_shape(host_blocks), dtype=layout.dtype)
+    except (MemoryError, RuntimeError):  # numpy's and torch's
         needed = host_blocks * layout.block_bytes
         raise StartError(_too_little("swap arena", needed, free_bytes(torch.device("cpu")), "--host-blocks")) from None
     return KvPool(layout, pool, arena)
 
 
-def _pin(arena: torch.Tensor) -> None:
-    """Locks the arena's pages, so that copies run beside computation. RuntimeError: the system refuses.
+def pinned(layout: KvLayout, host_blocks: int) -> torch.Tensor:
+    """[host_blocks, *block_shape] in RAM, locked until it is freed, so that copies run beside computation.
 
-    torch's own pinned memory would round the size up to a power of two, gigabytes of it.
+    It has its pages for itself. Raises StartError with the system's reason if they cannot be locked, MemoryError if
+    there is no such memory.
     """
-    status = torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.nbytes, 0)
+    # torch's own pinned memory would round the size up to a power of two, gigabytes of it.
+    size = host_blocks * layout.block_bytes
+    memory = np.empty(size + 2 * PAGE_BYTES, dtype=np.uint8)
+    start = -memory.ctypes.data % PAGE_BYTES
+    address, cudart = memory.ctypes.data + start, torch.cuda.cudart()
+    status = cudart.cudaHostRegister(address, -(-size // PAGE_BYTES) * PAGE_BYTES, 0)
     if int(status) != 0:
-        raise RuntimeError(f"cudaHostRegister: {status}")
+        reason = cudart.cudaGetErrorString(status)
+        raise StartError(f"cannot lock the swap arena's {_gib(size)}: {reason}; lower --host-blocks, 0 does without it")
+    # Tensors keep the array that their memory is from, and a finalizer runs before its array gives its memory back.
+    weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False  # the end of a process does it itself
+    return torch.from_numpy(memory[start : start + size]).view(layout.dtype).view(layout.pool_shape(host_blocks))
 
 
 def pool_size(
