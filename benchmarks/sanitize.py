@@ -110,6 +110,8 @@ def check(part: Part, port: int, ends: float) -> Outcome:
     filters = [argument for name in kernel_names() for argument in ("--kernel-name", f"kne={name}")]
     command = ["compute-sanitizer", "--tool", part.tool, "--port", str(port), "--print-limit", "20", *filters]
     command += ["--report-api-errors", "no", "--show-backtrace", "device", "--destroy-on-device-error", "kernel"]
+    if part.tool == "memcheck":  # or the next allocation begins where one ends
+        command += ["--padding", "512"]
     arguments = part.log.with_suffix(".txt")
     if part.tests:
         arguments.write_text("\n".join(part.tests))
