@@ -1,13 +1,14 @@
 """Peers on the same card, model shape and requests as the offline rows: `python -m benchmarks.peers OUT.json`.
 
-Two of them, both of the transformers library, in this process:
+All of the transformers library, in this process:
 
-- `continuous-batching`: its own engine with a paged cache, `init_continuous_batching` and `add_request`. It takes
-  FlashAttention where that is installed and torch's attention otherwise; the file says which.
+- `continuous-batching`: its own engine with a paged cache, `init_continuous_batching` and `add_request`, as it chooses
+  its settings. It takes FlashAttention where that is installed and torch's attention otherwise; the file says which.
+- `continuous-batching-graphs`: the same with CUDA graphs, which it leaves out by itself without FlashAttention.
 - `static-batch`: what serving was before: requests in batches in the order of arrival, padded on the left, a contiguous
   cache, and every batch runs until its longest answer is complete. `generate` does the work.
 
-Both are greedy and ignore the end of sequence. A row counts the tokens that the requests asked for, as the offline rows
+All are greedy and ignore the end of sequence. A row counts the tokens that the requests asked for, as the offline rows
 do. One small run of the same kind comes first, so that nothing is compiled or allocated for the first time.
 """
 
@@ -31,7 +32,7 @@ from pagewire.bench.anchors import CONFIG
 from pagewire.bench.workloads import OFFLINE, Job, Scale, longest, offline, totals
 
 CONFIGS = Path(__file__).parent / "configs"
-ENGINES = ("continuous-batching", "static-batch")
+ENGINES = ("continuous-batching", "continuous-batching-graphs", "static-batch")
 WORKLOADS = ("decode-b1", "decode-b32", "decode-b256", "shared-prefix-2048", "alpaca-like-2000")
 WARM_UP = 32
 """Requests of the untimed run in front."""
@@ -54,15 +55,16 @@ def load(folder: Path, device: torch.device, attention: str) -> Any:
 
 
 @contextmanager
-def continuous(model: Any, jobs: Sequence[Job]) -> Iterator[Run]:
+def continuous(model: Any, jobs: Sequence[Job], graphs: bool) -> Iterator[Run]:
     """The library's own engine, warmed up, for jobs no longer than these."""
     longest_answer = max(job.max_tokens for job in jobs)
     config = GenerationConfig(do_sample=False, max_new_tokens=longest_answer, eos_token_id=-1)
-    # On a CPU it would take all of the machine's memory.
-    memory = {} if model.device.type == "cuda" else {"num_blocks": CPU_BLOCKS, "max_batch_tokens": CPU_BATCH_TOKENS}
+    chosen: dict[str, Any] = {"use_cuda_graph": True} if graphs else {}
+    if model.device.type != "cuda":  # where it would take all of the machine's memory
+        chosen |= {"num_blocks": CPU_BLOCKS, "max_batch_tokens": CPU_BATCH_TOKENS}
     with model.continuous_batching_context_manager(
         generation_config=config,
-        continuous_batching_config=ContinuousBatchingConfig(**memory),
+        continuous_batching_config=ContinuousBatchingConfig(**chosen),
         workload_hints=WorkloadHints(max(len(job.prompt) for job in jobs), longest_answer, len(jobs)),
     ) as manager:
 
@@ -179,7 +181,8 @@ def main() -> int:
                 recorder.add({**row, "error": "no time left"})
                 continue
             try:
-                with static(model, batch) if engine == "static-batch" else continuous(model, jobs) as run:
+                graphs = engine == "continuous-batching-graphs"
+                with static(model, batch) if engine == "static-batch" else continuous(model, jobs, graphs) as run:
                     row |= measure(run, jobs, device, given.row_limit_s)
                     row["attention"] = model.config._attn_implementation
             except Exception as error:
