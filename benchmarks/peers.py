@@ -29,6 +29,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from pagewire.bench import results
 from pagewire.bench.anchors import CONFIG
+from pagewire.bench.service import ROOT
 from pagewire.bench.workloads import OFFLINE, Job, Scale, longest, offline, totals
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -168,7 +169,9 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(given.model, device, given.attention)
     scale = Scale(given.scale, given.length_scale)
-    head = results.header(model=str(given.model), layout="one process", settings={"batch": given.batch})
+    head = results.header(
+        model=str(given.model).replace(f"{ROOT}/", ""), layout="one process", settings={"batch": given.batch}
+    )
     recorder = results.Recorder(given.out, {**head, "attention": given.attention})
     for workload in given.workload:
         jobs = offline(workload, scale, model.config.vocab_size)

@@ -31,7 +31,7 @@ TOOLS = tuple(planted_defects.DEFECTS)
 # The project's pytest settings name plugins that such a machine may lack; kernel tests need none of them.
 PYTEST = (sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir=.", "-p", "no:cacheprovider", "-m", "gpu")
 REAL_SIZES = "tests/kernels/gpu"
-"""These would not end under a tool."""
+"""Left out: the captured graphs among them need torch's allocator, and large sizes take long under a tool."""
 TESTS_PER_PROCESS = 8
 PORTS_PER_PROCESS = 16
 """compute-sanitizer looks for a free port among ten, which other ones beside it may hold."""
