@@ -69,9 +69,9 @@ H100_PEERS = """Output tokens/s of Hugging Face's transformers 5.17 with the sam
 Continuous batching is its own engine with a paged cache, with the settings that it chooses and with CUDA graphs; static
 batches are padded ones of up to 256 requests through `generate`. Of repeated rows the faster one counts.
 
-Three things hold it back on this machine. There is no FlashAttention for it, so it takes torch's attention, with masks
-over the whole cache. Its host is the limit: an eager step takes 74 to 105 ms for 1 as for 32 sequences, where this card
-needs 5 to 6. And with graphs its warm-up ran out of memory, so that it captured them in the measured run.
+There is no FlashAttention for it on this machine, so it takes torch's attention, with masks over the whole cache. Its
+steps are long whatever they hold: 74 to 105 ms without graphs for 1 as for 32 sequences, where this card needs 5 to 6;
+why was not looked into. With graphs its warm-up ran out of memory, so that it captured them in the measured run.
 
 """
 H100_SANITIZER = """Errors that compute-sanitizer found in the kernels while they ran their tests, but for those of real
