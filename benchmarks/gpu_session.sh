@@ -19,9 +19,3 @@ timeout 170 $pytest $workers tests/kernels --maxfail=20 2>&1 | tee "$out/tests.l
 timeout 60 python3 -m benchmarks.kernels --only decode --only prefill --out "$out/kernels.json" 2>&1 | tee "$out/kernels.log" | tail -30
 timeout 60 python3 -m benchmarks.kernels --only other --only swap --out "$out/kernels_other.json" 2>&1 | tee "$out/other.log" | tail -40
 timeout 70 python3 -m benchmarks.kernels --only sweep --out "$out/sweep.json" 2>&1 | tee "$out/sweep.log" | tail -52
-if [ -n "${SANITIZE:-}" ]; then
-  for tool in memcheck racecheck; do
-    timeout 120 compute-sanitizer --tool $tool $pytest -x tests/kernels/test_decode.py tests/kernels/test_prefill.py \
-      -k "float64 and 128-16" 2>&1 | tee "$out/$tool.log" | tail -15
-  done
-fi

@@ -1,13 +1,14 @@
 """Peers on the same card, model shape and requests as the offline rows: `python -m benchmarks.peers OUT.json`.
 
-Two of them, both of the transformers library, in this process:
+All of the transformers library, in this process:
 
-- `continuous-batching`: its own engine with a paged cache, `init_continuous_batching` and `add_request`. It takes
-  FlashAttention where that is installed and torch's attention otherwise; the file says which.
+- `continuous-batching`: its own engine with a paged cache, `init_continuous_batching` and `add_request`, as it chooses
+  its settings. It takes FlashAttention where that is installed and torch's attention otherwise; the file says which.
+- `continuous-batching-graphs`: the same with CUDA graphs, which it leaves out by itself without FlashAttention.
 - `static-batch`: what serving was before: requests in batches in the order of arrival, padded on the left, a contiguous
   cache, and every batch runs until its longest answer is complete. `generate` does the work.
 
-Both are greedy and ignore the end of sequence. A row counts the tokens that the requests asked for, as the offline rows
+All are greedy and ignore the end of sequence. A row counts the tokens that the requests asked for, as the offline rows
 do. One small run of the same kind comes first, so that nothing is compiled or allocated for the first time.
 """
 
@@ -23,19 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from pagewire.bench import results
 from pagewire.bench.anchors import CONFIG
+from pagewire.bench.service import ROOT
 from pagewire.bench.workloads import OFFLINE, Job, Scale, longest, offline, totals
 
 CONFIGS = Path(__file__).parent / "configs"
-ENGINES = ("continuous-batching", "static-batch")
-WORKLOADS = ("decode-b1", "decode-b32", "decode-b256", "sharegpt-like-1000", "alpaca-like-2000", "shared-prefix-2048")
+ENGINES = ("continuous-batching", "continuous-batching-graphs", "static-batch")
+WORKLOADS = ("decode-b1", "decode-b32", "decode-b256", "shared-prefix-2048", "alpaca-like-2000")
+WARM_UP = 32
+"""Requests of the untimed run in front."""
+CPU_BLOCKS, CPU_BATCH_TOKENS = 64, 256
 RESULT_LIMIT_S = 60.0
 """Longest silence of the continuous-batching engine before its row is given up."""
-Run = Callable[[Sequence[Job]], int]
-"""Runs jobs that are all there from the start. Returns how many tokens came that they had asked for."""
+Run = Callable[[Sequence[Job], float], int]
+"""Runs jobs that are all there from the start. Returns how many tokens came that they had asked for. RuntimeError: they
+were not done by that time of `time.monotonic`."""
 
 
 def load(folder: Path, device: torch.device, attention: str) -> Any:
@@ -49,19 +56,27 @@ def load(folder: Path, device: torch.device, attention: str) -> Any:
 
 
 @contextmanager
-def continuous(model: Any, jobs: Sequence[Job]) -> Iterator[Run]:
+def continuous(model: Any, jobs: Sequence[Job], graphs: bool) -> Iterator[Run]:
     """The library's own engine, warmed up, for jobs no longer than these."""
-    config = GenerationConfig(do_sample=False, max_new_tokens=max(job.max_tokens for job in jobs), eos_token_id=-1)
-    with model.continuous_batching_context_manager(generation_config=config) as manager:
+    longest_answer = max(job.max_tokens for job in jobs)
+    config = GenerationConfig(do_sample=False, max_new_tokens=longest_answer, eos_token_id=-1)
+    chosen: dict[str, Any] = {"use_cuda_graph": True} if graphs else {}
+    if model.device.type != "cuda":  # where it would take all of the machine's memory
+        chosen |= {"num_blocks": CPU_BLOCKS, "max_batch_tokens": CPU_BATCH_TOKENS}
+    with model.continuous_batching_context_manager(
+        generation_config=config,
+        continuous_batching_config=ContinuousBatchingConfig(**chosen),
+        workload_hints=WorkloadHints(max(len(job.prompt) for job in jobs), longest_answer, len(jobs)),
+    ) as manager:
 
-        def run(some: Sequence[Job]) -> int:
+        def run(some: Sequence[Job], ends: float) -> int:
             tokens = 0
             for job in some:
                 manager.add_request(job.prompt, max_new_tokens=job.max_tokens)
-            for _ in some:
-                done = manager.get_result(timeout=RESULT_LIMIT_S)
+            for i in range(len(some)):
+                done = manager.get_result(timeout=min(RESULT_LIMIT_S, max(0.0, ends - time.monotonic())))
                 if done is None:
-                    raise RuntimeError("the engine gave no result")
+                    raise RuntimeError(f"{i} of {len(some)} requests were done when the time was over")
                 if done.error is not None:
                     raise RuntimeError(str(done.error).splitlines()[0])
                 tokens += len(done.generated_tokens)
@@ -74,8 +89,10 @@ def continuous(model: Any, jobs: Sequence[Job]) -> Iterator[Run]:
 def static(model: Any, batch_size: int) -> Iterator[Run]:
     """One padded batch after another."""
 
-    def run(some: Sequence[Job]) -> int:
+    def run(some: Sequence[Job], ends: float) -> int:
         for start in range(0, len(some), batch_size):
+            if time.monotonic() > ends:
+                raise RuntimeError(f"{start} of {len(some)} requests were done when the time was over")
             batch = some[start : start + batch_size]
             width = max(len(job.prompt) for job in batch)
             padding = [width - len(job.prompt) for job in batch]
@@ -94,13 +111,17 @@ def static(model: Any, batch_size: int) -> Iterator[Run]:
     yield run
 
 
-def measure(run: Run, jobs: Sequence[Job], device: torch.device) -> results.Row:
-    """One timed run behind a small one, whose prompts are others: nothing of the timed run is in a cache."""
+def measure(run: Run, jobs: Sequence[Job], device: torch.device, limit_s: float) -> results.Row:
+    """One timed run behind a small one, whose prompts are others: nothing of the timed run is in a cache.
+
+    RuntimeError: it takes longer than `limit_s`.
+    """
     tokens_in, tokens_out = totals(jobs)
-    run([Job(job.prompt[::-1], min(job.max_tokens, 4)) for job in jobs[:8]])
+    ends = time.monotonic() + limit_s
+    run([Job(job.prompt[::-1], min(job.max_tokens, 4)) for job in jobs[:WARM_UP]], ends)
     _settle(device)
     begin = time.perf_counter()
-    tokens = run(jobs)
+    tokens = run(jobs, ends)
     _settle(device)
     seconds = time.perf_counter() - begin
     assert tokens == tokens_out, f"{tokens} tokens came; {tokens_out} were asked for"
@@ -140,6 +161,7 @@ def main() -> int:
     parser.add_argument("--attention", default="sdpa", help="what the models attend with, as transformers names it")
     parser.add_argument("--batch", type=int, default=256, help="most requests of a static batch")
     parser.add_argument("--limit-s", type=float, default=420.0, help="no row is begun after that many seconds")
+    parser.add_argument("--row-limit-s", type=float, default=120.0, help="a row that takes longer is given up")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--length-scale", type=float, default=1.0)
     given = parser.parse_args()
@@ -147,7 +169,9 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(given.model, device, given.attention)
     scale = Scale(given.scale, given.length_scale)
-    head = results.header(model=str(given.model), layout="one process", settings={"batch": given.batch})
+    head = results.header(
+        model=str(given.model).replace(f"{ROOT}/", ""), layout="one process", settings={"batch": given.batch}
+    )
     recorder = results.Recorder(given.out, {**head, "attention": given.attention})
     for workload in given.workload:
         jobs = offline(workload, scale, model.config.vocab_size)
@@ -160,8 +184,9 @@ def main() -> int:
                 recorder.add({**row, "error": "no time left"})
                 continue
             try:
-                with static(model, batch) if engine == "static-batch" else continuous(model, jobs) as run:
-                    row |= measure(run, jobs, device)
+                graphs = engine == "continuous-batching-graphs"
+                with static(model, batch) if engine == "static-batch" else continuous(model, jobs, graphs) as run:
+                    row |= measure(run, jobs, device, given.row_limit_s)
                     row["attention"] = model.config._attn_implementation
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

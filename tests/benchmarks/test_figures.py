@@ -194,6 +194,39 @@ def test_the_page_shows_recorded_rows_beside_the_peer_and_says_what_is_missing()
     assert "| 10 requests/s, session | not measured yet |" in page
 
 
+def test_the_page_compares_with_the_best_of_a_peer_s_rows_and_gives_the_reason_of_a_missing_one() -> None:
+    def row(engine: str, **values: object) -> dict[str, object]:
+        return {"workload": "decode-b8", "engine": engine, **values}
+
+    results: dict[str, report.Content] = {
+        "h100/offline": {"rows": [{"workload": "decode-b8", "out_tok_s": 900.0}]},
+        "h100/peers": {"rows": [row("static-batch", out_tok_s=100.0), row("continuous-batching", out_tok_s=90.0)]},
+        "h100/peers_again": {
+            "rows": [
+                row("static-batch", out_tok_s=150.0),
+                row("continuous-batching-graphs", error="RuntimeError: out of memory"),
+            ]
+        },
+    }
+    assert "| decode-b8 | 900 | 90 | out of memory | 150 | 6.0x |" in report.peers(results)
+
+
+def test_the_page_says_what_a_sanitizer_found_and_where_it_was_cut_short() -> None:
+    def row(tool: str, errors: int | None) -> dict[str, object]:
+        return {"tool": tool, "file": "test_decode", "errors": errors, "passed": 9}
+
+    results: dict[str, report.Content] = {
+        "h100/sanitize": {
+            "rows": [row("memcheck", 2), row("racecheck", None), {"tool": "memcheck", "planted": "x", "errors": 0}]
+        }
+    }
+    page = report.sanitizer(results)
+    assert "| test_decode.py | 9 | 2 | cut short |" in page
+    assert "| x | memcheck | not found |" in page
+    results["h100/sanitize_again"] = {"rows": [row("racecheck", 0)]}
+    assert "| test_decode.py | 9 | 2 | 0 |" in report.sanitizer(results)
+
+
 def test_the_page_is_made_of_what_is_recorded_here() -> None:
     results = report.read(report.RESULTS)
     page = report.render(results)

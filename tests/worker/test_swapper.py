@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -57,6 +59,65 @@ def test_the_arena_is_half_the_pool_within_a_tenth_of_the_ram() -> None:
     assert arena(33, 40, 33 * 1024) == 33
     with pytest.raises(StartError, match="--host-blocks"):
         arena(33, 40, 32 * 1024)
+
+
+class Registry:
+    """Stands in for the CUDA runtime: knows which pages are locked, and refuses any of them a second time."""
+
+    def __init__(self, allowed: int = 1 << 30) -> None:
+        self.allowed = allowed
+        self.locked: dict[int, range] = {}
+
+    def lock(self, address: int, size: int, flags: int) -> int:
+        pages = range(address // kv_pool.PAGE_BYTES, -(-(address + size) // kv_pool.PAGE_BYTES))
+        if size > self.allowed:
+            return 2
+        if any(set(pages) & set(others) for others in self.locked.values()):
+            return 712
+        self.locked[address] = pages
+        return 0
+
+    def unlock(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+    def reason(self, status: int) -> str:
+        return {2: "out of memory", 712: "already mapped"}[status]
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    made = Registry()
+    runtime = SimpleNamespace(
+        cudaHostRegister=made.lock, cudaHostUnregister=made.unlock, cudaGetErrorString=made.reason
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return made
+
+
+def test_an_arena_is_unlocked_when_its_last_tensor_is_gone(registry: Registry) -> None:
+    arena = kv_pool.pinned(LAYOUT, 7)
+    assert (arena.shape, arena.dtype, arena.is_contiguous()) == ((7, *LAYOUT.block_shape), torch.float32, True)
+    (locked,) = registry.locked
+    assert locked == arena.data_ptr()
+    part = arena[3:5]
+    del arena
+    assert list(registry.locked) == [locked]
+    del part
+    assert not registry.locked
+
+
+def test_arenas_share_no_page_whatever_their_size(registry: Registry) -> None:
+    arenas = [kv_pool.pinned(LAYOUT, host_blocks) for host_blocks in (1, 1, 5, 4, 300)]
+    assert len(registry.locked) == 5
+    del arenas
+    assert not registry.locked
+
+
+def test_an_arena_that_cannot_be_locked_says_why(registry: Registry) -> None:
+    registry.allowed = 1 << 20
+    with pytest.raises(StartError, match=r"cannot lock the swap arena's 0\.01 GiB: out of memory; lower --host-blocks"):
+        kv_pool.pinned(LAYOUT, 8192)
 
 
 def test_free_memory_is_found() -> None:
