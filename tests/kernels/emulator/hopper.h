@@ -304,8 +304,8 @@ inline Cta& reach(u32 rank, u64* barrier, bool by_box) {
   shared_barrier(barrier);
   const Initialisation state = hopper[rank].barriers[address(barrier) / 8];
   if (there.live == 0) fail("a CTA of the cluster has ended, and another one reaches for its shared memory");
-  if (state == NONE) fail("an mbarrier used before its initialisation");
   if (&there != cta && state != KNOWN) fail("an mbarrier of another CTA without barriers_initialised and then cluster_sync there");
+  if (state == NONE) fail("an mbarrier used before its initialisation");
   if (by_box && state == HERE) fail("a box for an mbarrier without a fence behind its initialisation");
   return there;
 }
