@@ -272,6 +272,7 @@ def test_ctas_of_a_cluster_run_at_the_same_time_with_shared_memory_of_their_own(
         ("shared, &map", "shared + 128, &map", "unaligned"),
         ("shared, &map", "shared + 16384, &map", "outside shared memory"),
         ("&map", "(const TensorMap*)shared", "not a tensor map"),
+        ("barrier, 0, 0);", "barrier, 0, 0); copy_box(shared, &map, barrier, 64, 0);", "has not landed yet"),
         ("copy_box(shared, &map, barrier, 0, 0)", "copy_box_once(shared, &map, barrier, 0, 0, 0, 0)", "dimensions"),
         ("__syncwarp();\n  barrier_wait(barrier, 0);", "", "ended while a box or an arrival was on its way"),
     ],

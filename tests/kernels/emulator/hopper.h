@@ -7,7 +7,7 @@
 //   so do arrivals at another CTA's barrier, which only cluster_sync hurries; a CTA must not end while any are on their way to it;
 //   an mbarrier's phase is over when its arrivals and its bytes are; too many arrivals, and bytes that never come or nobody asked for, are
 //   reported; a box needs a fence behind the initialisation of its barrier, and whatever reaches into another CTA a cluster_sync behind that;
-//   a box must be one of its tensor map, start at a swizzle atom and stay inside shared memory;
+//   a box must be one of its tensor map, start at a swizzle atom, stay inside shared memory and not meet another one that has not landed;
 //   descriptors are decoded bit by bit, and must start at a swizzle atom and stay inside shared memory.
 #pragma once
 #include "emulator.h"
@@ -75,8 +75,8 @@ struct HopperCta {
 // On its way to a CTA: a part of a box with its bytes, or an arrival from another CTA.
 struct Message {
   Cta* to;
-  u32 barrier;  // address there
-  Fiber* arriving;  // who arrives, or null
+  u32 barrier;      // address there
+  Fiber* arriving;  // who arrives, or null: a box
   u32 box_address;
   Box box;
 };
@@ -219,7 +219,7 @@ inline void retire(size_t pending) {
   const int rank = current->index.x % 128;
   while (thread.groups.size() > pending) {
     for (const Issued& issued : thread.groups.front()) {
-      wait_while(&products[issued.product].issued, 128, 0);
+      wait_while(&products[issued.product].issued, 128, 0);  // until all have
       Product& p = products[issued.product];
       if (!p.computed) compute(products, p);
       std::copy(p.d[rank].begin(), p.d[rank].end(), issued.d);
@@ -349,6 +349,10 @@ void send_box(u32 ctas, void* to, const TensorMap* encoded, u64* barrier, const 
   for (u32 rank = 0; rank < cluster.size(); ++rank)
     if (ctas >> rank & 1) {
       Cta& there = reach(rank, barrier, true);
+      for (const Message& other : messages)
+        if (!other.arriving && other.to == &there && other.box_address < address(to) + bytes_of(box.map) &&
+            address(to) < other.box_address + bytes_of(other.box.map))
+          fail("a box to where another one has not landed yet");
       std::memset(there.shared_memory + address(to), 0xff, bytes_of(box.map));
       messages.push_back({&there, address(barrier), nullptr, address(to), box});
     }
