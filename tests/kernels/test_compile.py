@@ -16,6 +16,7 @@ import torch
 from kernels import attention, linear, linear_wgmma, sampling
 from kernels import compile as kernel_compile
 from kernels.compile import Cubin, DeviceLimits, KernelError
+from kernels.reference import Product
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 LIMITS = {
@@ -272,15 +273,19 @@ def test_products_of_a_few_tokens_keep_two_ctas_on_a_processor(
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tokens", linear_wgmma.TOKENS)
 @pytest.mark.parametrize(
-    ("rows", "width", "epilogue"),
-    [(128256, 4096, linear_wgmma.STORING), (28672, 4096, linear_wgmma.GATING), (4096, 14336, linear_wgmma.STORING)],
+    ("by", "rows", "width", "epilogue"),
+    [
+        ("linear", 128256, 4096, linear_wgmma.STORING),
+        ("linear_parts", 4096, 14336, linear_wgmma.PARTS),
+        ("linear_gated", 28672, 4096, linear_wgmma.GATING),
+    ],
 )
 def test_products_of_many_tokens_keep_their_sums_in_registers(
-    dtype: str, tokens: int, rows: int, width: int, epilogue: int
+    dtype: str, tokens: int, by: Product, rows: int, width: int, epilogue: int
 ) -> None:
     if reason := why_no_compiler():
         pytest.skip(reason)
-    config = linear_wgmma.wgmma_config(tokens, rows, width, LIMITS["sm_90a"])
+    config = linear_wgmma.wgmma_config(by, tokens, rows, width, LIMITS["sm_90a"])
     assert config is not None
     cubin = build("linear_wgmma.cu", "sm_90a", DTYPE=dtype, K=width, EPILOGUE=epilogue, **config.defines)
     assert_no_spills(cubin)
