@@ -51,7 +51,7 @@ DEVICE void barrier_arrive_at(u64* barrier, u32 cta) {
       "r"(cta)
       : "memory");
 }
-// Other CTAs of the cluster see barriers initialised so far after the next cluster_sync.
+// Boxes see the barriers that this thread has initialised, and other CTAs of the cluster do after the next cluster_sync.
 DEVICE void barriers_initialised() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE u32 cluster_rank() {
   u32 rank;

@@ -61,7 +61,7 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
       barrier_init(full + i, 1);
       barrier_init(empty + i, CLUSTER * 8);
     }
-    if (CLUSTER > 1) barriers_initialised();
+    barriers_initialised();
   }
   __syncthreads();
   if (CLUSTER > 1) cluster_sync();

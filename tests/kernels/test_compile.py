@@ -5,8 +5,10 @@ Needs CuPy and NVRTC: `pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12`.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
+import struct
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from kernels import attention, linear, linear_wgmma, sampling
 from kernels import compile as kernel_compile
 from kernels.compile import Cubin, DeviceLimits, KernelError
+from kernels.reference import Product
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 LIMITS = {
@@ -194,6 +197,24 @@ def test_parameters_are_read_from_the_kernel_s_source() -> None:
         kernel_compile.parameters(text, "other")
 
 
+def test_a_tensor_map_is_a_parameter_of_128_bytes_in_its_place() -> None:
+    kinds = kernel_compile.parameters(kernel_compile.source("linear_wgmma.cu", {}), "linear_wgmma")
+    assert kinds == ("pointer", "TensorMap", "TensorMap", "int", "int")
+
+    seen: list[bytes] = []
+
+    class Launched:
+        def launch(self, grid: kernel_compile.Grid, threads: int, shared_bytes: int, arguments: int) -> None:
+            places = (ctypes.c_void_p * len(kinds)).from_address(arguments)
+            sizes = (8, 128, 128, 4, 4)
+            seen.extend(ctypes.string_at(place, size) for place, size in zip(places, sizes, strict=True))
+
+    first, second = bytes(range(128)), bytes(range(128, 256))
+    kernel_compile.Kernel(Launched(), kinds)((1, 1, 1), 32, 0, 7, first, second, 5, -6)
+    numbers = (struct.pack("<Q", 7), struct.pack("<i", 5), struct.pack("<i", -6))
+    assert seen == [numbers[0], first, second, *numbers[1:]]
+
+
 def test_a_gpu_that_is_too_old_is_refused_with_the_mend() -> None:
     assert kernel_compile.architecture((9, 0)) == "sm_90a"
     assert kernel_compile.architecture((8, 9)) == "sm_89"
@@ -250,22 +271,24 @@ def test_products_of_a_few_tokens_keep_two_ctas_on_a_processor(
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("tokens", [64, 128])
-@pytest.mark.parametrize(("rows", "width", "gating"), [(6144, 4096, False), (28672, 4096, True), (4096, 14336, False)])
-def test_products_of_some_tokens_keep_their_sums_in_registers(
-    dtype: str, tokens: int, rows: int, width: int, gating: bool
+@pytest.mark.parametrize("tokens", linear_wgmma.TOKENS)
+@pytest.mark.parametrize(
+    ("by", "rows", "width", "epilogue"),
+    [
+        ("linear", 128256, 4096, linear_wgmma.STORING),
+        ("linear_parts", 4096, 14336, linear_wgmma.PARTS),
+        ("linear_gated", 28672, 4096, linear_wgmma.GATING),
+    ],
+)
+def test_products_of_many_tokens_keep_their_sums_in_registers(
+    dtype: str, tokens: int, by: Product, rows: int, width: int, epilogue: int
 ) -> None:
-    config = linear_wgmma.wgmma_config(tokens, rows, width, LIMITS["sm_90a"])
+    if reason := why_no_compiler():
+        pytest.skip(reason)
+    config = linear_wgmma.wgmma_config(by, tokens, rows, width, LIMITS["sm_90a"])
     assert config is not None
-    cubin = build(
-        "linear_wgmma.cu",
-        "sm_90a",
-        DTYPE=dtype,
-        K=width,
-        EPILOGUE=linear_wgmma.GATING if gating else linear_wgmma.STORING,
-        **config.defines,
-    )
+    cubin = build("linear_wgmma.cu", "sm_90a", DTYPE=dtype, K=width, EPILOGUE=epilogue, **config.defines)
     assert_no_spills(cubin)
     registers = cubin.resources["linear_wgmma"].registers
-    assert (config.token_groups + 1) * 128 * registers <= REGISTERS_OF_A_PROCESSOR
+    assert linear_wgmma.THREADS * registers <= REGISTERS_OF_A_PROCESSOR
     assert config.shared_bytes <= LIMITS["sm_90a"].shared_bytes

@@ -1,8 +1,6 @@
-"""Products of some tokens by wgmma against their torch twins, computed from the same rounded inputs."""
+"""Products of up to 256 tokens by wgmma against their torch twins, computed from the same rounded inputs."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,83 +8,165 @@ import torch
 from kernels import compile as kernel_compile
 from kernels import linear_wgmma, reference
 from kernels.linear_wgmma import WgmmaConfig
+from kernels.reference import Product
 from tests.kernels.test_linear import BF16, FP16, assert_close, rand
 
-
-@pytest.fixture(autouse=True)
-def _workspaces() -> Iterator[None]:
-    linear_wgmma.forget_workspaces()
-    yield
-    linear_wgmma.forget_workspaces()
+H100 = kernel_compile.DeviceLimits(132, 227 * 1024, 228 * 1024, wgmma=True)
 
 
 @pytest.fixture(autouse=True)
-def _needs_wgmma(device: torch.device) -> None:
-    if not kernel_compile.limits(device).wgmma:
+def _needs_wgmma(request: pytest.FixtureRequest) -> None:
+    if "device" in request.fixturenames and not kernel_compile.limits(request.getfixturevalue("device")).wgmma:
         pytest.skip("needs compute capability 9.0")
 
 
-# (tokens, rows, width, shape): part of a group of tokens and two groups, a tile of one CTA and one of several.
+# (tokens, rows, width, config)
 CASES = [
-    (17, 128, 384, WgmmaConfig(64, 1, 1, 4)),
-    (64, 96, 448, WgmmaConfig(96, 1, 1, 5)),
-    (100, 128, 512, WgmmaConfig(128, 2, 2, 4)),
-    (128, 192, 768, WgmmaConfig(192, 2, 3, 4)),
-    (9, 256, 832, WgmmaConfig(256, 1, 2, 4)),
+    (17, 128, 320, WgmmaConfig(64, 1, 2, 1)),  # a box that is partly outside; an odd number of chunks for two stages
+    (64, 256, 448, WgmmaConfig(64, 2, 4, 2)),  # as many tokens as a tile has
+    (1, 512, 192, WgmmaConfig(64, 4, 8, 4)),  # one CTA copies tokens for all four; fewer chunks than stages
+    (96, 512, 192, WgmmaConfig(96, 2, 4, 2)),  # two tiles a CTA, the second across the ring's end
+    (100, 512, 320, WgmmaConfig(128, 4, 3, 4)),
+    (130, 384, 128, WgmmaConfig(192, 1, 3, 1)),  # three tiles a CTA, each shorter than the ring
+    (256, 256, 256, WgmmaConfig(256, 2, 3, 2)),
+    (40, 768, 256, WgmmaConfig(64, 2, 3, 4)),  # clusters of one tile a CTA and of two
 ]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("tokens", "rows", "width", "config"), CASES)
-def test_a_product_of_some_tokens_equals_its_twin(
+def test_a_product_of_many_tokens_equals_its_twin(
     device: torch.device, dtype: torch.dtype, tokens: int, rows: int, width: int, config: WgmmaConfig
 ) -> None:
     x = rand(tokens, width, dtype=dtype, device=device, seed=1)
     weight = rand(rows, width, dtype=dtype, device=device, seed=2) * width**-0.5
-    assert_close(linear_wgmma.linear(x, weight, config), reference.linear(x, weight))
+    assert_close(linear_wgmma.linear(x, weight, config=config), reference.linear(x, weight))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     ("tokens", "rows", "width", "config"),
     [
-        (33, 192, 320, WgmmaConfig(64, 1, 1, 4)),
-        (70, 448, 320, WgmmaConfig(224, 2, 1, 4)),
-        (70, 128, 576, WgmmaConfig(128, 2, 2, 4)),
+        (33, 512, 320, WgmmaConfig(64, 2, 2, 2)),
+        (70, 512, 192, WgmmaConfig(96, 4, 4, 4)),
+        (250, 384, 128, WgmmaConfig(256, 1, 3, 1)),
     ],
 )
-def test_a_gated_product_of_some_tokens_equals_its_twin(
-    device: torch.device, tokens: int, rows: int, width: int, config: WgmmaConfig
+def test_a_gated_product_of_many_tokens_equals_its_twin(
+    device: torch.device, dtype: torch.dtype, tokens: int, rows: int, width: int, config: WgmmaConfig
 ) -> None:
-    x = rand(tokens, width, dtype=BF16, device=device, seed=1)
-    gate_up = rand(rows, width, dtype=BF16, device=device, seed=2) * width**-0.5
+    x = rand(tokens, width, dtype=dtype, device=device, seed=1)
+    gate_up = rand(rows, width, dtype=dtype, device=device, seed=2) * width**-0.5
     gate, up = (x.float() @ gate_up.float().T).chunk(2, dim=1)
-    assert_close(linear_wgmma.linear_gated(x, gate_up, config), (torch.nn.functional.silu(gate) * up).to(BF16))
+    assert_close(linear_wgmma.linear_gated(x, gate_up, config=config), (torch.nn.functional.silu(gate) * up).to(dtype))
 
 
-def test_products_that_share_tiles_leave_nothing_behind_for_the_next(device: torch.device) -> None:
-    x = rand(40, 1024, dtype=BF16, device=device, seed=1)
-    weight = rand(128, 1024, dtype=BF16, device=device, seed=2) * 1024**-0.5
-    outs = [linear_wgmma.linear(x, weight, WgmmaConfig(128, 1, 4, 4)) for _ in range(4)]
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "width", "config"),
+    [
+        (20, 128, 320, WgmmaConfig(64, 1, 2, 2, 2)),  # two and three chunks
+        (65, 384, 448, WgmmaConfig(96, 1, 4, 2, 3)),  # shares of one tile by several CTAs, shares of several by one
+        (128, 256, 192, WgmmaConfig(128, 2, 3, 4, 3)),  # a chunk each
+    ],
+)
+def test_the_parts_of_a_product_add_up_to_its_twin(
+    device: torch.device, dtype: torch.dtype, tokens: int, rows: int, width: int, config: WgmmaConfig
+) -> None:
+    x = rand(tokens, width, dtype=dtype, device=device, seed=1)
+    weight = rand(rows, width, dtype=dtype, device=device, seed=2) * width**-0.5
+    parts = linear_wgmma.linear_parts(x, weight, config=config)
+    assert parts.shape == (config.split, tokens, rows)
+    bounds = [width // 64 * part // config.split * 64 for part in range(config.split + 1)]
+    for part, begin, end in zip(parts, bounds, bounds[1:], strict=False):
+        torch.testing.assert_close(part, x[:, begin:end].float() @ weight[:, begin:end].float().T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_parts", "linear_gated"])
+def test_a_product_by_the_configuration_chosen_is_the_same_again_and_again(device: torch.device, name: Product) -> None:
+    x = rand(50, 320, dtype=BF16, device=device, seed=1)
+    weight = rand(512, 320, dtype=BF16, device=device, seed=2) * 320**-0.5
+    outs = [getattr(linear_wgmma, name)(x, weight) for _ in range(4)]  # boxes land at other times on the emulator
     assert all(torch.equal(out, outs[0]) for out in outs)
+    wanted = getattr(reference, name)(x, weight)
+    if name == "linear_parts":
+        outs[0], wanted = outs[0].sum(0), wanted.sum(0)
+    assert_close(outs[0], wanted, roundings=2)
 
 
-@pytest.mark.parametrize("tokens", [16, 64, 65, 128])
-@pytest.mark.parametrize(("rows", "width"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
-def test_the_products_of_a_large_model_fill_an_h100(tokens: int, rows: int, width: int) -> None:
-    limits = kernel_compile.DeviceLimits(132, 227 * 1024, 228 * 1024, wgmma=True)
-    config = linear_wgmma.wgmma_config(tokens, rows, width, limits)
+@pytest.mark.parametrize(
+    ("by", "tokens", "rows", "width", "config"),
+    [
+        ("linear_gated", 17, 28672, 4096, WgmmaConfig(64, 4, 8, 112)),
+        ("linear_gated", 193, 28672, 4096, WgmmaConfig(256, 2, 4, 112)),
+        ("linear_gated", 128, 128256, 4096, WgmmaConfig(128, 2, 7, 126)),
+        ("linear", 64, 6144, 4096, WgmmaConfig(64, 1, 8, 48)),
+        ("linear_parts", 32, 4096, 4096, WgmmaConfig(64, 1, 8, 96, 3)),
+        ("linear_parts", 64, 4096, 14336, WgmmaConfig(64, 1, 8, 64, 2)),
+        ("linear_parts", 16, 640, 128, WgmmaConfig(64, 1, 8, 10, 2)),  # no more parts than chunks
+    ],
+)
+def test_the_products_of_a_large_model_are_shared_evenly_on_an_h100(
+    by: Product, tokens: int, rows: int, width: int, config: WgmmaConfig
+) -> None:
+    assert linear_wgmma.wgmma_config(by, tokens, rows, width, H100) == config
+
+
+@pytest.mark.parametrize("by", ["linear", "linear_parts", "linear_gated"])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 96, 97, 128, 129, 192, 193, 256])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (640, 64)]
+)
+def test_a_configuration_holds_all_tokens_fits_and_leaves_nobody_a_round_without_need(
+    by: Product, tokens: int, rows: int, width: int
+) -> None:
+    config = linear_wgmma.wgmma_config(by, tokens, rows, width, H100)
     assert config is not None
-    assert config.shared_bytes <= limits.shared_bytes
-    ctas = rows // config.features * config.split
-    assert ctas / (-(-ctas // 132) * 132) >= 0.9
+    tiles = rows // linear_wgmma.ROWS
+    shares = tiles * config.split
+    assert config.tokens >= tokens
+    assert config.shared_bytes <= H100.shared_bytes
+    assert config.stages >= 2
+    assert config.split == 1 or by == "linear_parts"
+    assert config.split <= width // 64
+    assert config.tokens // config.cluster % 8 == 0
+    assert tiles % config.cluster == config.ctas % config.cluster == 0
+    assert config.ctas <= min(H100.processors, shares)
+    rounds = -(-shares // config.ctas)
+    assert config.ctas - config.cluster < shares / rounds  # with a cluster less there would be another round
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "width"), [(0, 512, 512), (257, 512, 512), (8, 512, 520), (8, 512 + 64, 512)]
+)
+def test_what_a_tile_cannot_hold_has_no_configuration(tokens: int, rows: int, width: int) -> None:
+    assert linear_wgmma.wgmma_config("linear", tokens, rows, width, H100) is None
+
+
+def test_a_device_without_wgmma_has_no_configuration() -> None:
+    ampere = kernel_compile.DeviceLimits(108, 163 * 1024, 164 * 1024)
+    assert linear_wgmma.wgmma_config("linear", 64, 4096, 4096, ampere) is None
 
 
 def test_other_products_are_left_to_the_library(device: torch.device) -> None:
-    weight = torch.empty(64, 512, dtype=BF16, device=device)
-    assert linear_wgmma.takes_some_tokens(128, weight)
-    assert not linear_wgmma.takes_some_tokens(129, weight)
-    assert not linear_wgmma.takes_some_tokens(8, torch.empty(64, 520, dtype=BF16, device=device))
-    assert not linear_wgmma.takes_some_tokens(8, torch.empty(72, 512, dtype=BF16, device=device))
-    assert not linear_wgmma.takes_some_tokens(8, weight.float())
+    processors = kernel_compile.limits(device).processors
+
+    def weight(rows: int, width: int = 128, dtype: torch.dtype = BF16) -> torch.Tensor:
+        return torch.empty(rows, width, dtype=dtype, device=device)
+
+    def taken(tokens: int, weight: torch.Tensor, by: Product = "linear_gated") -> bool:
+        return linear_wgmma.takes_many_tokens(tokens, weight, by=by)
+
+    enough = weight(processors * 128)
+    assert taken(256, enough)
+    assert taken(128, enough, "linear_parts")
+    assert taken(64, enough.half(), "linear")
+    assert not taken(257, enough)
+    assert not taken(129, enough, "linear_parts")
+    assert not taken(65, enough, "linear")
+    assert not taken(8, enough.float())
+    assert not taken(8, weight(processors * 128, 256)[:, :128])
+    assert not taken(8, weight(processors * 128, 136))
+    assert not taken(8, weight(128))  # most of the device would be idle
     with pytest.raises(ValueError, match="not for this kernel"):
-        linear_wgmma.linear(torch.zeros(129, 512, dtype=BF16, device=device), weight)
+        linear_wgmma.linear(torch.zeros(257, 128, dtype=BF16, device=device), weight(128))

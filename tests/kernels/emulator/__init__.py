@@ -6,7 +6,9 @@ import ctypes
 import fcntl
 import hashlib
 import random
+import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -22,11 +24,15 @@ OPTIONS = "-std=c++17 -O1 -g1 -shared -fPIC -fno-gnu-unique -fno-strict-aliasing
 ENTRY = """
 extern "C" int emulated_launch(unsigned x, unsigned y, unsigned z, int threads, size_t shared, void** arguments,
                                unsigned seed) {{
-  return emulator::run({name}, {{x, y, z}}, threads, shared, arguments, seed);
+  return emulator::run({name}, {{x, y, z}}, threads, shared, {cluster}, arguments, seed);
 }}
 extern "C" const char* emulated_failure() {{ return emulator::failure; }}
 extern "C" long emulated_bank_conflicts() {{ return emulator::bank_conflicts; }}
 """
+
+_TENSOR_MAP = struct.Struct("<QQII5Q4Q5I12x")
+"""EncodedMap of hopper.h: magic number, address, bytes of an element, rank, sizes, strides, box."""
+_TENSOR_MAP_MAGIC = 0x70616D20726F736E
 
 
 class EmulatorBackend:
@@ -48,7 +54,9 @@ class EmulatorBackend:
         return kernel_compile.DeviceLimits(self.num_processors, 227 * 1024, 228 * 1024, self.wgmma)
 
     def load(self, text: str, name: str, device: torch.device) -> EmulatedKernel:
-        text = f"#define PAGEWIRE_EMULATED\n{text}\n{ENTRY.format(name=name)}"
+        cluster = re.search(rf"__cluster_dims__\((\w+), 1, 1\)[^;{{}}]*?\b{name}\(", text)
+        entry = ENTRY.format(name=name, cluster=cluster.group(1) if cluster else 1)
+        text = f"#define PAGEWIRE_EMULATED\n{text}\n{entry}"
         headers = "".join(header.read_text() for header in sorted(HERE.glob("*.h")))
         key = hashlib.sha256((text + headers + OPTIONS).encode()).hexdigest()[:24]
         library = self._folder / f"{name}-{key}.so"
@@ -62,6 +70,29 @@ class EmulatorBackend:
         loaded.emulated_bank_conflicts.restype = ctypes.c_long
         self.libraries.append(loaded)
         return EmulatedKernel(loaded, name, self._random)
+
+    def tensor_map(self, matrix: kernel_compile.TensorMap) -> bytes:
+        """Raises KernelError for what the driver refuses: see cuTensorMapEncodeTiled."""
+        rank, element = len(matrix.sizes), matrix.dtype.itemsize
+        complaints = {
+            "elements are not of two bytes": element != 2,
+            "the numbers of sizes, strides and a box do not agree": not (
+                1 <= rank <= 5 and len(matrix.strides) == rank - 1 and len(matrix.box) == rank
+            ),
+            "an address that is not a multiple of 16": matrix.address % 16 != 0,
+            "a size out of range": not all(1 <= size <= 1 << 32 for size in matrix.sizes),
+            "a stride out of range": not all(0 <= stride < 1 << 40 and stride % 16 == 0 for stride in matrix.strides),
+            "a box out of range": not all(1 <= size <= 256 for size in matrix.box),
+            "a box that is not 128 bytes wide, as its swizzle": matrix.box[0] * element != 128,
+        }
+        for complaint, applies in complaints.items():
+            if applies:
+                raise kernel_compile.KernelError(f"the emulator refuses a tensor map of {matrix}: {complaint}")
+        sizes, strides, box = (
+            (*values, *(0,) * (count - len(values)))
+            for values, count in ((matrix.sizes, 5), (matrix.strides, 4), (matrix.box, 5))
+        )
+        return _TENSOR_MAP.pack(_TENSOR_MAP_MAGIC, matrix.address, element, rank, *sizes, *strides, *box)
 
     def bank_conflicts(self) -> int:
         """Extra cycles that ldmatrix needed so far, over all kernels loaded."""

@@ -3,10 +3,11 @@
 // Every CUDA thread is a fiber. Fibers run one at a time, in an order that changes with the seed, until they reach a barrier or a
 // warp-wide instruction. Those instructions are written from the fragment tables of the PTX manual, not from the kernels.
 // To find mistakes that a lucky run would hide:
-//   shared memory starts as NaN; a cp.async poisons its destination and copies only when waited for;
+//   shared memory starts as NaN, for every CTA anew; a cp.async poisons its destination and copies only when waited for;
 //   warp-wide instructions check that all 32 lanes execute the same one; ldmatrix and cp.async check alignment and bounds;
 //   ldmatrix counts bank conflicts; a barrier that not every thread reaches is reported as a deadlock.
-// CTAs run one after another (in shuffled order), so only code that never waits for another CTA works, which is all of ours.
+// CTAs of one cluster run at the same time, clusters one after another (in shuffled order), so only code that never waits for a CTA outside its
+// cluster works, which is all of ours.
 #pragma once
 #include <ucontext.h>
 
@@ -27,14 +28,16 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
 #define __restrict__
-#define __shared__ static
+#define __shared__ static __attribute__((section("shared_variables")))
 #define __align__(n) alignas(n)
 #define DEVICE inline
 #define NEGATIVE_INFINITY (-INFINITY)
-#define SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory
+#define SHARED_MEMORY(name) unsigned char* name = emulator::cta->shared_memory
 #define threadIdx (emulator::current->index)
-#define blockIdx emulator::block_index
+#define blockIdx (emulator::cta->index)
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
 
@@ -60,6 +63,7 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 namespace emulator {
 
 constexpr size_t STACK = 256 * 1024, SHARED_LIMIT = 227 * 1024, LANE_BYTES = 64;
+constexpr int CLUSTER_LIMIT = 8;
 
 struct Copy {
   void* to;
@@ -74,33 +78,69 @@ struct Warp {
   unsigned generation = 0;
 };
 
+struct Cta {
+  alignas(1024) unsigned char shared_memory[SHARED_LIMIT];
+  bool unfenced[SHARED_LIMIT / 16];  // 16-byte units that cp.async wrote and no proxy fence followed
+  Index3 index;
+  int rank;  // in its cluster
+  int barrier_arrived, live;
+  unsigned barrier_generation;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> variables;  // its __shared__ ones while another CTA of the cluster runs
+};
+
 struct Fiber {
   ucontext_t context;
   Index3 index;
   int lane;
+  Cta* cta;
   Warp* warp;
   bool done;
+  const unsigned* place;  // it need not run while the bits of `mask` there are `value`
+  unsigned mask, value;
   std::deque<std::vector<Copy>> groups;
   std::vector<int> unfenced_units;
   std::unique_ptr<char[]> stack;
 };
 
 inline Fiber* current;
-inline Index3 block_index, block_size, grid_size;
-alignas(1024) inline unsigned char shared_memory[SHARED_LIMIT];
+inline std::vector<std::unique_ptr<Cta>> cluster;
+inline Cta* cta;  // of the running thread
+inline Index3 block_size, grid_size;
 inline size_t shared_bytes;
-inline bool unfenced[SHARED_LIMIT / 16];  // 16-byte units that cp.async wrote and no proxy fence followed
+inline std::mt19937 randomness;
 inline ucontext_t scheduler;
-inline int barrier_arrived, live;
-inline unsigned barrier_generation;
 inline long events, bank_conflicts, warp_instructions;
 inline const char* failure;
 inline std::function<void()> body;
-inline void (*cta_begins)();  // hooks of hopper.h
+inline void (*cluster_begins)();  // hooks of hopper.h
 inline void (*thread_ends)();
-inline bool (*all_wait)();    // whether something happened that a thread may wait for
+inline void (*time_passes)();
+inline bool (*all_wait)();        // whether something happened that a thread may wait for
+
+// All __shared__ variables together; the linker names the ends, where there are any.
+extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_shared_variables[], __stop_shared_variables[];
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
+
+// Until others have changed the bits of `mask` at `place` to something else than `value`.
+inline void wait_while(const void* place, unsigned mask, unsigned value) {
+  current->mask = mask;
+  current->value = value;
+  current->place = (const unsigned*)place;
+  while ((*current->place & mask) == value) yield();
+  current->place = nullptr;
+}
+
+inline void switch_to(Cta* next) {
+  const size_t bytes = __stop_shared_variables - __start_shared_variables;
+  if (next == cta) return;
+  if (bytes) {
+    std::memcpy(cta->variables.data(), __start_shared_variables, bytes);
+    std::memcpy(__start_shared_variables, next->variables.data(), bytes);
+  }
+  cta = next;
+}
 
 [[noreturn]] inline void fail(const char* why) {
   failure = why;
@@ -112,19 +152,18 @@ inline void entry() {
   if (!current->groups.empty() && !current->groups.back().empty()) failure = "a thread ended with asynchronous copies not committed";
   if (thread_ends) thread_ends();
   current->done = true;
-  --live;
+  --cta->live;
   ++events;
   for (;;) yield();
 }
 
 inline void barrier() {
-  unsigned generation = barrier_generation;
   ++events;
-  if (++barrier_arrived == int(block_size.x)) {
-    barrier_arrived = 0;
-    ++barrier_generation;
+  if (++cta->barrier_arrived == int(block_size.x)) {
+    cta->barrier_arrived = 0;
+    ++cta->barrier_generation;
   } else {
-    while (generation == barrier_generation) yield();
+    wait_while(&cta->barrier_generation, ~0u, cta->barrier_generation);
   }
 }
 
@@ -145,45 +184,63 @@ const T* exchange(int operation, const T& value) {
     warp.arrived = 0;
     ++warp.generation;
   } else {
-    while (generation == warp.generation) yield();
+    wait_while(&warp.generation, ~0u, generation);
   }
   return reinterpret_cast<const T*>(&slots[0][0]);
 }
 
 inline bool in_shared(const void* p, size_t bytes) {
   auto* q = (const unsigned char*)p;
-  return q >= shared_memory && q + bytes <= shared_memory + shared_bytes;
+  return q >= cta->shared_memory && q + bytes <= cta->shared_memory + shared_bytes;
 }
 
-// 0, or -1 with `failure` set.
-inline int launch(Index3 grid, int threads, size_t shared, unsigned seed) {
+// 0, or -1 with `failure` set. Clusters of `ctas` CTAs that follow one another in the grid's x.
+inline int launch(Index3 grid, int threads, size_t shared, int ctas, unsigned seed) {
   failure = nullptr;
   if (shared > SHARED_LIMIT) return failure = "more shared memory than a CTA can have", -1;
   if (threads % 32 || threads > 1024) return failure = "a block is not a number of warps, or too large", -1;
-  std::mt19937 random(seed);
+  if (ctas < 1 || ctas > CLUSTER_LIMIT || grid.x % ctas) return failure = "a grid is not a number of clusters, or they are too large", -1;
+  randomness.seed(seed);
   grid_size = grid;
   block_size = {unsigned(threads), 1, 1};
   shared_bytes = shared;
-  std::vector<Fiber> fibers(threads);
-  std::vector<Warp> warps(threads / 32);
-  std::vector<u64> ctas(u64(grid.x) * grid.y * grid.z);
-  for (size_t i = 0; i < ctas.size(); ++i) ctas[i] = i;
-  std::shuffle(ctas.begin(), ctas.end(), random);
-  for (int t = 0; t < threads; ++t) fibers[t].stack.reset(new char[STACK]);
-  for (u64 cta : ctas) {
-    block_index = {unsigned(cta % grid.x), unsigned(cta / grid.x % grid.y), unsigned(cta / grid.x / grid.y)};
-    std::memset(shared_memory, 0xff, sizeof shared_memory);
-    std::memset(unfenced, 0, sizeof unfenced);
-    if (cta_begins) cta_begins();
-    barrier_arrived = 0;
-    live = threads;
-    for (auto& warp : warps) warp = Warp();
-    for (int t = 0; t < threads; ++t) {
-      Fiber& f = fibers[t];
-      f.index = {unsigned(t), 0, 0};
+  const size_t variables = __stop_shared_variables - __start_shared_variables;
+  if (variables) std::memset(__start_shared_variables, 0xff, variables);
+  cluster.resize(ctas);
+  for (int rank = 0; rank < ctas; ++rank) {
+    if (!cluster[rank]) cluster[rank].reset(new Cta);
+    cluster[rank]->rank = rank;
+    cluster[rank]->warps.resize(threads / 32);
+  }
+  std::vector<Fiber> fibers(ctas * threads);
+  for (auto& fiber : fibers) fiber.stack.reset(new char[STACK]);
+  std::vector<u64> clusters(u64(grid.x) * grid.y * grid.z / ctas);
+  for (size_t i = 0; i < clusters.size(); ++i) clusters[i] = i;
+  std::shuffle(clusters.begin(), clusters.end(), randomness);
+  for (u64 number : clusters) {
+    cta = cluster[0].get();
+    if (variables) std::memset(__start_shared_variables, 0xff, variables);
+    for (auto& member : cluster) {
+      const u64 i = number * ctas + member->rank;
+      member->index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+      std::memset(member->shared_memory, 0xff, sizeof member->shared_memory);
+      std::memset(member->unfenced, 0, sizeof member->unfenced);
+      member->variables.assign(variables, 0xff);
+      member->barrier_arrived = 0;
+      member->live = threads;
+      for (auto& warp : member->warps) warp = Warp();
+    }
+    if (cluster_begins) cluster_begins();
+    std::vector<int> order(fibers.size());
+    for (size_t i = 0; i < fibers.size(); ++i) {
+      const unsigned t = i % threads;
+      Fiber& f = fibers[order[i] = int(i)];
+      f.index = {t, 0, 0};
       f.lane = t % 32;
-      f.warp = &warps[t / 32];
+      f.cta = cluster[i / threads].get();
+      f.warp = &f.cta->warps[t / 32];
       f.done = false;
+      f.place = nullptr;
       f.groups.clear();
       f.unfenced_units.clear();
       getcontext(&f.context);
@@ -192,34 +249,44 @@ inline int launch(Index3 grid, int threads, size_t shared, unsigned seed) {
       f.context.uc_link = nullptr;
       makecontext(&f.context, entry, 0);
     }
-    std::vector<int> order(threads);
-    for (int t = 0; t < threads; ++t) order[t] = t;
-    while (live > 0) {
+    auto is_live = [](const std::unique_ptr<Cta>& member) { return member->live > 0; };
+    while (std::any_of(cluster.begin(), cluster.end(), is_live)) {
       long before = events;
-      std::shuffle(order.begin(), order.end(), random);
-      for (int t : order) {
-        if (fibers[t].done) continue;
-        current = &fibers[t];
-        swapcontext(&scheduler, &current->context);
+      std::shuffle(order.begin(), order.end(), randomness);
+      for (int i : order) {
+        Fiber& f = fibers[i];
+        if (f.done || (f.place && (*f.place & f.mask) == f.value)) continue;
+        current = &f;
+        switch_to(f.cta);
+        swapcontext(&scheduler, &f.context);
         if (failure) return -1;
       }
-      if (events == before && !(all_wait && all_wait())) return failure = "deadlock: a barrier or warp-wide instruction that not every thread reaches", -1;
+      if (time_passes) time_passes();
+      const bool stuck = events == before && !(all_wait && all_wait());
+      if (stuck && !failure) failure = "deadlock: a barrier or warp-wide instruction that not every thread reaches";
+      if (failure) return -1;
     }
   }
   return 0;
 }
 
+template <class A>
+A argument(const void* from) {
+  A value;
+  std::memcpy(&value, from, sizeof value);  // it may be aligned worse than A is
+  return value;
+}
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
-  kernel(*(A*)arguments[I]...);
+  kernel(argument<A>(arguments[I])...);
 }
 template <class... A>
-int run(void (*kernel)(A...), Index3 grid, int threads, size_t shared, void** arguments, unsigned seed) {
+int run(void (*kernel)(A...), Index3 grid, int threads, size_t shared, int ctas, void** arguments, unsigned seed) {
   body = [=] { call(kernel, arguments, std::index_sequence_for<A...>()); };
-  return launch(grid, threads, shared, seed);
+  return launch(grid, threads, shared, ctas, seed);
 }
 
-enum Operation { SYNC_WARP, SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, SHUFFLE_DOWN, VOTE, LDMATRIX, LDMATRIX_TRANS, MOVMATRIX, MMA };
+enum Operation { SYNC_WARP, SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, SHUFFLE_DOWN, VOTE, LDMATRIX, LDMATRIX_TRANS, MOVMATRIX, MMA, CLUSTER_SYNC };
 
 }  // namespace emulator
 
@@ -284,13 +351,14 @@ template <class T>
 T __ldg(const T* p) { return *p; }
 template <class T>
 T load_l2(const T* p) { return *p; }
+inline int load_acquire(const int* p) { return *p; }
 template <class T>
 T atomicAdd(T* p, T x) { T old = *p; *p = old + x; return old; }
 inline u32 atomicMax(u32* p, u32 x) { u32 old = *p; *p = std::max(old, x); return old; }
 inline u64 atomicMax(u64* p, u64 x) { u64 old = *p; *p = std::max(old, x); return old; }
 inline void __threadfence() {}
 
-// CTAs and kernels run one after another: nobody starts early, everything before has finished.
+// Kernels run one after another: nobody starts early, everything before has finished.
 inline void let_next_start() {}
 inline void wait_for_previous() {}
 
@@ -383,9 +451,10 @@ inline void land(const Copy& copy) {
   std::memset(copy.to, 0, copy.size);
   std::memcpy(copy.to, copy.from, copy.bytes);
 }
-inline int unit(const Copy& copy) { return int(((unsigned char*)copy.to - shared_memory) / 16); }
+inline int unit(const Copy& copy) { return int(((unsigned char*)copy.to - cta->shared_memory) / 16); }
 }  // namespace emulator
 inline void copy_async_16(void* to, const void* from, bool valid) { emulator::copy_async(to, from, 16, valid); }
+inline void copy_async_16_once(void* to, const void* from, bool valid) { copy_async_16(to, from, valid); }
 inline void copy_async_4(void* to, const void* from, bool valid) { emulator::copy_async(to, from, 4, valid); }
 inline void copy_async_commit() {
   if (emulator::current->groups.empty()) emulator::current->groups.emplace_back();
@@ -397,7 +466,7 @@ void copy_async_wait() {
   while (int(groups.size()) - 1 > PENDING) {
     for (auto& copy : groups.front()) {
       emulator::land(copy);
-      emulator::unfenced[emulator::unit(copy)] = true;
+      emulator::cta->unfenced[emulator::unit(copy)] = true;
       emulator::current->unfenced_units.push_back(emulator::unit(copy));
     }
     groups.pop_front();
