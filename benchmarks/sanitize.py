@@ -38,6 +38,9 @@ PORTS_PER_PROCESS = 16
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b.*\[ *\d+%\]$", re.MULTILINE)
 SUMMARY = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) ", re.MULTILINE)
 
+TOOL_FAILED = "Internal Sanitizer Error"
+"""It then counts the process that it has ended as an error."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -57,12 +60,12 @@ class Outcome:
 
     outcomes: Counter[str]
     errors: int | None
-    """What the tool has found; None: it was cut short before its summary."""
+    """What the tool has found; None: it was cut short before its summary, or failed itself."""
 
 
 def read(log: str) -> Outcome:
     """The outcome that a log tells of."""
-    found = SUMMARY.findall(log)
+    found = [] if TOOL_FAILED in log else SUMMARY.findall(log)
     return Outcome(Counter(OUTCOME.findall(log)), sum(map(int, found)) if found else None)
 
 

@@ -32,6 +32,11 @@ def test_a_tool_that_was_cut_short_has_not_found_nothing() -> None:
     assert (row["passed"], row["skipped"], row["failed"], row["not_reached"]) == (5, 1, 0, 1)
 
 
+def test_a_tool_that_fails_itself_has_found_nothing_and_not_nothing() -> None:
+    failed = DONE.replace("Error: Race", "Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception")
+    assert sanitize.read(failed).errors is None
+
+
 def test_every_test_is_in_one_part_of_its_file_and_planted_defects_come_first(tmp_path: Path) -> None:
     tests = {"test_decode": [f"a{i}" for i in range(19)], "test_linear": ["b"]}
     found = sanitize.parts(["memcheck"], tests, tmp_path)
