@@ -33,7 +33,9 @@ def test_a_tool_that_was_cut_short_has_not_found_nothing() -> None:
 
 
 def test_a_tool_that_fails_itself_has_found_nothing_and_not_nothing() -> None:
-    failed = DONE.replace("Error: Race", "Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception")
+    failed = DONE.replace(
+        "Error: Race", "Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception"
+    )
     assert sanitize.read(failed).errors is None
 
 
