@@ -372,13 +372,18 @@ def planning(content: Content | None) -> str:
         f"{content['anchor']}.\n"
         "Crowded: four tenants, two priorities, and half as many requests more wait for rows in every step.\n\n"
     )
+    cost = admitted["total_us"]
     after = (
-        f"\nAn admitted request of {admitted['prompt_tokens']} prompt tokens costs "
-        f"{admitted['total_us']['median']:.1f} us and {admitted['plan_bytes_per_request']} bytes of plan"
+        f"\nAn admitted request of {admitted['prompt_tokens']} prompt tokens costs {cost['median']:.1f} us of CPU "
+        f"and {admitted['plan_bytes_per_request']} bytes of plan.\n"
+        f"That is a median: with the garbage collector's passes the mean is {cost['mean']:.1f} us.\n"
+        f"Decoding and checking its Submit message before that takes {admitted['decode_us']['median']:.1f} us more"
     )
     other = admitted.get("beside")
     if other is not None:
-        after += f",\n{other['now_over_base']:.2f} of what it cost at commit `{other['base']}` in turns with it"
+        after += (
+            f".\nAdmission costs {other['now_over_base']:.2f} of what it costs at commit `{other['base']}`, in turns"
+        )
     after += f". Load average {content['load_average']:g} on {content['machine'].split(', ')[1]}.\n"
     return text + table(heading, lines) + after
 

@@ -98,12 +98,9 @@ class BlockManager:
     def free(self, table: BlockTable) -> None:
         """Empties a table. Its registered blocks stay findable until they are needed, the last ones go first."""
         if table.on_host:
-            for block in table.blocks:
-                if self.host.drop(block):
-                    self.host.put_back(block)
+            self.host.put_back_many(self.host.drop_many(table.blocks))
         else:
-            for block in reversed(table.blocks):
-                self._drop(block)
+            self._drop(reversed(table.blocks))
         table.blocks = []
         table.on_host = False
 
@@ -125,7 +122,7 @@ class BlockManager:
                 else:
                     self.host.share(host_block)
                 table.blocks[position] = host_block
-                self._drop(block)
+                self._drop((block,))
             table.on_host = True
         return BlockMoves(list(moved), list(moved.values()))
 
@@ -215,9 +212,8 @@ class BlockManager:
             self.tier.keep(block, key)
         self.pool.put_back(block)
 
-    def _drop(self, block: int) -> None:
-        if self.pool.drop(block) and not self.cache.park(block):
-            self.pool.put_back(block)
+    def _drop(self, blocks: Iterable[int]) -> None:
+        self.pool.put_back_many(self.cache.park_many(self.pool.drop_many(blocks)))
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Raises AssertionError unless both memories' books agree with all live tables."""

@@ -72,15 +72,27 @@ class BlockPool:
 
     def drop(self, block: int) -> bool:
         """One reference less. True: it was the last one; the caller then puts the block back or parks it."""
-        left = self.references[block] - 1 if block < len(self.references) else -1
-        if left < 0:
-            raise AssertionError(f"block {block} has no reference to drop")
-        self.references[block] = left
-        return left == 0
+        return bool(self.drop_many((block,)))
+
+    def drop_many(self, blocks: Iterable[int]) -> list[int]:
+        """One reference less to each. Returns those whose last one it was, in order, as `drop` tells of one."""
+        references, dropped = self.references, []
+        for block in blocks:
+            left = references[block] - 1 if block < len(references) else -1
+            if left < 0:
+                raise AssertionError(f"block {block} has no reference to drop")
+            references[block] = left
+            if not left:
+                dropped.append(block)
+        return dropped
 
     def put_back(self, block: int) -> None:
         """An unreferenced block becomes free."""
         self._free.append(block)
+
+    def put_back_many(self, blocks: Iterable[int]) -> None:
+        """Unreferenced blocks become free; the last one is reused first."""
+        self._free.extend(blocks)
 
     def check_integrity(self, expected_references: dict[int, int], parked: Iterable[int]) -> None:
         """Raises AssertionError unless free + used + parked == total and the counts are the expected ones."""

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from pagewire.v1 import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.block_picture import Changes
@@ -421,9 +422,9 @@ def encode_attached(stream: int, group: SequenceGroup) -> scheduler_pb2.StreamAt
         if group.search is not None and sequence.finish is None:  # a beam is no answer yet
             attached.sequences.add()
             continue
-        state = attached.sequences.add(token_ids=sequence.earlier + sequence.output)
+        state = attached.sequences.add(token_ids=[*sequence.earlier, *sequence.output])
         if sequence.logprobs or sequence.earlier_logprobs:
-            state.logprobs.extend(map(encode_logprobs, sequence.earlier_logprobs + sequence.logprobs))
+            state.logprobs.extend(map(encode_logprobs, chain(sequence.earlier_logprobs, sequence.logprobs)))
         for turn in sequence.turns:
             state.turns.add(num_tokens=turn.num_tokens, finish=encode_finish(turn.finish))
         if sequence.finish is not None:

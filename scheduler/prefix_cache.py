@@ -84,16 +84,19 @@ class PrefixCache:
             if block not in key_of and block_of.setdefault(key, block) == block:
                 key_of[block] = key
 
-    def park(self, block: int) -> bool:
-        """Keeps a block whose last reference is gone. False: the block is not registered, it should become free."""
-        key = self._key_of.get(block)
-        if key is None:
-            return False
-        if self._pinned and key in self._pinned:
-            self._set_aside[block] = None
-        else:
-            self._unreferenced[block] = None
-        return True
+    def park_many(self, blocks: Iterable[int]) -> list[int]:
+        """Keeps blocks whose last references are gone, the first to be given up first. Returns those that are not
+        registered, in order: they should become free."""
+        key_of, pinned, others = self._key_of, self._pinned, []
+        for block in blocks:
+            key = key_of.get(block)
+            if key is None:
+                others.append(block)
+            elif pinned and key in pinned:
+                self._set_aside[block] = None
+            else:
+                self._unreferenced[block] = None
+        return others
 
     def revive(self, block: int) -> bool:
         """Takes a block that is referenced again out of the unreferenced ones. False: it was referenced all along."""

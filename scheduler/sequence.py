@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from scheduler.block_table import BlockTable
@@ -153,9 +154,10 @@ class Sequence:
         self.index = index  # 0..n-1
         self.output: list[int] = []  # accepted tokens; of this turn, if the request has been continued
         self.logprobs: list[TokenLogprobs] = []  # one per output token, if asked for
-        self.earlier: list[int] = []  # output of turns before this one; the request's prompt holds it too
-        self.earlier_logprobs: list[TokenLogprobs] = []
-        self.turns: list[Turn] = []  # those before this one
+        # Tuples, which cost nothing while they are empty: few requests are ever continued.
+        self.earlier: tuple[int, ...] = ()  # output of turns before this one; the request's prompt holds it too
+        self.earlier_logprobs: tuple[TokenLogprobs, ...] = ()
+        self.turns: tuple[Turn, ...] = ()  # those before this one
         self.status = SequenceStatus.WAITING
         self.finish: Finish | None = None
         self.stop_ids = group.request.stop_ids  # here too: read once per sampled token
@@ -217,7 +219,7 @@ class Sequence:
         if cumulative_logprob is None:
             if self.group.search is not None:
                 self.output, self.logprobs = [], []
-            cumulative_logprob = sum(entry.logprob for entry in self.earlier_logprobs + self.logprobs)
+            cumulative_logprob = sum(entry.logprob for entry in chain(self.earlier_logprobs, self.logprobs))
         self.finish = Finish(
             reason,
             matched_stop,
@@ -232,9 +234,9 @@ class Sequence:
     def begin_turn(self) -> None:
         """What it has put out becomes the past of a sequence that has never run. Its block table stays."""
         assert self.finish is not None
-        self.earlier = self.earlier + self.output
-        self.earlier_logprobs = self.earlier_logprobs + self.logprobs
-        self.turns.append(Turn(len(self.earlier), self.finish))
+        self.earlier = (*self.earlier, *self.output)
+        self.earlier_logprobs = (*self.earlier_logprobs, *self.logprobs)
+        self.turns = (*self.turns, Turn(len(self.earlier), self.finish))
         self.output, self.logprobs = [], []
         self.finish = None
         self.status = SequenceStatus.WAITING
