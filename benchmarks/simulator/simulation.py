@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from benchmarks.simulator.likelihoods import Likelihoods
-from benchmarks.simulator.profiles import StepLoad, WorkerProfile
+from benchmarks.simulator.profiles import WorkerProfile
 from benchmarks.simulator.worker import STOP, VirtualWorker
+from pagewire.simulation.batch import StepLoad
 from scheduler.dispatcher import Admission, Dispatcher, Failed, Finished, SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import FinishReason, Request, SequenceGroup
