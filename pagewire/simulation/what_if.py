@@ -298,7 +298,7 @@ class _WhatIf:
             else:
                 now, _, call = heappop(self.queue)
                 call(now)
-            for worker_id in self.workers:
+            for worker_id in self.dispatcher.take_woken():
                 self._plan(worker_id, now)
             self._tell(now)
         self.tally.count_preemptions(self.dispatcher)
@@ -353,8 +353,8 @@ class _WhatIf:
     # Steps
 
     def _plan(self, worker_id: str, now: int) -> None:
-        worker = self.workers[worker_id]
         while (plan := self.dispatcher.schedule(worker_id, now)) is not None:
+            worker = self.workers[worker_id]
             load = worker.batch.execute(plan)
             step_ns = worker.costs.step_ns(load)
             worker.free_at = max(now, worker.free_at) + round(step_ns) + self.link_ns
@@ -401,6 +401,7 @@ class _WhatIf:
             self._stop(sequence.group, number, sequence.index, now)
             if sequence.index == 0:
                 self._park(sequence.group, number, now)
+        self._plan(worker_id, now)
 
     # What clients do on seeing tokens
 
