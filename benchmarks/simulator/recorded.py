@@ -52,11 +52,9 @@ def profile_of(recording: Recording) -> RecordedProfile:
         found = fit(steps_of(recording)[0])
     except ValueError as error:
         raise RecordingError(f"{recording.path}: {error}") from None
-    said, costs = hello.capacity, found.costs
+    said, costs = hello.capacity, found.costs.with_measured_swap(hello)
     if not costs.swap_ns:
-        rate = min(hello.swap_out_bytes_per_second, hello.swap_in_bytes_per_second)
-        swap_ns = said.block_bytes * 1e9 / rate if rate else UNKNOWN_SWAP_NS
-        costs = replace(costs, swap_ns=swap_ns)
+        costs = replace(costs, swap_ns=UNKNOWN_SWAP_NS)
     # The shape serves for the bytes of a token alone: one layer, one head, one byte per element.
     shape = ModelShape(
         name=hello.model.name,

@@ -12,7 +12,7 @@ steps are padded to, and copies that overlap with computing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from statistics import median
 
 from pagewire.recording import Recording, RecordingError
@@ -51,6 +51,13 @@ class StepCosts:
         """Time of a step."""
         ns: float = sum(cost * amount for cost, amount in zip(astuple(self), amounts(load), strict=True))
         return ns
+
+    def with_measured_swap(self, hello: worker_pb2.WorkerHello) -> StepCosts:
+        """Where no step of the recording has swapped: with the cost that the worker measured at its start, if any."""
+        rate = min(hello.swap_out_bytes_per_second, hello.swap_in_bytes_per_second)
+        if self.swap_ns or not rate:
+            return self
+        return replace(self, swap_ns=hello.capacity.block_bytes * 1e9 / rate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,10 +262,7 @@ class _Worker:
     """Executes plans one after the other, in the time that the cost model says."""
 
     def __init__(self, hello: worker_pb2.WorkerHello, epoch: int, costs: StepCosts) -> None:
-        rate = min(hello.swap_out_bytes_per_second, hello.swap_in_bytes_per_second)
-        if not costs.swap_ns and rate:  # no step of the recording has swapped, but the worker had measured it
-            costs = replace(costs, swap_ns=hello.capacity.block_bytes * 1e9 / rate)
-        self.costs = costs
+        self.costs = costs.with_measured_swap(hello)
         self.epoch = epoch
         self.batch = Batch(RequestRow.of)
         self.free_at = 0
