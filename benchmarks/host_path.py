@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, cast
 
-from benchmarks.rows import Rows, Work
 from pagewire.bench import results, suite, throughput
 from pagewire.bench.anchors import OFFLINE as OFFLINE_ANCHORS
 from pagewire.bench.anchors import ONLINE
@@ -40,6 +39,7 @@ from pagewire.bench.workloads import FULL, HIGHEST_ID, OFFLINE, Job
 from pagewire.runtime import logs, ready
 from pagewire.runtime.errors import run_role
 from pagewire.runtime.parent import die_with_supervisor
+from pagewire.simulation.batch import Batch, Row, StepLoad
 from pagewire.v1 import worker_pb2
 from worker.executor import Executor, Progress
 from worker.link import SchedulerLink
@@ -53,7 +53,7 @@ SPIN_NS = 200_000
 """The end of a wait is spun through, because a sleeping thread wakes up late."""
 TOKEN = 17
 
-StepTime = Callable[[Work], int]
+StepTime = Callable[[StepLoad], int]
 """Nanoseconds that a step takes."""
 
 
@@ -67,17 +67,17 @@ RATES = {"limit-h200": (4.2e3, 742e3), "limit-h100": (2.95e3, 773e3)}
 
 def fixed(step_ms: float) -> StepTime:
     """The same for every step."""
-    return lambda _work: int(step_ms * 1e6)
+    return lambda _load: int(step_ms * 1e6)
 
 
 def limit(bytes_per_ns: float, flops_per_ns: float) -> StepTime:
     """The larger of weights and arithmetic, and the KV; nanoseconds."""
 
-    def step_time(work: Work) -> int:
-        tokens = work.decode_tokens + work.chunk_tokens
+    def step_time(load: StepLoad) -> int:
+        tokens = load.decode_tokens + load.chunk_tokens
         return int(
             max(WEIGHT_BYTES / bytes_per_ns, tokens * WEIGHT_BYTES / flops_per_ns)
-            + work.context_tokens * KV_BYTES / bytes_per_ns
+            + load.context_tokens * KV_BYTES / bytes_per_ns
         )
 
     return step_time
@@ -93,13 +93,13 @@ class StandInDevice:
 
     def reset(self) -> None:
         """Drops every row."""
-        self.rows = Rows()
+        self.batch = Batch(Row.of)
         self.free_at = 0
 
     def launch(self, plan: StepPlan) -> StandInStep:
         """Queues a step and returns."""
-        work = self.rows.apply(plan)
-        step_ns = self.step_time(work)
+        load = self.batch.execute(plan)
+        step_ns = self.step_time(load)
         now = time.perf_counter_ns()
         begin = max(now, self.free_at)
         idle_ns = begin - self.free_at if self.free_at else 0
@@ -107,9 +107,9 @@ class StandInDevice:
         self.progress.last_step = plan.step
         self.progress.advance()
         timings = StepTimings(
-            idle_ns=idle_ns, forward_ns=step_ns, chunk_tokens=work.chunk_tokens, decode_tokens=work.decode_tokens
+            idle_ns=idle_ns, forward_ns=step_ns, chunk_tokens=load.chunk_tokens, decode_tokens=load.decode_tokens
         )
-        return StandInStep(plan, timings, num_rows=work.sampled, done_at=self.free_at)
+        return StandInStep(plan, timings, num_rows=self.batch.num_sampling, done_at=self.free_at)
 
 
 @dataclass

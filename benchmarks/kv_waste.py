@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.rows import Rows
 from pagewire.bench import results, workloads
 from pagewire.bench.results import Row
 from pagewire.bench.runner import Runner
 from pagewire.bench.service import Launch
 from pagewire.bench.session import Session, loads
 from pagewire.bench.workloads import Job, Scale
+from pagewire.simulation.batch import Batch
+from pagewire.simulation.batch import Row as BatchRow
 from scheduler.dispatcher import Dispatcher, SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.sequence import Request
 from scheduler.step_plan import StepResult
@@ -54,11 +55,11 @@ def simulate(jobs: Sequence[Job], block_size: int, max_num_seqs: int = MAX_NUM_S
     for number, job in enumerate(jobs):
         admitted = dispatcher.submit(Request(f"request-{number}", job.prompt, max_tokens=job.max_tokens), 0)
         assert admitted.group is not None
-    rows = Rows()
+    batch = Batch(BatchRow.of)
     ratios = []
     while (plan := dispatcher.schedule("w", 0)) is not None:
-        sampled = rows.apply(plan).sampled
-        dispatcher.apply("w", StepResult(plan.epoch, plan.step, [17] * sampled), 0)
+        batch.execute(plan)
+        dispatcher.apply("w", StepResult(plan.epoch, plan.step, [17] * batch.num_sampling), 0)
         dispatcher.take_events()
         (load,) = dispatcher.loads().workers
         if load.running_sequences >= LEAST_RUNNING:

@@ -29,13 +29,13 @@ from benchmarks.simulator.profiles import (
     A100_OPT_13B_LEAN,
     GIB,
     H200_LLAMA_8B,
-    StepLoad,
     WorkerProfile,
     prefill_load,
 )
 from benchmarks.simulator.simulation import Arrival, Outcome
 from benchmarks.simulator.traces import ALPACA_LIKE, SHAREGPT_LIKE, Load, poisson
 from pagewire.bench.workloads import Lengths
+from pagewire.simulation.batch import StepLoad
 from scheduler.policy import PreemptionMode
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import SequenceGroup

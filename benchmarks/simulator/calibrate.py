@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.simulator.profiles import StepLoad, WorkerProfile
+from benchmarks.simulator.profiles import WorkerProfile
+from pagewire.simulation.batch import StepLoad
 
 ROUNDS = 30
 

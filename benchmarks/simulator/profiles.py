@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pagewire.simulation.batch import StepLoad
 from scheduler.policy import TransferRates, WorkerCapacity
 
 GIB = 1 << 30
@@ -45,21 +46,6 @@ class ModelShape:
     def attention_flops(self) -> float:
         """Scores and weighted sum of one query token over one context token, all layers."""
         return 4.0 * self.num_layers * self.num_heads * self.head_dim
-
-
-@dataclass(frozen=True, slots=True)
-class StepLoad:
-    """What a step has to do, counted by the worker that runs it."""
-
-    decode_tokens: int = 0  # rows of the decode set
-    decode_context: int = 0  # sum of their context lengths
-    num_chunks: int = 0
-    chunk_tokens: int = 0  # tokens computed by chunks
-    chunk_context: int = 0  # sum over chunks of the context read
-    chunk_pairs: int = 0  # sum over chunks of (query token, context token) pairs
-    copied_blocks: int = 0  # copy-on-write
-    swapped_out_blocks: int = 0
-    swapped_in_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +98,11 @@ class WorkerProfile:
 
     def flops(self, load: StepLoad) -> float:
         tokens = load.decode_tokens + load.chunk_tokens
-        pairs = load.decode_context + load.chunk_pairs
-        return tokens * self.model.flops_per_token + self.model.attention_flops * pairs
+        return tokens * self.model.flops_per_token + self.model.attention_flops * load.attended_pairs
 
     def kv_traffic(self, load: StepLoad) -> int:
         """Bytes of KV read by attention, and read and written by copy-on-write."""
-        context = load.decode_context + load.chunk_context
-        return context * self.model.kv_token_bytes + 2 * load.copied_blocks * self.block_bytes
+        return load.context_tokens * self.model.kv_token_bytes + 2 * load.copied_blocks * self.block_bytes
 
     def forward_ns(self, load: StepLoad) -> int:
         """The step without its swaps."""

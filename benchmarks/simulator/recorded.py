@@ -6,11 +6,11 @@ straight line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from benchmarks.simulator.profiles import ModelShape, StepLoad, WorkerProfile
+from benchmarks.simulator.profiles import ModelShape, WorkerProfile
 from pagewire.recording import Recording, RecordingError
-from pagewire.simulation.batch import StepWork
+from pagewire.simulation.batch import StepLoad
 from pagewire.simulation.costs import StepCosts, fit, steps_of
 from pagewire.v1 import worker_pb2
 from scheduler.codec import capacity_of
@@ -39,13 +39,7 @@ class RecordedProfile(WorkerProfile):
     def forward_ns(self, load: StepLoad) -> int:
         if self.rows(load) == 0:
             return 0
-        work = StepWork(
-            decode_sequences=load.decode_tokens,
-            prefill_tokens=load.chunk_tokens,
-            context_tokens=load.decode_context + load.chunk_pairs,
-            copied_blocks=load.copied_blocks,
-        )
-        return round(self.costs.step_ns(work))
+        return round(self.costs.step_ns(replace(load, swapped_out_blocks=0, swapped_in_blocks=0)))
 
     def swap_ns(self, num_blocks: int) -> int:
         return round(num_blocks * self.costs.swap_ns)
@@ -58,11 +52,9 @@ def profile_of(recording: Recording) -> RecordedProfile:
         found = fit(steps_of(recording)[0])
     except ValueError as error:
         raise RecordingError(f"{recording.path}: {error}") from None
-    said, costs = hello.capacity, found.costs
+    said, costs = hello.capacity, found.costs.with_measured_swap(hello)
     if not costs.swap_ns:
-        rate = min(hello.swap_out_bytes_per_second, hello.swap_in_bytes_per_second)
-        swap_ns = said.block_bytes * 1e9 / rate if rate else UNKNOWN_SWAP_NS
-        costs = StepCosts(costs.fixed_ns, costs.decode_ns, costs.prefill_ns, costs.context_ns, costs.copy_ns, swap_ns)
+        costs = replace(costs, swap_ns=UNKNOWN_SWAP_NS)
     # The shape serves for the bytes of a token alone: one layer, one head, one byte per element.
     shape = ModelShape(
         name=hello.model.name,

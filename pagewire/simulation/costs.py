@@ -12,11 +12,11 @@ steps are padded to, and copies that overlap with computing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from statistics import median
 
 from pagewire.recording import Recording, RecordingError
-from pagewire.simulation.batch import Batch, Row, StepWork
+from pagewire.simulation.batch import Batch, RequestRow, StepLoad
 from pagewire.simulation.exact import ExactReport, Watch, simulate
 from pagewire.v1 import worker_pb2
 from scheduler.draft import StepOutput
@@ -47,17 +47,24 @@ class StepCosts:
     swap_ns: float = 0.0
     """Per block copied to or from the host arena."""
 
-    def step_ns(self, work: StepWork) -> float:
+    def step_ns(self, load: StepLoad) -> float:
         """Time of a step."""
-        ns: float = sum(cost * amount for cost, amount in zip(astuple(self), amounts(work), strict=True))
+        ns: float = sum(cost * amount for cost, amount in zip(astuple(self), amounts(load), strict=True))
         return ns
+
+    def with_measured_swap(self, hello: worker_pb2.WorkerHello) -> StepCosts:
+        """Where no step of the recording has swapped: with the cost that the worker measured at its start, if any."""
+        rate = min(hello.swap_out_bytes_per_second, hello.swap_in_bytes_per_second)
+        if self.swap_ns or not rate:
+            return self
+        return replace(self, swap_ns=hello.capacity.block_bytes * 1e9 / rate)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """A step that was executed."""
 
-    work: StepWork
+    load: StepLoad
     computing_ns: int
     """Of the worker's time: model and sampling."""
     copying_ns: int
@@ -95,9 +102,10 @@ class Fit:
         return self.residuals[min(len(self.residuals) - 1, int(share * len(self.residuals)))]
 
 
-def amounts(work: StepWork) -> tuple[int, ...]:
+def amounts(load: StepLoad) -> tuple[int, ...]:
     """What each cost is multiplied with, in the order of StepCosts' fields."""
-    return 1, *astuple(work)
+    swapped = load.swapped_out_blocks + load.swapped_in_blocks
+    return 1, load.decode_tokens, load.chunk_tokens, load.attended_pairs, load.copied_blocks, swapped
 
 
 def steps_of(recording: Recording) -> tuple[list[Step], ExactReport]:
@@ -114,15 +122,16 @@ def fit(steps: Sequence[Step]) -> Fit:
     steps = [step for step in steps if step.computing_ns > 0]
     if len(steps) < LEAST_STEPS:
         raise ValueError(f"it has {len(steps)} steps with times; a fit needs {LEAST_STEPS} at least")
-    rows = [amounts(step.work) for step in steps]
+    rows = [amounts(step.load) for step in steps]
     weighted = [
         [amount / step.computing_ns for amount in row[:NUM_FITTED]] for row, step in zip(rows, steps, strict=True)
     ]
-    copy_ns = sum(step.copying_ns for step in steps) / max(1, sum(step.work.copied_blocks for step in steps))
-    swap_ns = sum(step.swapping_ns for step in steps) / max(1, sum(step.work.swapped_blocks for step in steps))
+    copied, swapped = (sum(column) for column in list(zip(*rows, strict=True))[NUM_FITTED:])
+    copy_ns = sum(step.copying_ns for step in steps) / max(1, copied)
+    swap_ns = sum(step.swapping_ns for step in steps) / max(1, swapped)
     fixed, decode, prefill, context = _least_squares(weighted)
     costs = StepCosts(fixed, decode, prefill, context, copy_ns, swap_ns)
-    fitted = [costs.step_ns(step.work) for step in steps]
+    fitted = [costs.step_ns(step.load) for step in steps]
     return Fit(
         costs=costs,
         num_steps=len(steps),
@@ -139,31 +148,31 @@ class StepWatch(Watch):
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self._batches: dict[int, Batch] = {}  # by epoch
-        self._pending: dict[tuple[int, int], tuple[StepWork, int]] = {}  # (epoch, step): its work, when it was planned
+        self._batches: dict[int, Batch[RequestRow]] = {}  # by epoch
+        self._pending: dict[tuple[int, int], tuple[StepLoad, int]] = {}  # (epoch, step): its load, when it was planned
         self._result_at: dict[int, int] = {}  # by epoch, of the last one
 
     def joined(self, hello: worker_pb2.WorkerHello, epoch: int) -> None:
-        self._batches[epoch] = Batch()
+        self._batches[epoch] = Batch(RequestRow.of)
 
     def planned(self, worker_id: str, plan: StepPlan, now: int) -> None:
-        rows, work = self._batches[plan.epoch].execute(plan)
-        self._pending[plan.epoch, plan.step] = work, now
-        self.sampling(plan, rows)
+        batch = self._batches[plan.epoch]
+        self._pending[plan.epoch, plan.step] = batch.execute(plan), now
+        self.sampling(plan, batch)
 
-    def sampling(self, plan: StepPlan, rows: list[Row]) -> None:
-        """The rows of the plan's result."""
+    def sampling(self, plan: StepPlan, batch: Batch[RequestRow]) -> None:
+        """The batch has executed a plan."""
 
     def applied(self, worker_id: str, result: StepResult, output: StepOutput, now: int) -> None:
         found = self._pending.pop((result.epoch, result.step), None)
         if found is None:
             return  # it came twice
-        work, planned_at = found
+        load, planned_at = found
         begun = max(planned_at, self._result_at.get(result.epoch, 0))
         self._result_at[result.epoch] = now
         timings = result.timings
         computing_ns, swapping_ns = timings.forward_ns + timings.sample_ns, timings.swap_out_ns + timings.swap_in_ns
-        self.steps.append(Step(work, computing_ns, timings.copy_ns, swapping_ns, now - begun))
+        self.steps.append(Step(load, computing_ns, timings.copy_ns, swapping_ns, now - begun))
 
 
 def _least_squares(rows: list[list[float]]) -> list[float]:

@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from typing import Literal
 
 from pagewire.recording import Recording
-from pagewire.simulation.batch import Batch, Row
+from pagewire.simulation.batch import Batch, RequestRow
 from pagewire.simulation.costs import Fit, StepCosts, StepWatch, fit
 from pagewire.simulation.exact import config_of, continuation_of, simulate
 from pagewire.v1 import recording_pb2, scheduler_pb2, worker_pb2
@@ -148,7 +148,7 @@ class ScriptWatch(StepWatch):
         self.tally = Tally()
         self.dispatcher: Dispatcher | None = None
         self._numbers = Numbers()
-        self._sampled: dict[tuple[int, int], list[Row]] = {}
+        self._sampled: dict[tuple[int, int], list[tuple[RequestRow, int]]] = {}
 
     def called(self, event: recording_pb2.RecordingEvent, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
@@ -191,8 +191,8 @@ class ScriptWatch(StepWatch):
         if admission not in (Admission.OK, Admission.DUPLICATE):
             self.tally.refused += 1
 
-    def sampling(self, plan: StepPlan, rows: list[Row]) -> None:
-        self._sampled[plan.epoch, plan.step] = rows
+    def sampling(self, plan: StepPlan, batch: Batch[RequestRow]) -> None:
+        self._sampled[plan.epoch, plan.step] = batch.sampling()
 
     def applied(self, worker_id: str, result: StepResult, output: StepOutput, now: int) -> None:
         super().applied(worker_id, result, output, now)
@@ -201,9 +201,9 @@ class ScriptWatch(StepWatch):
             return
         self.tally.steps += 1
         offered = dict(zip(result.logprob_rows, result.logprobs, strict=True))
-        for place, (row, token) in enumerate(zip(rows, result.token_ids, strict=True)):
+        for place, ((row, known), token) in enumerate(zip(rows, result.token_ids, strict=True)):
             number = self._numbers.of(row.request)
-            position = (number, row.index, row.known)
+            position = (number, row.index, known)
             if place in result.nonfinite_rows:
                 self.script.nonfinite.add(position)
             elif row.request.is_beam_search and place in offered:
@@ -262,12 +262,9 @@ class _Worker:
     """Executes plans one after the other, in the time that the cost model says."""
 
     def __init__(self, hello: worker_pb2.WorkerHello, epoch: int, costs: StepCosts) -> None:
-        rate = min(hello.swap_out_bytes_per_second, hello.swap_in_bytes_per_second)
-        if not costs.swap_ns and rate:  # no step of the recording has swapped, but the worker had measured it
-            costs = replace(costs, swap_ns=hello.capacity.block_bytes * 1e9 / rate)
-        self.costs = costs
+        self.costs = costs.with_measured_swap(hello)
         self.epoch = epoch
-        self.batch = Batch()
+        self.batch = Batch(RequestRow.of)
         self.free_at = 0
 
 
@@ -298,7 +295,7 @@ class _WhatIf:
             else:
                 now, _, call = heappop(self.queue)
                 call(now)
-            for worker_id in self.workers:
+            for worker_id in self.dispatcher.take_woken():
                 self._plan(worker_id, now)
             self._tell(now)
         self.tally.count_preemptions(self.dispatcher)
@@ -353,27 +350,27 @@ class _WhatIf:
     # Steps
 
     def _plan(self, worker_id: str, now: int) -> None:
-        worker = self.workers[worker_id]
         while (plan := self.dispatcher.schedule(worker_id, now)) is not None:
-            rows, work = worker.batch.execute(plan)
-            step_ns = worker.costs.step_ns(work)
+            worker = self.workers[worker_id]
+            load = worker.batch.execute(plan)
+            step_ns = worker.costs.step_ns(load)
             worker.free_at = max(now, worker.free_at) + round(step_ns) + self.link_ns
             swap_out, swap_in = (round(worker.costs.swap_ns * len(moves)) for moves in (plan.swap_out, plan.swap_in))
             timings = StepTimings(
                 swap_out_ns=swap_out,
                 swap_in_ns=swap_in,
                 forward_ns=max(0, round(step_ns) - swap_out - swap_in),
-                chunk_tokens=work.prefill_tokens,
-                decode_tokens=work.decode_sequences,
+                chunk_tokens=load.chunk_tokens,
+                decode_tokens=load.decode_tokens,
             )
-            result = self._result(plan, rows, timings)
+            result = self._result(plan, worker.batch.sampling(), timings)
             self._at(worker.free_at, lambda at, result=result: self._apply(worker_id, result, at))  # type: ignore[misc]
 
-    def _result(self, plan: StepPlan, rows: list[Row], timings: StepTimings) -> StepResult:
+    def _result(self, plan: StepPlan, rows: list[tuple[RequestRow, int]], timings: StepTimings) -> StepResult:
         tokens, nonfinite = [], []
         offers: dict[int, TokenLogprobs] = {}
-        for place, row in enumerate(rows):
-            position = (self.numbers.of(row.request), row.index, row.known)
+        for place, (row, known) in enumerate(rows):
+            position = (self.numbers.of(row.request), row.index, known)
             if position in self.script.nonfinite:
                 nonfinite.append(place)
             if row.request.is_beam_search:
@@ -401,6 +398,7 @@ class _WhatIf:
             self._stop(sequence.group, number, sequence.index, now)
             if sequence.index == 0:
                 self._park(sequence.group, number, now)
+        self._plan(worker_id, now)
 
     # What clients do on seeing tokens
 

@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kv_waste, report
-from benchmarks.rows import Rows, Work
 from pagewire.bench import doors, metrics, serve, throughput, workloads
 from pagewire.bench.anchors import OFFLINE, ONLINE
 from pagewire.bench.results import Recorder, percentiles, relative_spread
 from pagewire.bench.serve import Limits
 from pagewire.bench.session import BenchError, Times
 from pagewire.bench.workloads import Job, Scale
-from scheduler.step_plan import StepPlan
-from tests.core.factories import OneWorker
 
 MS = 1_000_000
 
@@ -132,37 +129,6 @@ def test_an_online_row_must_be_better_in_all_four_and_within_the_goal() -> None:
 def test_tables_show_failed_rows_too() -> None:
     lines = throughput.table([{"workload": "decode-b1", "error": "cut short after 60 s"}], compare=True)
     assert lines[1] == ["decode-b1", "error: cut short after 60 s"]
-
-
-def test_rows_of_a_plan_are_counted_as_a_worker_counts_them() -> None:
-    rows = Rows()
-    one = OneWorker(num_blocks=64, max_step_tokens=8)
-    one.submit("a", [1, 2, 3, 4, 5], max_tokens=3)
-    one.submit("b", [1, 2, 3, 4, 5, 6], max_tokens=3)
-    seen: list[Work] = []
-    sampled: list[int] = []
-    for _ in range(50):
-        plan = one.maybe_plan()
-        if plan is None:
-            break
-        seen.append(rows.apply(plan))
-        sampled.append(len(one.apply(one.execute()).sequences))
-    assert [work.sampled for work in seen] == [1, 2, 2, 1]
-    assert sampled == [1, 2, 2, 1]
-    assert seen[0] == Work(decode_tokens=0, chunk_tokens=8, context_tokens=8, sampled=1)
-    assert seen[1] == Work(decode_tokens=1, chunk_tokens=3, context_tokens=6 + 6, sampled=2)
-
-
-def test_a_row_that_leaves_the_decode_set_is_known_by_its_length() -> None:
-    class New:
-        slot, token_ids, computed_tokens = 0, [1, 2, 3, 4], 0
-
-    rows = Rows()
-    rows.apply(StepPlan(1, 1, new_sequences=[New()], chunk_slots=[0], chunk_tokens=[4]))  # type: ignore[list-item]
-    assert rows.apply(StepPlan(1, 2, decode_add=[0])).context_tokens == 5
-    assert rows.apply(StepPlan(1, 3)).context_tokens == 6
-    rows.apply(StepPlan(1, 4, decode_remove=[0]))
-    assert rows.known == {0: 7}
 
 
 def test_kv_waste_is_under_the_bar_on_a_reduced_load() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pagewire.recording import Recording
-from pagewire.simulation.batch import StepWork
+from pagewire.simulation.batch import StepLoad
 from pagewire.simulation.costs import Step, StepCosts, StepWatch, fit, steps_of
 from pagewire.simulation.exact import simulate
 from pagewire.v1 import recording_pb2
@@ -38,10 +38,11 @@ def timed(source: Path, target: Path, noise: float) -> Path:
         if event.HasField("applied"):
             timings = event.applied.step_result.timings
             timings.Clear()
-            work = next(steps).work
-            swapping, copying = MACHINE.swap_ns * work.swapped_blocks, MACHINE.copy_ns * work.copied_blocks
+            load = next(steps).load
+            swapping = MACHINE.swap_ns * (load.swapped_out_blocks + load.swapped_in_blocks)
+            copying = MACHINE.copy_ns * load.copied_blocks
             timings.swap_out_ns, timings.copy_ns = round(swapping), round(copying)
-            timings.forward_ns = round((MACHINE.step_ns(work) - swapping - copying) * dice.gauss(1.0, noise))
+            timings.forward_ns = round((MACHINE.step_ns(load) - swapping - copying) * dice.gauss(1.0, noise))
 
     return rewrite(source, target, change)
 
@@ -78,7 +79,7 @@ def test_the_command_shows_the_costs_and_the_residuals(
 
 def test_a_negative_cost_is_left_out_and_so_is_one_that_only_repeats_another() -> None:
     def step(rows: int, prefill: int, took_ns: int) -> Step:
-        return Step(StepWork(rows, prefill, context_tokens=2 * rows), took_ns, 0, 0, 0)
+        return Step(StepLoad(decode_tokens=rows, decode_context=2 * rows, chunk_tokens=prefill), took_ns, 0, 0, 0)
 
     steps = [step(rows, prefill, 10_000 + 100 * rows - prefill) for rows in range(1, 9) for prefill in (0, 50)]
     costs = fit(steps).costs

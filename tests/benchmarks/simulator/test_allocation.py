@@ -18,8 +18,9 @@ from benchmarks.simulator.allocation import (
     StaticBatcher,
 )
 from benchmarks.simulator.memory import SlotStates, sharing_saved, slot_states
-from benchmarks.simulator.profiles import A100_OPT_13B, StepLoad
+from benchmarks.simulator.profiles import A100_OPT_13B
 from benchmarks.simulator.simulation import Arrival, Simulation
+from pagewire.simulation.batch import StepLoad
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import Request
 from tests.benchmarks.simulator.factories import burst, in_order, machine

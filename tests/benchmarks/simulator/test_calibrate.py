@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.simulator.calibrate import calibrate, mean_error
-from benchmarks.simulator.profiles import H200_LLAMA_8B, StepLoad, WorkerProfile, prefill_load
+from benchmarks.simulator.profiles import H200_LLAMA_8B, WorkerProfile, prefill_load
 from benchmarks.simulator.simulation import Simulation
 from benchmarks.simulator.traces import SHAREGPT_LIKE
+from pagewire.simulation.batch import StepLoad
 from scheduler.scheduler import Scheduler
 
 MACHINE = replace(

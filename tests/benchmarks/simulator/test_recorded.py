@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.simulator.profiles import StepLoad
 from benchmarks.simulator.recorded import RecordedProfile, profile_of
 from benchmarks.simulator.simulation import Arrival, Simulation
 from pagewire.recording import Recording, RecordingError
+from pagewire.simulation.batch import StepLoad
 from pagewire.simulation.costs import StepCosts
 from tests.scheduler.recordings import record_run, rewrite
 

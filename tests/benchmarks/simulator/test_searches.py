@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.simulator.likelihoods import Likelihoods, extend
 from benchmarks.simulator.memory import sharing_saved
-from benchmarks.simulator.profiles import StepLoad
 from benchmarks.simulator.simulation import Arrival, Simulation
 from benchmarks.simulator.worker import STOP, TOKEN
+from pagewire.simulation.batch import StepLoad
 from scheduler.dispatcher import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import Request

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.simulator.profiles import A100_OPT_13B, H200_LLAMA_8B, StepLoad
+from benchmarks.simulator.profiles import A100_OPT_13B, H200_LLAMA_8B
 from benchmarks.simulator.simulation import Arrival, Simulation
+from pagewire.simulation.batch import StepLoad
 from scheduler.dispatcher import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from tests.benchmarks.simulator.factories import burst, in_order, machine
