@@ -28,6 +28,7 @@ from scheduler.dispatcher import Continuation, Dispatcher, ParkingVerdict, Resum
 from scheduler.draft import StepOutput
 from scheduler.events import StatusCode
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
+from scheduler.scheduler import Scheduler
 from scheduler.sequence import FinishReason, Request
 from scheduler.step_plan import StepPlan, StepResult
 
@@ -183,9 +184,14 @@ class Recorder:
 class RecordedDispatcher(Dispatcher):
     """A dispatcher whose calls can be recorded: all that change it."""
 
-    def __init__(self, config: SchedulerConfig, hello_of: Callable[[str], worker_pb2.WorkerHello]) -> None:
-        """`hello_of` gives the introduction of a worker that is being added."""
-        super().__init__(config)
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        hello_of: Callable[[str], worker_pb2.WorkerHello],
+        make_scheduler: Callable[..., Scheduler] = Scheduler,
+    ) -> None:
+        """`hello_of` gives the introduction of a worker that is being added; `make_scheduler` as in Dispatcher."""
+        super().__init__(config, make_scheduler)
         self.recorder: Recorder | None = None
         """Takes the calls; None: nobody does."""
         self._hello_of = hello_of

@@ -82,10 +82,8 @@ class Reservation(Enum):
     POW2 = "pow2"
     ORACLE = "oracle"
 
-    def tokens(self, request: Request) -> int:
-        prompt, output = len(request.prompt), request.payload
-        assert isinstance(output, int)
-        longest = prompt + request.max_tokens
+    def tokens(self, prompt: int, output: int, longest: int) -> int:
+        """For a sequence of `prompt` tokens and `output` more, where none may become longer than `longest`."""
         if self is Reservation.MAX:
             return longest
         return min(longest, prompt + (next_power_of_two(output) if self is Reservation.POW2 else output))
@@ -102,8 +100,14 @@ class ReservingScheduler(Scheduler):
         self.slots = BuddyAllocator(self.capacity.num_blocks * self.capacity.block_size, self.capacity.block_size)
         self.chunks: dict[Sequence, tuple[int, int]] = {}
 
+    def reserved_tokens(self, request: Request) -> int:
+        """What each of a request's sequences reserves."""
+        prompt, output = len(request.prompt), request.payload
+        assert isinstance(output, int)  # a simulated request carries how long it becomes
+        return self.reservation.tokens(prompt, output, prompt + request.max_tokens)
+
     def why_never(self, group: SequenceGroup) -> str | None:
-        tokens = self.reservation.tokens(group.request)
+        tokens = self.reserved_tokens(group.request)
         if not self.slots.could_ever(tokens):
             return f"a chunk of {tokens} tokens is larger than the pool"
         return super().why_never(group)
@@ -111,7 +115,7 @@ class ReservingScheduler(Scheduler):
     def _start(self, group: SequenceGroup, draft: Draft, now: int) -> bool:
         taken = []
         for sequence in group.live:
-            chunk = self.slots.take(self.reservation.tokens(group.request))
+            chunk = self.slots.take(self.reserved_tokens(group.request))
             if chunk is None:
                 break
             taken.append((sequence, chunk))

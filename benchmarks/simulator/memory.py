@@ -72,7 +72,7 @@ def reserved_states(scheduler: ReservingScheduler, total: int) -> SlotStates:
         held = min(final, tokens_held(scheduler, sequence))
         tokens += held
         reserved += final - held
-        internal += scheduler.reservation.tokens(request) - final
+        internal += scheduler.reserved_tokens(request) - final
     return SlotStates(tokens, reserved, internal, total - tokens - reserved - internal)
 
 

@@ -52,6 +52,8 @@ class Launch:
     """Whether gateways serve OpenAI-compatible HTTP too."""
     text: bool = False
     """Whether gateways have the model's tokenizer."""
+    scheduler_module: tuple[str, ...] = ("pagewire.cli", "scheduler")
+    """Module and leading arguments of the scheduler's process; an experiment puts one with another policy here."""
     worker_module: tuple[str, ...] = ("pagewire.cli", "worker")
     """Module and leading arguments of the worker's process; a measurement of the host's work puts a stand-in here."""
 
@@ -169,7 +171,7 @@ class Service:
             "--target-itl-ms": launch.target_itl_ms,
             "--max-waiting": launch.max_waiting,
         }
-        return ["pagewire.cli", "scheduler", *_flags(options)]
+        return [*launch.scheduler_module, *_flags(options)]
 
     def _worker_command(self) -> list[str]:
         launch = self.launch

@@ -110,7 +110,8 @@ def header(launch: Launch, given: Given | None) -> dict[str, object]:
     """The head of both files."""
     layout = f"1 scheduler, 1 worker and {launch.gateways} gateways as processes, gRPC over Unix sockets; client in one"
     model = launch.model.replace(f"{ROOT}/", "")
-    settings = {name: value for name, value in vars(launch).items() if value not in (None, launch.worker_module)}
+    modules = (launch.scheduler_module, launch.worker_module)
+    settings = {name: value for name, value in vars(launch).items() if value not in (None, *modules)}
     return results.header(
         model=None if given else model,
         settings=None if given else {**settings, "model": model},

@@ -22,7 +22,6 @@ from benchmarks.simulator.profiles import A100_OPT_13B
 from benchmarks.simulator.simulation import Arrival, Simulation
 from pagewire.simulation.batch import StepLoad
 from scheduler.scheduler import Scheduler
-from scheduler.sequence import Request
 from tests.benchmarks.simulator.factories import burst, in_order, machine
 
 
@@ -67,8 +66,8 @@ def test_chunks_never_overlap_and_come_together_again(orders: list[int], num_slo
 
 @pytest.mark.parametrize(("reservation", "tokens"), [("max", 2048), ("pow2", 132), ("oracle", 125)])
 def test_each_policy_takes_a_sequence_to_become_so_long(reservation: str, tokens: int) -> None:
-    request = Request("a", [0] * 100, max_tokens=1948, payload=25)  # the paper's example: 25 tokens are taken for 32
-    assert Reservation(reservation).tokens(request) == tokens
+    # The paper's example: 25 tokens are taken for 32.
+    assert Reservation(reservation).tokens(prompt=100, output=25, longest=2048) == tokens
 
 
 def most_at_once(make_scheduler: type[Scheduler], arrivals: list[Arrival]) -> int:
