@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper import published
+from benchmarks.paper.beams import Sharing
 from benchmarks.paper.policies import (
     BOUND,
     ORCA_MAX,
@@ -21,8 +22,9 @@ from benchmarks.paper.policies import (
     simulate,
     sustained_rate,
 )
+from benchmarks.paper.real_beams import real_beams
 from benchmarks.simulator.likelihoods import Likelihoods
-from benchmarks.simulator.memory import SlotStates, sharing_saved, slot_states
+from benchmarks.simulator.memory import SlotStates, slot_states
 from benchmarks.simulator.profiles import (
     A100_LLAMA_13B,
     A100_OPT_13B,
@@ -38,7 +40,6 @@ from pagewire.bench.workloads import Lengths
 from pagewire.simulation.batch import StepLoad
 from scheduler.policy import PreemptionMode
 from scheduler.scheduler import Scheduler
-from scheduler.sequence import SequenceGroup
 
 Result = dict[str, Any]
 
@@ -236,30 +237,10 @@ CERTAINTY, OTHER_CERTAINTIES = 0.7, (0.5, 0.85, 0.97)
 
 def saved_blocks(arrivals: list[Arrival], certainty: float = CERTAINTY) -> Result:
     """Percent of blocks saved by sharing, weighted by time; of searches also over how many last tokens beams differ."""
-    saved = total = 0.0
-    apart: list[int] = []
-
-    def observe(scheduler: Scheduler, step: StepLoad, duration: int) -> None:
-        nonlocal saved, total
-        if scheduler.last_step % 4 == 0:
-            some, all_blocks = sharing_saved(scheduler)
-            saved += some * duration
-            total += all_blocks * duration
-            apart.extend(tokens_apart(group) for group in scheduler.moved_beams)
-
-    outcome = simulate(PAGEWIRE, A100_OPT_13B, arrivals, observer=observe, likelihoods=Likelihoods(certainty=certainty))
-    result: Result = {"percent": round(100 * saved / total, 1), "preemptions": outcome.preemptions}
-    if apart:
-        result["tokens_apart_mean"] = rounded(float(np.mean(apart)), 3)
-    return result
-
-
-def tokens_apart(group: SequenceGroup) -> int:
-    """Tokens at the end of a search's beams from the first one on in which any two differ."""
-    outputs = [beam.output for beam in group.beams]
-    return len(outputs[0]) - next(
-        (at for at, tokens in enumerate(zip(*outputs, strict=True)) if len(set(tokens)) > 1), 0
-    )
+    sharing = Sharing()
+    likelihoods = Likelihoods(certainty=certainty)
+    outcome = simulate(PAGEWIRE, A100_OPT_13B, arrivals, observer=sharing.observe, likelihoods=likelihoods)
+    return sharing.figures(outcome)
 
 
 def of_searches(policy: Policy, start: float, width: int) -> float:
@@ -532,6 +513,7 @@ EXPERIMENTS: dict[str, Callable[[], Result]] = {
     "latency_vs_rate": latency_vs_rate,
     "batched_requests": batched_requests,
     "sharing": sharing,
+    "real_beams": real_beams,
     "shared_prefix": shared_prefix,
     "chatbot": chatbot,
     "block_size": block_size,
