@@ -1,4 +1,4 @@
-"""What the beams of searches share, observed as a simulation runs."""
+"""What the samples and beams of a request share, observed as a simulation runs (figure 15)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.paper.policies import PAGEWIRE, simulate
+from benchmarks.simulator.likelihoods import Likelihoods
 from benchmarks.simulator.memory import sharing_saved
-from benchmarks.simulator.profiles import StepLoad
-from benchmarks.simulator.simulation import Outcome
+from benchmarks.simulator.profiles import A100_OPT_13B, StepLoad
+from benchmarks.simulator.simulation import Arrival, Outcome
+from benchmarks.simulator.traces import ALPACA_LIKE, SHAREGPT_LIKE, Load
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import SequenceGroup
 
+LOADS: tuple[tuple[Load, float, float], ...] = ((ALPACA_LIKE, 5.0, 120.0), (SHAREGPT_LIKE, 0.3, 900.0))
+"""With requests per second and seconds."""
+WIDTHS = (2, 4, 6)
+CERTAINTY = 0.7
+"""Mean probability of the likeliest token in the synthetic model that beam searches ask."""
 EVERY = 4
 """Steps between two looks."""
 
@@ -68,3 +76,11 @@ def tokens_apart(group: SequenceGroup) -> Apart:
     # Two beams are never equal, so there is a first token in which they differ.
     pairs = [length - int((one != other).argmax()) for one, other in combinations(outputs, 2)]
     return Apart(group.request.request_id, length, max(pairs), sum(pairs) / len(pairs))
+
+
+def saved_blocks(arrivals: list[Arrival], certainty: float = CERTAINTY) -> dict[str, Any]:
+    """Percent of blocks saved by sharing, weighted by time; of searches also over how many last tokens beams differ."""
+    sharing = Sharing()
+    likelihoods = Likelihoods(certainty=certainty)
+    outcome = simulate(PAGEWIRE, A100_OPT_13B, arrivals, observer=sharing.observe, likelihoods=likelihoods)
+    return sharing.figures(outcome)

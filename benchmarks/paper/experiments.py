@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper import published
-from benchmarks.paper.beams import Sharing
+from benchmarks.paper.beams import CERTAINTY, LOADS, WIDTHS, saved_blocks
 from benchmarks.paper.policies import (
     BOUND,
     ORCA_MAX,
@@ -23,7 +23,6 @@ from benchmarks.paper.policies import (
     sustained_rate,
 )
 from benchmarks.paper.real_beams import real_beams
-from benchmarks.simulator.likelihoods import Likelihoods
 from benchmarks.simulator.memory import SlotStates, slot_states
 from benchmarks.simulator.profiles import (
     A100_LLAMA_13B,
@@ -228,19 +227,8 @@ def batched_requests() -> Result:
 # ---------------------------------------------------------------------- figure 15
 
 
-SHARING_LOADS = ((ALPACA_LIKE, 5.0, 120.0), (SHAREGPT_LIKE, 0.3, 900.0))
-WIDTHS = (2, 4, 6)
 BEAM_SECONDS = 100.0
-CERTAINTY, OTHER_CERTAINTIES = 0.7, (0.5, 0.85, 0.97)
-"""Mean probability of the likeliest token in the synthetic model that beam searches ask."""
-
-
-def saved_blocks(arrivals: list[Arrival], certainty: float = CERTAINTY) -> Result:
-    """Percent of blocks saved by sharing, weighted by time; of searches also over how many last tokens beams differ."""
-    sharing = Sharing()
-    likelihoods = Likelihoods(certainty=certainty)
-    outcome = simulate(PAGEWIRE, A100_OPT_13B, arrivals, observer=sharing.observe, likelihoods=likelihoods)
-    return sharing.figures(outcome)
+OTHER_CERTAINTIES = (0.5, 0.85, 0.97)
 
 
 def of_searches(policy: Policy, start: float, width: int) -> float:
@@ -254,7 +242,7 @@ def of_searches(policy: Policy, start: float, width: int) -> float:
 def sharing() -> Result:
     """Blocks that parallel samples of a prompt, and the beams of a search, save by sharing."""
     ours: Result = {}
-    for load, rate, seconds in SHARING_LOADS:
+    for load, rate, seconds in LOADS:
         samples = {n: load.arrivals(rate, seconds, n=n) for n in WIDTHS}
         searches = {width: load.arrivals(rate, seconds, n=width, beam_width=width) for width in WIDTHS}
         by_certainty = {

@@ -7,19 +7,19 @@ from the bundled model. Prompts are pieces of the text that it was not trained o
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from benchmarks.paper.beams import Sharing
+from benchmarks.paper.beams import LOADS, WIDTHS, Sharing, saved_blocks
 from benchmarks.paper.model_worker import SHIFT, ModelWorker
 from benchmarks.paper.policies import PAGEWIRE, simulate
 from benchmarks.simulator.likelihoods import Likelihoods
 from benchmarks.simulator.profiles import A100_OPT_13B, WorkerProfile
 from benchmarks.simulator.simulation import Arrival
-from benchmarks.simulator.traces import ALPACA_LIKE, SHAREGPT_LIKE, Load
 from pagewire.bundled import BUNDLED_MODEL
 from tools.bundled_model.corpus import read_corpus
 from tools.bundled_model.train import token_stream
@@ -28,9 +28,8 @@ from worker.models.loader import load_model
 
 Result = dict[str, Any]
 
-LOADS: tuple[tuple[Load, float, float], ...] = ((SHAREGPT_LIKE, 0.3, 120.0), (ALPACA_LIKE, 5.0, 10.0))
-"""With requests per second and seconds: 36 and 50 searches."""
-WIDTHS = (2, 4, 6)
+SECONDS = {"sharegpt-like": 120.0, "alpaca-like": 10.0}
+"""Of each load: 36 and 50 searches, because a real model takes its time."""
 SEEDS = (0, 1)
 """Of lengths, of the times of arrivals and of the places of prompts in the text."""
 CONTEXT = 1024
@@ -124,12 +123,14 @@ def real_beams() -> Result:
     for load, rate, seconds in LOADS:
         ours[load.name] = {}
         for width in WIDTHS:
-            ours[load.name][str(width)] = [
-                compared(
-                    searches(load.arrivals(rate, seconds, n=width, beam_width=width, seed=seed), text, seed), model
-                )
-                for seed in SEEDS
-            ]
+            arrivals = partial(load.arrivals, rate, n=width, beam_width=width)
+            by_seed = [compared(searches(arrivals(SECONDS[load.name], seed=seed), text, seed), model) for seed in SEEDS]
+            certainty = round(float(np.mean([each["certainty_of_same_distance"] for each in by_seed])), 2)
+            ours[load.name][str(width)] = {
+                "by_seed": by_seed,
+                "certainty": certainty,
+                "figure_15_at_that_certainty": saved_blocks(arrivals(seconds), certainty),
+            }
     return {
         "ours": ours,
         "seeds": list(SEEDS),
