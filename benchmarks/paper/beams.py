@@ -20,7 +20,7 @@ from scheduler.sequence import SequenceGroup
 LOADS: tuple[tuple[Load, float, float], ...] = ((ALPACA_LIKE, 5.0, 120.0), (SHAREGPT_LIKE, 0.3, 900.0))
 """With requests per second and seconds."""
 WIDTHS = (2, 4, 6)
-CERTAINTY = 0.7
+CERTAINTY = Likelihoods().certainty
 """Mean probability of the likeliest token in the synthetic model that beam searches ask."""
 EVERY = 4
 """Steps between two looks."""
