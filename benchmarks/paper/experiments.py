@@ -273,8 +273,8 @@ def sharing() -> Result:
         "profile": A100_OPT_13B.name,
         "certainty": CERTAINTY,
         "note": "beam searches ask a synthetic model (benchmarks/simulator/likelihoods.py); certainty is the mean "
-        "probability of its likeliest token, chosen by the beams of a real model (real_beams.json); no figure was fitted to "
-        "the paper's",
+        "probability of its likeliest token, chosen by the beams of a real model (real_beams.json); no figure was "
+        "fitted to the paper's",
     }
 
 
