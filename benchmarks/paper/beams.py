@@ -11,9 +11,10 @@ import numpy as np
 from benchmarks.paper.policies import PAGEWIRE, simulate
 from benchmarks.simulator.likelihoods import Likelihoods
 from benchmarks.simulator.memory import sharing_saved
-from benchmarks.simulator.profiles import A100_OPT_13B, StepLoad
+from benchmarks.simulator.profiles import A100_OPT_13B
 from benchmarks.simulator.simulation import Arrival, Outcome
 from benchmarks.simulator.traces import ALPACA_LIKE, SHAREGPT_LIKE, Load
+from pagewire.simulation.batch import StepLoad
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import SequenceGroup
 

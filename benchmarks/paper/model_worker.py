@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from benchmarks.simulator.likelihoods import Likelihoods
-from benchmarks.simulator.profiles import StepLoad, WorkerProfile
-from benchmarks.simulator.worker import HOPELESS, STOP, Row, VirtualWorker
+from benchmarks.simulator.profiles import WorkerProfile
+from benchmarks.simulator.worker import HOPELESS, STOP, ModelRow, VirtualWorker
+from pagewire.simulation.batch import StepLoad
 from pagewire.v1 import scheduler_pb2, worker_pb2
 from scheduler import codec
 from scheduler.step_plan import StepPlan, StepResult, TokenLogprobs
@@ -53,11 +54,11 @@ class ModelWorker(VirtualWorker):
         assert result.logprob_rows == computed.logprob_rows
         return result, duration, load
 
-    def _offer(self, row: Row) -> TokenLogprobs:
+    def _offer(self, row: ModelRow) -> TokenLogprobs:
         offer = next(self._offers)
-        if row.outputs + 1 >= row.wanted:
+        if row.known >= row.stop_at:
             return super()._offer(row)
-        self.likeliest.append((row.outputs, math.exp(offer.top_logprobs[0])))
+        self.likeliest.append((row.known - row.prompt_tokens, math.exp(offer.top_logprobs[0])))
         ids, logprobs = list(offer.top_ids), list(offer.top_logprobs)
         if END in ids:
             del logprobs[ids.index(END)]
