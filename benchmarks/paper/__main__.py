@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "paper"
 def write(name: str) -> None:
     started = time.perf_counter()
     report = EXPERIMENTS[name]()
-    report["kind"] = "simulated: the real scheduler core, a virtual clock, a cost model of the worker"
+    report.setdefault("kind", "simulated: the real scheduler core, a virtual clock, a cost model of the worker")
     report["command"] = f"python -m benchmarks.paper {name}"
     report["commit"] = commit()
     report["python"] = platform.python_version()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper import published
+from benchmarks.paper.beams import CERTAINTY, LOADS, WIDTHS, saved_blocks
 from benchmarks.paper.policies import (
     BOUND,
     ORCA_MAX,
@@ -21,8 +22,8 @@ from benchmarks.paper.policies import (
     simulate,
     sustained_rate,
 )
-from benchmarks.simulator.likelihoods import Likelihoods
-from benchmarks.simulator.memory import SlotStates, sharing_saved, slot_states
+from benchmarks.paper.real_beams import real_beams
+from benchmarks.simulator.memory import SlotStates, slot_states
 from benchmarks.simulator.profiles import (
     A100_LLAMA_13B,
     A100_OPT_13B,
@@ -38,7 +39,6 @@ from pagewire.bench.workloads import Lengths
 from pagewire.simulation.batch import StepLoad
 from scheduler.policy import PreemptionMode
 from scheduler.scheduler import Scheduler
-from scheduler.sequence import SequenceGroup
 
 Result = dict[str, Any]
 
@@ -227,39 +227,8 @@ def batched_requests() -> Result:
 # ---------------------------------------------------------------------- figure 15
 
 
-SHARING_LOADS = ((ALPACA_LIKE, 5.0, 120.0), (SHAREGPT_LIKE, 0.3, 900.0))
-WIDTHS = (2, 4, 6)
 BEAM_SECONDS = 100.0
-CERTAINTY, OTHER_CERTAINTIES = 0.7, (0.5, 0.85, 0.97)
-"""Mean probability of the likeliest token in the synthetic model that beam searches ask."""
-
-
-def saved_blocks(arrivals: list[Arrival], certainty: float = CERTAINTY) -> Result:
-    """Percent of blocks saved by sharing, weighted by time; of searches also over how many last tokens beams differ."""
-    saved = total = 0.0
-    apart: list[int] = []
-
-    def observe(scheduler: Scheduler, step: StepLoad, duration: int) -> None:
-        nonlocal saved, total
-        if scheduler.last_step % 4 == 0:
-            some, all_blocks = sharing_saved(scheduler)
-            saved += some * duration
-            total += all_blocks * duration
-            apart.extend(tokens_apart(group) for group in scheduler.moved_beams)
-
-    outcome = simulate(PAGEWIRE, A100_OPT_13B, arrivals, observer=observe, likelihoods=Likelihoods(certainty=certainty))
-    result: Result = {"percent": round(100 * saved / total, 1), "preemptions": outcome.preemptions}
-    if apart:
-        result["tokens_apart_mean"] = rounded(float(np.mean(apart)), 3)
-    return result
-
-
-def tokens_apart(group: SequenceGroup) -> int:
-    """Tokens at the end of a search's beams from the first one on in which any two differ."""
-    outputs = [beam.output for beam in group.beams]
-    return len(outputs[0]) - next(
-        (at for at, tokens in enumerate(zip(*outputs, strict=True)) if len(set(tokens)) > 1), 0
-    )
+OTHER_CERTAINTIES = (0.5, 0.7, 0.9, 0.97)
 
 
 def of_searches(policy: Policy, start: float, width: int) -> float:
@@ -273,7 +242,7 @@ def of_searches(policy: Policy, start: float, width: int) -> float:
 def sharing() -> Result:
     """Blocks that parallel samples of a prompt, and the beams of a search, save by sharing."""
     ours: Result = {}
-    for load, rate, seconds in SHARING_LOADS:
+    for load, rate, seconds in LOADS:
         samples = {n: load.arrivals(rate, seconds, n=n) for n in WIDTHS}
         searches = {width: load.arrivals(rate, seconds, n=width, beam_width=width) for width in WIDTHS}
         by_certainty = {
@@ -304,7 +273,8 @@ def sharing() -> Result:
         "profile": A100_OPT_13B.name,
         "certainty": CERTAINTY,
         "note": "beam searches ask a synthetic model (benchmarks/simulator/likelihoods.py); certainty is the mean "
-        "probability of its likeliest token, and no figure was fitted to the paper's",
+        "probability of its likeliest token, chosen by the beams of a real model (real_beams.json); no figure was "
+        "fitted to the paper's",
     }
 
 
@@ -532,6 +502,7 @@ EXPERIMENTS: dict[str, Callable[[], Result]] = {
     "latency_vs_rate": latency_vs_rate,
     "batched_requests": batched_requests,
     "sharing": sharing,
+    "real_beams": real_beams,
     "shared_prefix": shared_prefix,
     "chatbot": chatbot,
     "block_size": block_size,

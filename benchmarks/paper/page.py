@@ -109,6 +109,30 @@ def by_width(ours: dict[str, Any], name: str) -> str:
     return ", ".join(f"{each['percent']} ({name}={width})" for width, each in ours.items())
 
 
+def real_beams(report: Report) -> str:
+    body = []
+    for load, widths in report["ours"].items():
+        for width, ours in widths.items():
+            seeds = ours["by_seed"]
+            of_real = ("likeliest_token_mean", "tokens_apart_mean_of_pairs", "percent")
+            body.append(
+                [
+                    f"{load}, {width}",
+                    *(listed([each["real"][key] for each in seeds]) for key in of_real),
+                    listed([each["certainty_of_same_distance"] for each in seeds]),
+                    listed([each["certainty_of_same_savings"] for each in seeds]),
+                    ours["figure_15_at_that_certainty"]["percent"],
+                ]
+            )
+    head = ["load, width", "likeliest token", "tokens apart", "% saved"]
+    head += ["certainty of the same distance", "of the same savings", "figure 15 at the former, % saved"]
+    return rows(head, body)
+
+
+def listed(values: list[float]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
 def shared_prefix(report: Report) -> str:
     body = [
         [name, report["paper"][name], ours["over_orca_oracle"], ours["of_which_without_prefix_cache"]]
@@ -189,6 +213,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "latency_vs_rate": latency_vs_rate,
     "batched_requests": batched_requests,
     "sharing": sharing,
+    "real_beams": real_beams,
     "shared_prefix": shared_prefix,
     "chatbot": chatbot,
     "block_size": block_size,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from benchmarks.simulator.allocation import OrcaMax, OrcaOracle, OrcaPow2, StaticBatcher
 from benchmarks.simulator.likelihoods import Likelihoods
 from benchmarks.simulator.profiles import WorkerProfile
-from benchmarks.simulator.simulation import Arrival, Observer, Outcome, Simulation
+from benchmarks.simulator.simulation import Arrival, Observer, Outcome, Simulation, WorkerFactory
+from benchmarks.simulator.worker import VirtualWorker
 from scheduler.dispatcher import SchedulerConfig
 from scheduler.policy import PreemptionMode
 from scheduler.scheduler import Scheduler
@@ -46,6 +47,7 @@ def simulate(
     observer: Observer | None = None,
     give_up_ns: int | None = None,
     likelihoods: Likelihoods | None = None,
+    make_worker: WorkerFactory = VirtualWorker,
 ) -> Outcome:
     """One run; raises RuntimeError unless everybody is answered or `give_up_ns` was given."""
     config = SchedulerConfig(
@@ -66,6 +68,7 @@ def simulate(
         answers_whole_batches=policy.answers_whole_batches,
         give_up_ns=give_up_ns,
         likelihoods=likelihoods,
+        make_worker=make_worker,
     )
     outcome = simulation.run()
     if give_up_ns is None and len(outcome.completions) != len(arrivals):

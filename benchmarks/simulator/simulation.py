@@ -121,6 +121,8 @@ COLLECT_EVERY = (50_000, 5, 5)
 collection; at the default thresholds, walking them takes a fifth of the time with 1,000 workers."""
 
 SchedulerFactory = Callable[..., Scheduler]
+WorkerFactory = Callable[[WorkerProfile, int, Likelihoods | None], VirtualWorker]
+"""Of a profile, an epoch and what beam searches find likely."""
 Observer = Callable[[Scheduler, StepLoad, int], None]
 """Called after each applied result with the worker's scheduler, what the step did and how long it took."""
 
@@ -140,12 +142,14 @@ class Simulation:
         give_up_ns: int | None = None,
         keeps_gaps: bool = False,
         likelihoods: Likelihoods | None = None,
+        make_worker: WorkerFactory = VirtualWorker,
         tells_deadlines: bool = True,
     ) -> None:
         """`answers_whole_batches`: nobody gets an answer before everybody who runs is done, as with a static batcher.
         `give_up_ns`: stop at this virtual time, whoever is still there; for loads beyond what can be sustained.
         `keeps_gaps`: note every time between two tokens of a sequence.
         `likelihoods`: what beam searches find likely.
+        `make_worker`: makes what executes the plans.
         `tells_deadlines`: the scheduler knows them; otherwise a request is cancelled when its time is over."""
         profile = profiles[0]
         self.dispatcher = Dispatcher(
@@ -180,7 +184,7 @@ class Simulation:
         self._made = 0  # events ever made, so that equal times are taken in order
         for index, each in enumerate(profiles):
             name, epoch = str(index), index + 1
-            self.workers[name] = VirtualWorker(each, epoch, likelihoods)
+            self.workers[name] = make_worker(each, epoch, likelihoods)
             self.dispatcher.add_worker(name, each.capacity, each.rates, epoch, 0)
 
     def _make_scheduler(self, worker_id: str, *arguments: object) -> Scheduler:

@@ -30,6 +30,7 @@ class ModelRow(Row):
     """A row with what the simulated model says in it."""
 
     stop_at: int  # position of STOP
+    prompt_tokens: int
     candidates: int = 0  # tokens that a beam offers; 0: it is no beam
     history: int = 0  # of a beam: what it has said
     stop_step: int = 0  # the step in which it samples STOP, if it decodes until then
@@ -77,7 +78,7 @@ class VirtualWorker:
     def _row_of(self, new: NewSequence) -> ModelRow:
         request = new.request
         stop_at = new.prompt_tokens + wanted_tokens(request) - 1
-        row = ModelRow(len(new.token_ids), new.computed_tokens, stop_at)
+        row = ModelRow(len(new.token_ids), new.computed_tokens, stop_at, new.prompt_tokens)
         if request.is_beam_search:
             assert new.logprobs is not None
             row.candidates = new.logprobs
