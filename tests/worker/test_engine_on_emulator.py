@@ -26,13 +26,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def emulator(pytestconfig: pytest.Config) -> Iterator[None]:
+def emulator(pytestconfig: pytest.Config) -> Iterator[EmulatorBackend]:
     """CPU tensors go to the emulator while the test runs."""
     if reason := EmulatorBackend.missing():
         pytest.skip(reason)
-    kernel_compile.register_backend("cpu", EmulatorBackend(pytestconfig.cache.mkdir("kernel-emulator")))
+    backend = EmulatorBackend(pytestconfig.cache.mkdir("kernel-emulator"))
+    kernel_compile.register_backend("cpu", backend)
     attention.forget_workspaces()
-    yield
+    yield backend
     kernel_compile.register_backend("cpu", None)
     attention.forget_workspaces()
 
@@ -88,9 +89,21 @@ def play(path: Path, dtype: str, *, emulated: bool, monkeypatch: pytest.MonkeyPa
     ("kind", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("qwen3", "float32"), ("gpt2", "float32")]
 )
 def test_kernels_give_the_tokens_of_their_twins(
-    tmp_path: Path, emulator: None, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
+    tmp_path: Path, emulator: EmulatorBackend, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
 ) -> None:
     sizes = {"head_dim": 16} if kind == "llama" else {}
     path = tiny_models.make_tiny_model(kind, tmp_path / "model", max_position_embeddings=128, **sizes)
     emulated = play(path, dtype, emulated=True, monkeypatch=monkeypatch)
     assert emulated == play(path, dtype, emulated=False, monkeypatch=monkeypatch)
+
+
+def test_steps_of_many_tokens_take_the_products_by_boxes_and_give_the_same_tokens(
+    tmp_path: Path, emulator: EmulatorBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    path = tiny_models.make_tiny_model("llama", tmp_path / "model", max_position_embeddings=128, **sizes, **heads)
+    emulated = play(path, "bfloat16", emulated=True, monkeypatch=monkeypatch)
+    # qkv; output and down projection, which differ in their width; gate and up.
+    assert sum("linear_wgmma" in library._name for library in emulator.libraries) == 4
+    assert emulated == play(path, "bfloat16", emulated=False, monkeypatch=monkeypatch)

@@ -99,13 +99,13 @@ class CudaOps:
 
     def linear(self, x: torch.Tensor | Normed, weight: torch.Tensor, *, floating: bool = False) -> torch.Tensor:
         """As in LayerOps."""
-        if isinstance(x, Normed) or floating or len(x) <= few.FEW_TOKENS:
+        if isinstance(x, Normed) or floating or few.takes_few_tokens(len(x), weight):
             return few.linear(x, weight, floating=floating)
         return many.linear(x, weight)
 
     def linear_gated(self, x: torch.Tensor | Normed, gate_up: torch.Tensor) -> torch.Tensor:
         """As in LayerOps."""
-        if isinstance(x, Normed) or len(x) <= few.FEW_TOKENS:
+        if isinstance(x, Normed) or few.takes_few_tokens(len(x), gate_up):
             return few.linear_gated(x, gate_up)
         return many.linear_gated(x, gate_up)
 
