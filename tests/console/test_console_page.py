@@ -168,12 +168,12 @@ def test_dark_and_light_follow_the_system_and_a_narrow_window_does_not_scroll_si
         page.until("return document.querySelector('.pool')")
         ground = "return getComputedStyle(document.body).backgroundColor"
         assert page.run(ground) == "rgb(246, 247, 249)"
-        page.until("return document.querySelector('.pool canvas').width")
+        drawn = f"(() => {{{COLOURS}}})().sort()"
+        page.until(f"return {drawn}.length > 1")
         light = sorted(page.run(COLOURS))
         page.theme("dark")
         assert page.run(ground) == "rgb(17, 21, 27)"
         # The page is told of the theme after the style has changed, and draws the map anew then.
-        drawn = f"(() => {{{COLOURS}}})().sort()"
         assert page.until(f"return {drawn}.join(' ') !== {' '.join(light)!r}")
         page.resize(380, 900)
         assert page.until("return document.documentElement.scrollWidth <= 380")
