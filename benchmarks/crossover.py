@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.decode_step import ROOT, SAMPLINGS, Driver
 from pagewire.bench import results
+from pagewire.bench.results import Row
 from worker.config import WorkerSettings
 from worker.executor import Executor
 from worker.models.loader import load_model
@@ -38,8 +39,6 @@ SHAPES = ("llama-3.1-8b", "llama-2-7b")
 REPEATS = 5
 SPREAD = 3
 """Times as many blocks as the longest sequence has, so that its blocks lie scattered."""
-
-Row = dict[str, Any]
 
 
 def milliseconds(device: torch.device, do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> float:
@@ -143,7 +142,9 @@ def main() -> int:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    for shape, sizes in crossovers(recorder.rows).items():
+    found = recorder.content["swapping_wins_from"] = crossovers(recorder.rows)
+    results.write(given.out, recorder.content)
+    for shape, sizes in found.items():
         print(
             f"{shape}: swapping is cheaper from",
             ", ".join(f"{at} tokens (block size {size})" for size, at in sizes.items()),

@@ -12,12 +12,8 @@ On the CPU it is a smoke test: `python -m benchmarks.decode_step --config benchm
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import queue
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +23,8 @@ from typing import Any
 import torch
 
 from kernels.kv_layout import KvLayout
+from pagewire.bench import results
+from pagewire.bench.results import Row
 from worker.config import WorkerSettings
 from worker.executor import Executor, LaunchedStep
 from worker.models.base import PagedModel
@@ -46,8 +44,6 @@ SAMPLINGS = {
     "top-k-p": Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=7),
     "penalties": Sampling(temperature=0.8, top_p=0.95, seed=7, repetition_penalty=1.1, frequency_penalty=0.2),
 }
-
-Row = dict[str, Any]
 
 
 class Driver:
@@ -282,19 +278,7 @@ def main() -> None:
     if given.profile:
         print(profile(executor, given.profile, given.context))
     if given.out:
-        given.out.write_text(json.dumps(record(device, rows), indent=1) + "\n")
-
-
-def record(device: torch.device, rows: list[Row]) -> dict[str, Any]:
-    """The file's content."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit,
-        "command": " ".join(["python -m benchmarks.decode_step", *sys.argv[1:]]),
-        "rows": rows,
-    }
+        results.write(given.out, {**results.header(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ before it is timed.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +23,8 @@ import torch
 
 from kernels import activation, attention, cache, linear, linear_wgmma, norm, reference, sampling
 from kernels import compile as kernel_compile
+from pagewire.bench import results
+from pagewire.bench.results import Row
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCABULARY = 32, 8, 128, 16, 4096, 14336, 128256
 """Llama-3.1-8B."""
@@ -61,8 +60,6 @@ PREFILL = {
 """(sequences, new tokens, context) and FlashAttention-3's microseconds on an H200."""
 
 PREFILL_KERNELS = ("hopper", "wgmma", "mma")
-
-Row = dict[str, Any]
 
 
 def measure(launches: list[Callable[[], object]], replays: int = 30) -> tuple[float, float]:
@@ -446,15 +443,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def commit() -> str | None:
-    """The checkout's commit, if this is one."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
-
-
 def main() -> None:
     """Runs the rows asked for; writes JSON if told where."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -469,21 +457,12 @@ def main() -> None:
         sys.exit("benchmarks.kernels needs a CUDA device")
     torch.manual_seed(arguments.seed)
     wanted = arguments.only or ["decode", "prefill", "linear", "other", "swap"]
-    rows: list[Row] = []
-    result = {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "commit": commit(),
-        "command": " ".join(sys.argv),
-        "seed": arguments.seed,
-        "rows": rows,
-    }
+    recorder = results.Recorder(arguments.out, results.header(cuda=torch.version.cuda, seed=arguments.seed))
 
     def note(new: list[Row]) -> None:
-        rows.extend(new)
         print(table(new).split("\n", 1)[1], flush=True)
-        if arguments.out:  # after every row: a run that is cut short keeps what it had
-            arguments.out.write_text(json.dumps(result, indent=1))
+        for row in new:
+            recorder.add(row)
 
     if "decode" in wanted:
         for batch, context in DECODE:
@@ -503,7 +482,7 @@ def main() -> None:
     if "prefill-sweep" in wanted:
         for row in prefill_sweep():
             note([row])
-    print(table(rows))
+    print(table(recorder.rows))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from pagewire.bench import results
 from pagewire.bench.anchors import CONFIG
-from pagewire.bench.service import ROOT
+from pagewire.bench.results import ROOT
 from pagewire.bench.workloads import OFFLINE, Job, Scale, longest, offline, totals
 
 CONFIGS = Path(__file__).parent / "configs"

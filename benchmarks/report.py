@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.kv_waste import BAR, BAR_BLOCK_SIZE, LEAST_RUNNING
 from pagewire.bench.anchors import CONFIG, OFFLINE, ONLINE
-from pagewire.bench.service import ROOT
+from pagewire.bench.results import ROOT
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "performance.md"

@@ -9,6 +9,7 @@ what the tools said. Exit code 1: something was found, a test failed or was not 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from pathlib import Path
 from benchmarks import planted_defects
 from kernels.compile import CSRC
 from pagewire.bench import results
-from pagewire.bench.service import ROOT
+from pagewire.bench.results import ROOT
 
 TOOLS = tuple(planted_defects.DEFECTS)
 # The project's pytest settings name plugins that such a machine may lack; kernel tests need none of them.
@@ -37,7 +38,6 @@ PORTS_PER_PROCESS = 16
 """compute-sanitizer looks for a free port among ten, which other ones beside it may hold."""
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b.*\[ *\d+%\]$", re.MULTILINE)
 SUMMARY = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) ", re.MULTILINE)
-
 TOOL_FAILED = "Internal Sanitizer Error"
 """It then counts the process that it has ended as an error."""
 
@@ -69,6 +69,7 @@ def read(log: str) -> Outcome:
     return Outcome(Counter(OUTCOME.findall(log)), sum(map(int, found)) if found else None)
 
 
+@functools.cache
 def kernel_names() -> list[str]:
     """Of all kernels, of the one that the tests of wgmma write themselves, and of the planted ones."""
     head = re.compile(r'extern "C" __global__ [^;{}]*?\b(\w+)\((?!THREADS|CTA_ROWS|\d)')

@@ -22,7 +22,6 @@ from benchmarks.paper.policies import (
     simulate,
     sustained_rate,
 )
-from benchmarks.paper.real_beams import real_beams
 from benchmarks.simulator.memory import SlotStates, slot_states
 from benchmarks.simulator.profiles import (
     A100_LLAMA_13B,
@@ -495,6 +494,13 @@ def h200() -> Result:
         "load": f"sharegpt-like, {seconds:g} s per point, at most {H200_LLAMA_8B.max_num_seqs} sequences",
         "note": "overheads are assumed until a run is recorded",
     }
+
+
+def real_beams() -> Result:
+    """How far apart a real model's beams are."""
+    from benchmarks.paper import real_beams as experiment  # needs torch
+
+    return experiment.real_beams()
 
 
 EXPERIMENTS: dict[str, Callable[[], Result]] = {

@@ -18,7 +18,8 @@ import uvloop
 from benchmarks.paper.policy_scheduler import LONGEST, POLICIES
 from pagewire.bench import results, suite
 from pagewire.bench.anchors import CONFIG
-from pagewire.bench.service import ROOT, Launch
+from pagewire.bench.results import ROOT
+from pagewire.bench.service import Launch
 from pagewire.bench.workloads import Scale
 
 WORKLOADS = ("sharegpt-like-1000", "alpaca-like-2000")

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crossover import crossovers
-
 PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
 Report = dict[str, Any]
 
@@ -194,7 +192,7 @@ def crossover(report: Report) -> str:
             recompute = [f"{of[size]['recompute_ms']:.1f}" for size in sizes]
             body.append([f"{shape}, {context} tokens: swap out and in, ms", *swaps])
             body.append([f"{shape}, {context} tokens: recompute, ms", *recompute])
-        found = crossovers(report["rows"])[shape]
+        found = report["swapping_wins_from"][shape]
         body.append([f"{shape}: swapping is cheaper from, tokens", *(found[str(size)] for size in sizes)])
     return rows(["block size", *sizes], body) + f"\n\n{report['gpu']}, commit `{report['commit'][:12]}`."
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pagewire.bench.service import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout."""
 PACKAGES = (
     "pagewire",
     "torch",
@@ -142,8 +142,10 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """The command line, as it can be typed again."""
+    """The command line, as it can be typed again; of paths outside the checkout only the last name, for they are of
+    this machine."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec is not None else ""
     begin = "pagewire" if module in ("", "pagewire.cli") else f"python -m {module}"
-    return " ".join([begin, *(argument.replace(f"{ROOT}/", "") for argument in sys.argv[1:])])
+    arguments = (argument.replace(f"{ROOT}/", "") for argument in sys.argv[1:])
+    return " ".join([begin, *(Path(each).name if each.startswith("/") else each for each in arguments)])

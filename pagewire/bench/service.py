@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pagewire.bench.results import ROOT
 from pagewire.bench.session import BenchError
 from pagewire.runtime import parent
 
-ROOT = Path(__file__).resolve().parents[2]
 STOP_LIMIT_S = 10.0
 LOG_LINES = 3
 

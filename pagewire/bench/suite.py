@@ -15,10 +15,10 @@ from rich.table import Table
 
 from pagewire.bench import results, serve, throughput, workloads
 from pagewire.bench.anchors import CONFIG, GPU
-from pagewire.bench.results import Recorder, Row
+from pagewire.bench.results import ROOT, Recorder, Row
 from pagewire.bench.runner import Runner
 from pagewire.bench.serve import DEFAULT_LIMITS, At, Limits, Load
-from pagewire.bench.service import ROOT, Launch
+from pagewire.bench.service import Launch
 from pagewire.bench.workloads import FULL, Scale
 
 PLACES: tuple[At, ...] = ("session", "gateway", "openai")

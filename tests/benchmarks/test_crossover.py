@@ -19,7 +19,9 @@ def test_it_measures_every_block_size_and_context_and_records_them(
     arguments = "--device cpu --block-size 4 16 --context 16 40"
     monkeypatch.setattr(sys, "argv", ["crossover", str(out), "--config", config, *arguments.split()])
     assert crossover.main() == 0
-    rows = json.loads(out.read_text())["rows"]
+    content = json.loads(out.read_text())
+    rows = content["rows"]
+    assert content["swapping_wins_from"] == crossover.crossovers(rows)
     assert [(row["block_size"], row["context"], row["blocks"]) for row in rows] == [
         (4, 16, 4), (4, 40, 10), (16, 16, 1), (16, 40, 3),
     ]  # fmt: skip

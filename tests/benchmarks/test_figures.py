@@ -10,7 +10,7 @@ import pytest
 from benchmarks import kv_waste, report
 from pagewire.bench import doors, metrics, serve, throughput, workloads
 from pagewire.bench.anchors import OFFLINE, ONLINE
-from pagewire.bench.results import Recorder, percentiles, relative_spread
+from pagewire.bench.results import ROOT, Recorder, command, percentiles, relative_spread
 from pagewire.bench.serve import Limits
 from pagewire.bench.session import BenchError, Times
 from pagewire.bench.workloads import Job, Scale
@@ -80,6 +80,19 @@ def test_percentiles_are_interpolated() -> None:
 def test_a_single_run_has_no_spread() -> None:
     assert relative_spread([2.0]) is None
     assert relative_spread([1.9, 2.0, 2.1]) == 0.1
+
+
+def test_a_recorded_command_names_no_folder_of_the_machine_that_ran_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [
+        f"{ROOT}/benchmarks/configs/tiny",
+        "/somewhere/out/rows.json",
+        "--url",
+        "http://127.0.0.1:1/v1",
+        "-k",
+        "a/b",
+    ]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    assert command().endswith(" benchmarks/configs/tiny rows.json --url http://127.0.0.1:1/v1 -k a/b")
 
 
 def test_a_recorded_file_holds_every_row_as_soon_as_it_is_known(tmp_path: Path) -> None:

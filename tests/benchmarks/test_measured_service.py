@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from pagewire.bench import serve, suite, throughput, workloads
+from pagewire.bench.results import ROOT
 from pagewire.bench.runner import Runner
-from pagewire.bench.service import ROOT, Launch
+from pagewire.bench.service import Launch
 from pagewire.bench.session import BenchError, Session, loads
 from pagewire.bench.workloads import Job, Scale
 
