@@ -3,7 +3,7 @@
 // Such a product has to read every weight once from memory, and for every tile of weights all tokens from L2, which for some hundred tokens is
 // more than L2 delivers. So a tile has all tokens (TOKENS of them, the columns of the products) and 128 rows of weights, CLUSTER CTAs take
 // neighbouring tiles at the same time, and each of them copies a part of the tokens to all. Weights leave L2 first: nobody needs them again,
-// and what they would push out costs a tenth of the time (docs/kernels/linear.md).
+// and what they would push out costs 2 to 7 % of the time (docs/kernels/linear.md).
 //
 // One thread copies boxes, two warpgroups compute. The producer fills the ring with weights before the kernel in front has ended, and
 // waits only then for its tokens (programmatic dependent launch).
