@@ -1,4 +1,4 @@
-"""Matrix products of up to 256 tokens on compute capability 9.0: `csrc/linear_wgmma.cu`.
+"""Matrix products of 9 and more tokens on compute capability 9.0: `csrc/linear_wgmma.cu`.
 
 Twins: `kernels.reference.linear`. For more tokens than `kernels.linear` takes.
 """
@@ -31,13 +31,15 @@ _MOST_PARTS = 6
 """Of a product by `linear_parts`; what adds them up has to read them all."""
 _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
-_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 128, "linear_gated": 256}
+_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 128, "linear_gated": 1 << 20}
 """With more the library is as fast (docs/kernels/linear.md)."""
 _LEAST_SHARE: dict[Product, float] = {"linear": 0.35, "linear_parts": 0.45, "linear_gated": 0.75}
 """Of the multiprocessors; with fewer busy the library is faster. `linear_parts` has no more parts than it needs to
 reach it, ..."""
 _SHARE_OF_SOME, _SOME = 0.7, 32
 """... or to reach this one for up to so many tokens, whose parts are small."""
+_LEAST_WORK = 0.9
+"""For more tokens than a tile has: of what all multiprocessors can multiply in the rounds that it takes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class WgmmaConfig:
     ctas: int
     split: int = 1
     """Parts of K that are multiplied apart."""
+    many: bool = False
+    """Whether there may be more tokens than a tile has."""
 
     @property
     def shared_bytes(self) -> int:
@@ -61,7 +65,7 @@ class WgmmaConfig:
     @property
     def defines(self) -> dict[str, int]:
         """What the source is compiled with for this shape."""
-        return {"TOKENS": self.tokens, "CLUSTER": self.cluster, "STAGES": self.stages, "SPLIT": self.split}
+        return {"TOKENS": self.tokens, "CLUSTER": self.cluster, "STAGES": self.stages, "SPLIT": self.split, "MANY": int(self.many)}
 
 
 def _stage_bytes(tokens: int) -> int:
@@ -69,14 +73,15 @@ def _stage_bytes(tokens: int) -> int:
     return (ROWS + tokens) * _CHUNK * 2 + 16
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8192)
 def wgmma_config(
     by: Product, num_tokens: int, rows: int, width: int, limits: kernel_compile.DeviceLimits
 ) -> WgmmaConfig | None:
     """How the function of this name multiplies num_tokens rows by a [rows, width] matrix: every CTA takes equally many
     tiles. None: not by this kernel."""
-    tokens = next((tokens for tokens in TOKENS if tokens >= num_tokens), None)
-    if not limits.wgmma or tokens is None or num_tokens < 1 or width % _CHUNK or rows % ROWS:
+    many = num_tokens > TOKENS[-1]
+    tokens = TOKENS[-1] if many else next(tokens for tokens in TOKENS if tokens >= num_tokens)
+    if not limits.wgmma or (many and by == "linear_parts") or num_tokens < 1 or width % _CHUNK or rows % ROWS:
         return None
     tiles, split = rows // ROWS, 1
     if by == "linear_parts":
@@ -89,10 +94,10 @@ def wgmma_config(
         room = int(limits.processors * (_CLUSTERED_SHARE if cluster > 2 else 1)) // cluster
         if tiles % cluster or not room:
             continue
-        shares = tiles // cluster * split
+        shares = tiles // cluster * split * math.ceil(num_tokens / tokens)
         ctas = math.ceil(shares / math.ceil(shares / room)) * cluster
         if best is None or ctas > best.ctas:
-            best = WgmmaConfig(tokens, cluster, stages, ctas, split)
+            best = WgmmaConfig(tokens, cluster, stages, ctas, split, many)
     return best
 
 
@@ -101,7 +106,14 @@ def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> 
     if num_tokens > _MOST_TOKENS[by]:
         return False
     config = _config(by, num_tokens, weight)
-    return config is not None and config.ctas >= _LEAST_SHARE[by] * kernel_compile.limits(weight.device).processors
+    if config is None:
+        return False
+    processors = kernel_compile.limits(weight.device).processors
+    if config.many:
+        tiles = weight.shape[0] // ROWS
+        rounds = math.ceil(tiles * math.ceil(num_tokens / config.tokens) / config.ctas)
+        return tiles * num_tokens / config.tokens >= _LEAST_WORK * rounds * processors
+    return config.ctas >= _LEAST_SHARE[by] * processors
 
 
 def _config(by: Product, num_tokens: int, weight: torch.Tensor) -> WgmmaConfig | None:

@@ -71,6 +71,12 @@ DEVICE void copy_box_once(void* to, const TensorMap* map, u64* barrier, int a, i
       "l"(map), "r"(shared_address(barrier)), "r"(a), "r"(b), "r"(c), "r"(d), "l"(EVICT_FIRST)
       : "memory");
 }
+DEVICE void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+                   shared_address(to)),
+               "l"(map), "r"(shared_address(barrier)), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
 DEVICE void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
                    shared_address(to)),

@@ -201,7 +201,8 @@ class Runner:
                 if now.loads and not any(load.running + load.waiting + load.swapped for load in now.loads):
                     return
                 await asyncio.sleep(0.1)
-        self.say("the service does not come to rest: it is started again")
+        if self.left_s >= LEAST_ROW_S:
+            self.say("the service does not come to rest: it is started again")
         await self.stop()
 
     async def read_metrics(self) -> metrics.Page | None:

@@ -27,6 +27,9 @@ ARCHITECTURES = {
 """Served architecture by the config's model type."""
 
 HEAD = "lm_head.weight"
+ADDED_IN_PRODUCT = 257
+"""Tokens from which the library's products add to the residual stream themselves: it is bound by arithmetic then, and
+what it reads and writes more costs nothing, while the norm has half as much to do (docs/kernels/linear.md)."""
 """Name of the output matrix in a checkpoint."""
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -251,21 +254,20 @@ class LlamaModel:
     @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
         """As in PagedModel."""
-        ops, epsilon = self._ops, self._shape.norm_epsilon
+        ops = self._ops
         first = self._weights.layers[0]
         matrices = (first.qkv, first.output, first.gate_up, first.down)
         if not self._has_bias and ops.takes_few_tokens(len(token_ids), *matrices):
             return self._forward_few(token_ids, positions, batch)
-        hidden = residual = functional.embedding(token_ids, self._weights.embedding)
+        residual = functional.embedding(token_ids, self._weights.embedding)
+        adding: torch.Tensor | None = None
         for number, layer in enumerate(self._weights.layers):
-            if number == 0:
-                hidden = ops.rms_norm(hidden, layer.input_norm, epsilon)
-            else:
-                hidden, residual = ops.add_rms_norm(hidden, residual, layer.input_norm, epsilon)
-            hidden = self._attention(number, layer, hidden, positions, batch)
-            hidden, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, epsilon)
-            hidden = self._added(self._gated(layer, hidden), layer.down, layer.down_bias)
-        return ops.add_rms_norm(hidden, residual, self._weights.norm, epsilon)[0]
+            hidden, residual = self._normed(adding, residual, layer.input_norm)
+            attended = self._attention(number, layer, hidden, positions, batch)
+            adding = self._add(attended, layer.output, layer.output_bias, residual)
+            hidden, residual = self._normed(adding, residual, layer.mlp_norm)
+            adding = self._add(self._gated(layer, hidden), layer.down, layer.down_bias, residual)
+        return self._normed(adding, residual, self._weights.norm)[0]
 
     def _forward_few(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
         """`forward` of a few tokens: all that counts is reading the weights, so products take what is around them."""
@@ -290,11 +292,25 @@ class LlamaModel:
             return self._ops.linear(x, weight)
         return functional.linear(x, weight, bias)
 
-    def _added(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """A product that `add_rms_norm` adds to the residual stream: [T, hidden_size], or parts of it."""
+    def _add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Adds a product to the residual stream [T, hidden_size]. What is returned is yet to be added: a tensor like it,
+        or parts of one."""
         if bias is None and self._ops.takes_many_tokens(len(x), weight, by="linear_parts"):
             return self._ops.linear_parts(x, weight)
+        if bias is None and len(x) >= ADDED_IN_PRODUCT:
+            residual.addmm_(x, weight.t())
+            return None
         return functional.linear(x, weight, bias)
+
+    def _normed(
+        self, adding: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream's norm, after what `_add` has left to be added, and the stream then."""
+        if adding is None:
+            return self._ops.rms_norm(residual, weight, self._shape.norm_epsilon), residual
+        return self._ops.add_rms_norm(adding, residual, weight, self._shape.norm_epsilon)
 
     def _gated(self, layer: LlamaLayer, hidden: torch.Tensor) -> torch.Tensor:
         """SwiGLU's gate: normed hidden [T, hidden_size] to [T, intermediate_size]."""
@@ -314,10 +330,9 @@ class LlamaModel:
     def _attention(
         self, number: int, layer: LlamaLayer, hidden: torch.Tensor, positions: torch.Tensor, batch: PagedAttention
     ) -> torch.Tensor:
-        """Self-attention of one layer: normed hidden [T, hidden_size] to what `_added` returns."""
+        """Self-attention of one layer before its output projection: normed hidden [T, hidden_size] to [T, query_size]."""
         qkv = self._product(hidden, layer.qkv, layer.qkv_bias)
-        attended = self._attend(number, layer, qkv, positions, batch)
-        return self._added(attended, layer.output, layer.output_bias)
+        return self._attend(number, layer, qkv, positions, batch)
 
     def _attend(
         self, number: int, layer: LlamaLayer, qkv: torch.Tensor, positions: torch.Tensor, batch: PagedAttention

@@ -436,6 +436,7 @@ inline void cluster_sync() {
 inline void copy_box_once(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d) {
   emulator::send_box<4>(1u << cluster_rank(), to, map, barrier, {a, b, c, d});
 }
+inline void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d) { copy_box_once(to, map, barrier, a, b, c, d); }
 inline void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b) {
   emulator::send_box<2>(1u << cluster_rank(), to, map, barrier, {a, b});
 }
