@@ -174,7 +174,7 @@ def test_other_products_are_left_to_the_library(device: torch.device) -> None:
     assert not taken(8, weight(processors * 128, 256)[:, :128])
     assert not taken(8, weight(processors * 128, 136))
     assert not taken(8, weight(128))  # most of the device would be idle
-    assert taken(16 * 256, enough)
-    assert not taken(16 * 256 + 1, enough)  # a round for one token
+    assert taken(4 * 256, enough)
+    assert not taken(4 * 256 + 1, enough)  # a round for one token
     with pytest.raises(ValueError, match="not for this kernel"):
         linear_wgmma.linear_parts(torch.zeros(257, 128, dtype=BF16, device=device), weight(128))

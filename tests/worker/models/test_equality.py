@@ -11,7 +11,7 @@ import torch
 from tests.tiny_models import KINDS, VOCAB_SIZE, make_tiny_model, reference_greedy, reference_logits
 from tests.worker.models.steps import PagedCache, greedy, run_steps
 from worker.models.dense import DenseCache
-from worker.models.llama import LlamaModel
+from worker.models.llama import ADDED_IN_PRODUCT, LlamaModel
 from worker.models.loader import load_model
 from worker.models.transformers_model import TransformersModel
 
@@ -62,6 +62,15 @@ def test_logits_are_equal_up_to_the_last_position_of_the_context(tmp_path: Path,
     folder = make_tiny_model(kind, tmp_path / "model", max_position_embeddings=96)
     sequence = prompt_of(96, seed=8)
     (logits,) = run_steps(load_model(str(folder)), DenseCache(), [sequence], [[(0, 50)], [(0, 46)]])
+    torch.testing.assert_close(logits, reference_logits(folder, sequence), rtol=0.0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_logits_of_a_step_whose_products_add_to_the_residual_stream_themselves(tmp_path: Path, kind: str) -> None:
+    folder = make_tiny_model(kind, tmp_path / "model", max_position_embeddings=2 * ADDED_IN_PRODUCT)
+    sequence = prompt_of(ADDED_IN_PRODUCT + 20, seed=8)
+    steps = [[(0, 20)], [(0, ADDED_IN_PRODUCT)]]
+    (logits,) = run_steps(load_model(str(folder)), DenseCache(), [sequence], steps)
     torch.testing.assert_close(logits, reference_logits(folder, sequence), rtol=0.0, atol=TOLERANCE)
 
 
