@@ -57,6 +57,6 @@ class TransferRates:
 class ChunkStep:
     """A size of steps with chunks, and its time without what contexts and sampling add."""
 
-    decode_rows: int  # at most
-    rows: int  # of decode and chunks together
+    decode_rows: int
+    chunk_tokens: int
     ns: int

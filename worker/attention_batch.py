@@ -14,7 +14,7 @@ from kernels.reference import SharedPrefix
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """The metadata of one step's T tokens: decode rows first, one token each, then S chunks, then perhaps padding.
+    """The metadata of one step's T tokens: `num_decode` decode rows first, one token each, then S chunks.
 
     All tensors are on the pool's device. Block table rows are as wide as the longest needs; what lies behind a row's
     last block is not read.
@@ -29,7 +29,7 @@ class AttentionBatch:
     slot_mapping: torch.Tensor
     """int64 [T]: block * block_size + offset at which each token's key and value are stored; negative: nowhere."""
     num_decode: int
-    """D: decode rows are among the first D rows. The others of them have context length 0, and may be of chunks."""
+    """D, the number of decode rows."""
     decode_block_tables: torch.Tensor
     """int32 [D, M]."""
     decode_context_lens: torch.Tensor
@@ -39,7 +39,7 @@ class AttentionBatch:
     chunk_context_lens: torch.Tensor
     """int32 [S]: tokens in the cache, the chunk's own included."""
     chunk_query_start: torch.Tensor
-    """int32 [S + 1]: chunk s is rows chunk_query_start[s] to chunk_query_start[s + 1]."""
+    """int32 [S + 1]: chunk s is tokens chunk_query_start[s] to chunk_query_start[s + 1] after the decode rows."""
     on_progress: Callable[[], None]
     """Called once per layer; feeds the heartbeat."""
     decode_shared: SharedPrefix | None = None
@@ -94,8 +94,7 @@ class AttentionBatch:
     ) -> torch.Tensor:
         """Attention of all rows, their keys and values being in the cache."""
         num_decode = self.num_decode
-        # Both kinds of rows write their part of one tensor: nothing is put together afterwards. Decode rows come first,
-        # because that kernel writes zeros where it has nothing to do.
+        # Both kinds of rows write their part of one tensor: nothing is put together afterwards.
         attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if num_decode:
             self.kernels.paged_attention_decode(
@@ -109,9 +108,9 @@ class AttentionBatch:
                 out=attended[:num_decode],
                 shared=self.decode_shared,
             )
-        if self.chunk_context_lens.shape[0]:
+        if num_decode < query.shape[0]:
             self.kernels.paged_attention_prefill(
-                query,
+                query[num_decode:],
                 kv_layer,
                 self.chunk_block_tables,
                 self.chunk_context_lens,
@@ -119,7 +118,7 @@ class AttentionBatch:
                 scale,
                 sliding_window,
                 soft_cap,
-                out=attended,
+                out=attended[num_decode:],
             )
         self.on_progress()
         return attended

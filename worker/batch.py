@@ -69,7 +69,7 @@ class StepLayout:
     chunk_columns: int
     """Blocks of the longest of them."""
     query_start: Slots
-    """[S + 1]: the row at which each chunk begins, decode rows being the first, and the last one's end."""
+    """[S + 1]: where each chunk begins behind the decode rows."""
     token_ids: Slots
     """[T - D], of the chunks."""
     positions: Slots
@@ -286,9 +286,9 @@ class Batch:
         rows = np.fromiter((chunk.slot for chunk in chunks), dtype=np.int64, count=len(chunks))
         lens = self.computed[rows] + counts
         self._check_room(rows, lens)
-        query_start = decode.size + np.concatenate(([0], counts.cumsum()))
+        query_start = np.concatenate(([0], counts.cumsum()))
         # Positions of the chunks: a running number, shifted so that every chunk begins at its row's computed tokens.
-        positions = np.arange(decode.size, total) + np.repeat(self.computed[rows] - query_start[:-1], counts)
+        positions = np.arange(total - decode.size) + np.repeat(self.computed[rows] - query_start[:-1], counts)
         block_size = self.layout.block_size
         blocks = self.tables[np.repeat(rows, counts), positions // block_size].astype(np.int64)
         return StepLayout(

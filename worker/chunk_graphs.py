@@ -21,29 +21,22 @@ from worker.device import DeviceRuntime
 from worker.models.base import PagedModel
 from worker.upload import Upload
 
-MOST_TOKENS = 1024
-"""Rows of a step that a graph takes, beside a full decode set. Longer steps last longer than launching them does."""
-ROWS = (*range(32, 128, 32), 128, 192, *range(256, 768, 32), *range(768, 1024, 64), *range(1024, 1 << 16, 128))
-"""Sizes that decode rows and chunks together are padded to. Up to 256 rows a step is bound by reading weights."""
+CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+"""Sizes that the tokens of all chunks together are padded to. Longer steps last longer than launching them does."""
 MOST_CHUNKS = 16
 """Chunks of a step that a graph takes."""
-DECODE_ROWS = (64,)
-"""How many of the rows may be decode rows, as far as the decode set can grow; and 0, and all of them."""
+DECODE_ROWS = (8, 16, 32, 64, 128, 256, 512)
+"""Sizes that the decode set beside chunks is padded to, as far as it can grow; and 0."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a step's graph holds."""
+    """A step's rows with their padding."""
 
     decode: int
-    """Decode rows at most."""
-    rows: int
-    """Rows, of decode and chunks together."""
-
-    @property
-    def held(self) -> int:
-        """Rows that decode attention takes: those that may be decode rows."""
-        return min(self.decode, self.rows)
+    """Decode rows, the first ones."""
+    tokens: int
+    """Rows of the chunks."""
 
 
 class ChunkStep:
@@ -58,62 +51,56 @@ class ChunkStep:
         on_progress: Callable[[], None],
         most_tokens: int,
     ) -> None:
-        """most_tokens: rows of the largest graph without decode rows."""
-        self.most_tokens = most_tokens
         self.model, self.pool, self.kernels, self.batch = model, pool, kernels, batch
         self.on_progress = on_progress
         device = batch.tokens.device
-        most_rows = most_tokens + batch.decode_rows.shape[0]
-        self.rows = torch.zeros((3, most_rows), dtype=torch.int64, device=device)
-        """Token ids, positions and slot mapping; those of decode rows are put in by the graph."""
+        self.rows = torch.zeros((3, most_tokens), dtype=torch.int64, device=device)
+        """Token ids, positions and slot mapping of the chunks' rows."""
         self.slots = torch.full((MOST_CHUNKS,), batch.padding_slot, dtype=torch.int64, device=device)
         self.lens = torch.zeros(MOST_CHUNKS, dtype=torch.int32, device=device)
         self.query_start = torch.zeros(MOST_CHUNKS + 1, dtype=torch.int32, device=device)
 
     def stage(self, layout: StepLayout, size: Size, upload: Upload) -> None:
         """Puts a step's inputs into the upload, padded."""
-        chunks = layout.chunk_slots.size
-        rows = np.zeros((3, size.rows), dtype=np.int64)
+        count, chunks = layout.token_ids.size, layout.chunk_slots.size
+        rows = np.zeros((3, size.tokens), dtype=np.int64)
         rows[2] = -1
-        rows[:, layout.num_decode : layout.num_tokens] = layout.token_ids, layout.positions, layout.slot_mapping
+        rows[:, :count] = layout.token_ids, layout.positions, layout.slot_mapping
         slots = np.full(MOST_CHUNKS, self.batch.padding_slot, dtype=np.int64)
         slots[:chunks] = layout.chunk_slots
         lens = np.zeros(MOST_CHUNKS, dtype=np.int32)
         lens[:chunks] = layout.chunk_lens
-        query_start = np.full(MOST_CHUNKS + 1, layout.num_tokens, dtype=np.int32)
+        query_start = np.full(MOST_CHUNKS + 1, count, dtype=np.int32)
         query_start[: chunks + 1] = layout.query_start
-        decode = np.full(size.held, self.batch.padding_slot, dtype=np.int64)
+        decode = np.full(size.decode, self.batch.padding_slot, dtype=np.int64)
         decode[: layout.num_decode] = layout.decode_slots
         placed = [upload.put(numbers, numbers.dtype) for numbers in (rows, slots, lens, query_start, decode)]
 
         def fill() -> None:
-            self.rows[:, : size.rows].copy_(placed[0].tensor.view(3, -1))
+            self.rows[:, : size.tokens].copy_(placed[0].tensor.view(3, -1))
             self.slots.copy_(placed[1].tensor)
             self.lens.copy_(placed[2].tensor)
             self.query_start.copy_(placed[3].tensor)
-            if size.held:
-                self.batch.decode_rows[: size.held].copy_(placed[4].tensor)
+            if size.decode:
+                self.batch.decode_rows[: size.decode].copy_(placed[4].tensor)
 
         upload.then(fill)
 
     def run(self, size: Size) -> torch.Tensor:
-        """Hidden states of the decode rows, of the chunks' rows behind them, and of padding: [size.rows, hidden_size]."""
+        """Hidden states of the decode rows and of the chunks' rows: [size.decode + size.tokens, hidden_size]."""
         batch = self.batch
-        token_ids, positions, slot_mapping = self.rows[:, : size.rows]
-        decode = decode_rows(batch, size.held, batch.columns)
-        if size.held:
-            is_decode = decode.known > 0
-            for row, values in (
-                (token_ids, decode.token_ids), (positions, decode.positions), (slot_mapping, decode.slot_mapping)
-            ):  # fmt: skip
-                head = row[: size.held]
-                torch.where(is_decode, values, head, out=head)
+        token_ids, positions, slot_mapping = self.rows[:, : size.tokens]
+        decode = decode_rows(batch, size.decode, batch.columns)
+        if size.decode:
+            token_ids = torch.cat((decode.token_ids, token_ids))
+            positions = torch.cat((decode.positions, positions))
+            slot_mapping = torch.cat((decode.slot_mapping, slot_mapping))
         attention = AttentionBatch(
             layout=batch.layout,
             pool=self.pool,
             kernels=self.kernels,
             slot_mapping=slot_mapping,
-            num_decode=size.held,
+            num_decode=size.decode,
             decode_block_tables=decode.block_tables,
             decode_context_lens=decode.context_lens,
             chunk_block_tables=batch.block_tables.index_select(0, self.slots),
@@ -140,11 +127,11 @@ class ChunkGraphs:
         fitting = (
             size
             for size in self._graphs
-            if size.rows >= layout.num_tokens
+            if size.tokens >= layout.token_ids.size
             and size.decode >= layout.num_decode
             and (size.decode == 0) == (layout.num_decode == 0)
         )
-        return min(fitting, key=lambda size: (size.rows, size.decode), default=None)
+        return min(fitting, key=lambda size: size.decode + size.tokens, default=None)
 
     def run(self, size: Size) -> torch.Tensor:
         """As ChunkStep.run; the tensor is written over by the next run."""
@@ -185,10 +172,7 @@ class ChunkGraphs:
             yield size, min(times)
 
     def _sizes(self, most_decode: int) -> Sequence[Size]:
-        sizes = []
-        before = -1
-        for decode in (0, *(rows for rows in DECODE_ROWS if rows < most_decode), most_decode):
-            most = decode + self.step.most_tokens
-            sizes += [Size(decode, rows) for rows in (*(rows for rows in ROWS if before + 1 < rows < most), most)]
-            before = decode
-        return sorted(sizes, key=lambda size: (size.rows, size.decode), reverse=True)
+        most_tokens = self.step.rows.shape[1]
+        decode = [0, *(rows for rows in DECODE_ROWS if rows < most_decode), most_decode]
+        tokens = [*(count for count in CHUNK_TOKENS if count < most_tokens), most_tokens]
+        return sorted((Size(d, t) for d in decode for t in tokens), key=lambda s: s.decode + s.tokens, reverse=True)

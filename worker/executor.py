@@ -21,7 +21,7 @@ from pagewire.runtime.fault_points import fault_point
 from pagewire.runtime.logs import get_logger
 from worker.attention_batch import AttentionBatch
 from worker.batch import KNOWN, NO_PROMPT_LOGPROBS, PROMPT, Batch, StepLayout
-from worker.chunk_graphs import MOST_TOKENS, ChunkGraphs, ChunkStep, Size
+from worker.chunk_graphs import CHUNK_TOKENS, ChunkGraphs, ChunkStep, Size
 from worker.decode import DecodeGraphs, DecodeStep, Mode, decode_rows
 from worker.device import DeviceRuntime, runtime_for
 from worker.kv_pool import KvPool
@@ -230,7 +230,7 @@ class Executor:
                 self.kernels,
                 self.batch,
                 self.progress.advance,
-                min(max_step_tokens, MOST_TOKENS),
+                min(max_step_tokens, CHUNK_TOKENS[-1]),
             )
         )
         self._last_end: Any = None
@@ -303,7 +303,8 @@ class Executor:
             raise PlanError("forks in a plan without chunks")
         batch.stage(upload)
         chunk_size = self.chunk_graphs.size(layout)
-        prompt_wants = self._prompt_wants(layout, upload)
+        padding = 0 if chunk_size is None else chunk_size.decode - layout.num_decode
+        prompt_wants = self._prompt_wants(layout, padding, upload)
         # A copy of this very plan counts, too: it is enqueued before the forward pass.
         is_settled = self.swapper.is_settled and not (plan.swap_out.sources or plan.swap_in.sources)
         held_blocks = None if is_settled else batch.touched_blocks(layout)
@@ -311,7 +312,7 @@ class Executor:
         if chunk_size is not None:
             self.chunk_graphs.step.stage(layout, chunk_size, upload)
         chunk_inputs = _place_chunks(layout, upload) if chunk_size is None else {}
-        logit_rows = _place_logit_rows(layout, upload)
+        logit_rows = _place_logit_rows(layout, padding, upload)
         num_decode = layout.num_decode
         return _StepWork(
             layout=layout,
@@ -431,8 +432,8 @@ class Executor:
         self.batch.note_sampled(slots, tokens[KNOWN], sampled.token_ids)
         step.encoded, step.logprobs = sampled.encoded, sampled.logprobs
 
-    def _prompt_wants(self, layout: StepLayout, upload: Upload) -> list[_PromptWant]:
-        """Which prompt tokens' log-probabilities this step's chunks give.
+    def _prompt_wants(self, layout: StepLayout, padding: int, upload: Upload) -> list[_PromptWant]:
+        """Which prompt tokens' log-probabilities this step's chunks give; `padding` rows stand in front of the chunks.
 
         The hidden state at position p predicts the token at p + 1, so a chunk start..end gives prompt tokens
         start + 1..end, as far as the prompt goes. A long stretch comes in pieces.
@@ -447,7 +448,7 @@ class Executor:
             tokens = self.batch.given_tokens(chunk.slot)
             for first in range(chunk.start + 1, last + 1, piece):
                 part = upload.put(tokens[first : min(first + piece, last + 1)])
-                row = chunk.first_row + first - 1 - chunk.start
+                row = padding + chunk.first_row + first - 1 - chunk.start
                 wants.append(_PromptWant(chunk.slot, first, num_top, row, part))
         return wants
 
@@ -506,11 +507,12 @@ def _place_chunks(layout: StepLayout, upload: Upload) -> dict[str, Placed]:
     }
 
 
-def _place_logit_rows(layout: StepLayout, upload: Upload) -> Placed | None:
-    """The rows of the hidden states that sample: decode rows, then the last tokens of the finishing chunks."""
+def _place_logit_rows(layout: StepLayout, padding: int, upload: Upload) -> Placed | None:
+    """The rows of the hidden states that sample: decode rows, then, behind `padding` rows more, the last tokens of the
+    finishing chunks."""
     if not layout.chunks:
         return None
-    last_rows = [chunk.first_row + chunk.num_tokens - 1 for chunk in layout.finishing]
+    last_rows = [padding + chunk.first_row + chunk.num_tokens - 1 for chunk in layout.finishing]
     return upload.put(np.concatenate((np.arange(layout.num_decode), np.array(last_rows, dtype=np.int64))))
 
 

@@ -129,8 +129,7 @@ def paged_attention_prefill(
 ) -> torch.Tensor:
     """Causal attention of S chunks over their sequences' contexts; the chunks' own tokens are in the cache already.
 
-    query is [T, Hq, D], the chunks one after another: chunk s is rows query_start[s] to query_start[s + 1], rows in
-    front of and behind all chunks are left as they are, and a chunk's
+    query is [T, Hq, D], the chunks one after another: chunk s is rows query_start[s] to query_start[s + 1], and its
     tokens are the last of the context_lens[s] tokens in the cache. kv_layer is a layer view [num_blocks, 2, Hkv,
     block_size, D]; block_tables int32 [S, M]; context_lens int32 [S], this chunk included; query_start int32 [S + 1].
     scale, sliding_window and soft_cap as in `paged_attention_decode`. Returns [T, Hq, D] of query's dtype, in

@@ -23,9 +23,7 @@ def _specialised(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "SPECIALISED_PREFILL", request.param)
 
 
-def prefill(
-    case: Case, sliding_window: int | None = None, soft_cap: float | None = None, *, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def prefill(case: Case, sliding_window: int | None = None, soft_cap: float | None = None) -> torch.Tensor:
     return attention.paged_attention_prefill(
         case.query,
         case.kv_layer,
@@ -35,7 +33,6 @@ def prefill(
         case.scale,
         sliding_window,
         soft_cap,
-        out=out,
     )
 
 
@@ -83,21 +80,6 @@ def test_a_sliding_window_hides_what_lies_before_it_and_a_soft_cap_bounds_scores
 def test_chunks_of_no_tokens_are_skipped(device: torch.device) -> None:
     case = make_case([30, 40, 0, 20], new_lens=[10, 0, 0, 20], device=device)
     assert relative_error(prefill(case), expected(case)) < TOLERANCE[BF16]
-
-
-@pytest.mark.parametrize(("dtype", "block_size"), [(BF16, 16), (BF16, 8), (FP32, 16)])
-def test_rows_in_front_of_and_behind_all_chunks_are_left_as_they_are(
-    device: torch.device, dtype: torch.dtype, block_size: int
-) -> None:
-    case = make_case([40, 70], new_lens=[9, 70], dtype=dtype, block_size=block_size, device=device)
-    wanted, front, behind = prefill(case), 37, 3
-    nothing = torch.full_like(wanted[:front], torch.nan)
-    query = torch.cat((nothing, case.query, nothing[:behind]))
-    out = torch.full_like(query, 7.0)
-    moved = replace(case, query=query, query_start=case.query_start + front)
-    prefill(moved, out=out)
-    assert torch.equal(out[front:-behind], wanted)
-    assert (out[:front] == 7.0).all() and (out[-behind:] == 7.0).all()
 
 
 def test_more_sequences_than_a_block_has_threads_find_their_tiles(device: torch.device) -> None:
