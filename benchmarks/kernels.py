@@ -358,7 +358,7 @@ def prefill_sweep() -> Iterator[Row]:
 
 def linear_rows() -> list[Row]:
     """A layer's products and the small operations between them for up to 256 tokens: the library's way and ours; and
-    from 16 on those that `linear_wgmma` takes by themselves."""
+    from 16 on gate and up projection with SwiGLU by themselves."""
     layers = 10  # together larger than the L2 cache
     shapes = {"qkv": (6144, HIDDEN), "output": (HIDDEN, HIDDEN), "gate_up": (2 * INTERMEDIATE, HIDDEN)}
     shapes["down"] = (HIDDEN, INTERMEDIATE)
@@ -372,7 +372,7 @@ def linear_rows() -> list[Row]:
     weight_bytes = sum(matrix.nbytes for matrix in weights[0].values())
     scale = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
     rows = []
-    for tokens in (1, 4, 8, 16, 32, 64, 128, 192, 256):
+    for tokens in (1, 4, 8, 16, 32, 64, 128, 192, 256, 1024, 2048, 8192):
         hidden, attended = (torch.randn((tokens, HIDDEN), device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
         def library(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
@@ -410,11 +410,16 @@ def linear_rows() -> list[Row]:
         ) -> None:
             us, spread = measure(launches)
             us /= in_each
-            row = {"kernel": name, "batch": tokens, "us": us, "tb_s": moved / us / 1e6}
-            rows.append({**row, "limit_us": moved / BYTES_PER_US, "spread": spread})
+            row = {"kernel": name, "batch": tokens, "us": us}
+            if tokens <= 256:
+                row |= {"tb_s": moved / us / 1e6, "limit_us": moved / BYTES_PER_US}
+            else:  # as many operations as there are bytes of weights, for every token
+                row |= {"tflop_s": tokens * moved / us / 1e6, "limit_us": tokens * moved / FLOPS_PER_US}
+            rows.append({**row, "spread": spread})
 
-        note("linear library", [library], weight_bytes, layers)
-        note("linear ours", [ours if tokens <= linear.FEW_TOKENS else ours_of_many], weight_bytes, layers)
+        if tokens <= 256:
+            note("linear library", [library], weight_bytes, layers)
+            note("linear ours", [ours if tokens <= linear.FEW_TOKENS else ours_of_many], weight_bytes, layers)
         if tokens < 16:
             continue
         x = torch.randn((tokens, HIDDEN), device="cuda", dtype=torch.bfloat16)

@@ -206,6 +206,21 @@ def h200(report: Report) -> str:
     return rows(["requests/s sustained", *names, "pagewire over Max", "over Oracle"], body)
 
 
+def measured(report: Report) -> str:
+    policies = list(dict.fromkeys(row["policy"] for row in report["rows"]))
+    body: list[list[Any]] = []
+    for workload in dict.fromkeys(row["workload"] for row in report["rows"]):
+        of = {row["policy"]: row for row in report["rows"] if row["workload"] == workload}
+        speeds = {policy: of[policy]["out_tok_s"] if policy in of else None for policy in policies}
+        ours = speeds["pagewire"]
+        body.append([f"{workload}: out tok/s", *(speed and f"{speed:,.0f}" for speed in speeds.values())])
+        body.append(
+            [f"{workload}: Pagewire is as fast, times", *(speed and f"{ours / speed:.2f}" for speed in speeds.values())]
+        )
+    note = f" {report['note'][0].upper()}{report['note'][1:]}." if "note" in report else ""
+    return rows(["", *policies], body) + f"\n\n{report['gpu']}, commit `{report['commit'][:12]}`.{note}"
+
+
 TABLES: dict[str, Callable[[Report], str]] = {
     "waste": waste,
     "latency_vs_rate": latency_vs_rate,
@@ -218,4 +233,5 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "swap_vs_recompute": swap_vs_recompute,
     "crossover": crossover,
     "h200": h200,
+    "measured": measured,
 }

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pagewire.bench import metrics
 from pagewire.bench.results import Row
@@ -126,22 +127,28 @@ class Runner:
         launch = self._launch
         if launch is None or not (launch.online_token_budget or launch.online_target_itl_ms):
             return
-        self._launch = launch = replace(
-            launch,
-            token_budget=launch.online_token_budget or launch.token_budget,
-            target_itl_ms=launch.online_target_itl_ms or launch.target_itl_ms,
+        target_itl_ms = launch.online_target_itl_ms or launch.target_itl_ms
+        token_budget = launch.online_token_budget or launch.token_budget
+        target = f", {target_itl_ms:g} ms from token to token" if target_itl_ms else ""
+        self.say(f"token budget {token_budget}{target} for the online rows")
+        await self.replan(
+            token_budget=token_budget,
+            target_itl_ms=target_itl_ms,
             online_token_budget=None,
             online_target_itl_ms=None,
         )
+
+    async def replan(self, **settings: Any) -> None:
+        """Lets the scheduler plan with other settings of the launch from now on; the model stays loaded."""
+        assert self._launch is not None
+        self._launch = launch = replace(self._launch, **settings)
         if self._service is None:
             return
         service, self._service = self._service, None
-        target = f", {launch.target_itl_ms:g} ms from token to token" if launch.target_itl_ms else ""
-        self.say(f"token budget {launch.token_budget}{target} for the online rows")
         try:
             await asyncio.to_thread(service.replace_scheduler, launch, min(60.0, self.left_s))
         except BenchError as error:
-            self.say(str(error))  # the first online row starts everything anew
+            self.say(str(error))  # the next row starts everything anew
             return
         self._service = service
         try:

@@ -45,6 +45,8 @@ class Launch:
     """Of the scheduler while online rows run."""
     target_itl_ms: float | None = None
     """Of the scheduler."""
+    preemption_mode: str | None = None
+    """Of the scheduler."""
     max_waiting: int = 8192
     """Above the largest workload, because the whole set is submitted at once."""
     gateways: int = 0
@@ -169,6 +171,7 @@ class Service:
             "--max-num-seqs": launch.max_num_seqs,
             "--token-budget": launch.token_budget,
             "--target-itl-ms": launch.target_itl_ms,
+            "--preemption-mode": launch.preemption_mode,
             "--max-waiting": launch.max_waiting,
         }
         return [*launch.scheduler_module, *_flags(options)]

@@ -30,7 +30,12 @@ CASES = [
     (130, 384, 128, WgmmaConfig(192, 1, 3, 1)),  # three tiles a CTA, each shorter than the ring
     (256, 256, 256, WgmmaConfig(256, 2, 3, 2)),
     (40, 768, 256, WgmmaConfig(64, 2, 3, 4)),  # clusters of one tile a CTA and of two
-    (200, 256, 192, WgmmaConfig(64, 2, 3, 2, many=True)),  # four tiles of tokens, the last of eight, which one CTA copies
+    (
+        200,
+        256,
+        192,
+        WgmmaConfig(64, 2, 3, 2, many=True),
+    ),  # four tiles of tokens, the last of eight, which one CTA copies
     (650, 384, 128, WgmmaConfig(64, 1, 4, 5, many=True)),  # a group of eight tiles of tokens, and one of three
     (64, 256, 128, WgmmaConfig(64, 2, 4, 2, many=True)),  # not many
 ]

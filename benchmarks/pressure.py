@@ -1,0 +1,94 @@
+"""Preemption by swap, by recompute and by cost where a load needs more KV memory than there is:
+`python -m benchmarks.pressure OUT.json`. A GPU with CuPy.
+
+The online load at 30 requests/s holds about 2,000 blocks of 16 tokens at once on an H100: pools of 1,333, 1,000 and 500
+blocks are 1.5, 2 and 4 times overcommitted. A pool's worker stays while schedulers of the three modes take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import uvloop
+
+from pagewire.bench import results, serve, suite
+from pagewire.bench.anchors import CONFIG
+from pagewire.bench.results import ROOT, Recorder
+from pagewire.bench.runner import Runner
+from pagewire.bench.serve import DEFAULT_LIMITS, Load
+from pagewire.bench.service import Launch
+from pagewire.bench.workloads import Scale
+
+POOLS = (1333, 1000, 500)
+MODES = ("auto", "recompute", "swap")
+RATE = 30.0
+ROW_LIMIT_S = 100.0
+
+
+async def measure(given: argparse.Namespace, folder: Path) -> bool:
+    """All rows; whether each has values."""
+    recorder: Recorder | None = None
+    load, scale = Load(rate=RATE), Scale(1.0, given.length_scale)
+    for blocks in given.pool:
+        launch = Launch(
+            model=given.model,
+            load_format=given.load_format,
+            device=given.device,
+            max_model_len=2048,
+            num_blocks=blocks,
+            host_blocks=given.host_blocks,
+            max_num_seqs=192,
+            token_budget=2048,
+        )
+        recorder = recorder or Recorder(given.out, suite.header(launch, None) | {"command": results.command()})
+        runner = Runner(launch, folder / str(blocks), limit_s=given.limit_s, say=print)
+        try:
+            for _ in range(given.repeat):
+                for mode in given.mode:
+
+                    async def values(runner: Runner = runner) -> results.Row:
+                        return await serve.measure(
+                            runner,
+                            "session",
+                            load,
+                            given.requests,
+                            scale=scale,
+                            limits=DEFAULT_LIMITS,
+                            vocab_size=await runner.vocab_size(),
+                        )
+
+                    await runner.replan(preemption_mode=mode)
+                    row = await runner.row({"num_blocks": blocks, "mode": mode}, ROW_LIMIT_S, values)
+                    recorder.add(row)
+                    print(blocks, mode, row.get("out_tok_s"), row.get("mean_itl_ms"), row.get("error", ""), flush=True)
+        finally:
+            await runner.stop()
+    return recorder is not None and not any("error" in row for row in recorder.rows)
+
+
+def main() -> int:
+    """Command line. Exit code 1: a row has no value."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="file for the results")
+    parser.add_argument(
+        "--model", default=str(ROOT / "benchmarks" / "configs" / CONFIG), help="folder of a config.json"
+    )
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--device")
+    parser.add_argument("--pool", nargs="+", type=int, default=list(POOLS), help="blocks of 16 tokens")
+    parser.add_argument("--host-blocks", type=int, default=4096)
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--repeat", type=int, default=1, help="turns of all modes")
+    parser.add_argument("--length-scale", type=float, default=1.0)
+    parser.add_argument("--limit-s", type=float, default=600.0, help="seconds for one pool")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        return 0 if uvloop.run(measure(given, Path(folder))) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
