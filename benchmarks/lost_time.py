@@ -1,4 +1,4 @@
-"""Where the time of offline rows goes beyond the limit: `python -m benchmarks.lost_time RECORDING OUT.json --card h100`.
+"""Where the time of offline rows goes: `python -m benchmarks.lost_time RECORDING OUT.json --card h100`.
 
 RECORDING is of a run of `benchmarks.run_rows` whose scheduler had PAGEWIRE_RECORD set. Its scheduling is simulated
 once more, which tells what each step had to do; the recorded times of the worker's device are held against the limit,

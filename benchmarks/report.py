@@ -52,25 +52,25 @@ share of the limit on their own card. [limit.json](../benchmarks/results/h100/li
 same service with a device that takes exactly the time of weights, arithmetic and KV.
 
 """
-H100_LOST = """What is missing to the limit, by kind of step: every step of a run is held against what weights, arithmetic and KV of
-that very step need. Kinds that take 3 % of a row's time or more; "lost" is the time beyond the limit, of the row's. The
-card's idle time is 0.2 to 1 % of every row.
+H100_LOST = """What is missing to the limit, by kind of step: every step of a run is held against what weights,
+arithmetic and KV of that very step need. Kinds that take 3 % of a row's time or more; "lost" is the time beyond the
+limit, of the row's. The card's idle time is 0.2 to 1 % of every row.
 
 """
 H100_WHY = """
-
 Why, from profiles of single steps (the kernels' times are in [linear.md](kernels/linear.md)):
 
-- **1 row**: 0.6 ms beyond the limit. Products take 156 us a layer where reading weights takes 148: 0.3 ms. The rest is
-  attention, rotation and sampling, which have next to nothing to do and still begin and end.
-- **256 rows**: 2.9 ms beyond. Products of a layer take 223 us instead of 148, 2.1 ms in all: gate and up projection 105
-  instead of 80, on 112 of 132 multiprocessors; the others 118 instead of 68, by the library, and ours are no better there.
-  Attention reads at 87 % of what a copy does (0.5 ms); norms, rotation and sampling take 0.4.
-- **512 rows**: 3.1 ms beyond. Products reach 730 TFLOP/s at the card's 700 W, whose clock is 1.3 to 1.7 GHz of 1.98 then
-  (1.3 ms); attention 0.6; SwiGLU, norms, rotation and sampling 1.1.
-- **Steps with chunks of up to 1,024 tokens**, half of the Alpaca-like row: 6.9 ms beyond. They are padded by 8 %, which is
-  less than it looks: with half of the padding the row was as fast. Products of 600 to 1,000 rows, measured apart, reach
-  only 610 to 700 TFLOP/s, which is about half of it; the rest was not taken apart.
+- **1 row**: 0.6 ms beyond the limit. Products take 156 us a layer where reading weights takes 148: 0.3 ms. The rest
+  is attention, rotation and sampling, which have next to nothing to do and still begin and end.
+- **256 rows**: 2.9 ms beyond. Products of a layer take 223 us instead of 148, 2.1 ms in all: gate and up projection
+  105 instead of 80, on 112 of 132 multiprocessors; the others 118 instead of 68, by the library, and ours are no
+  better there. Attention reads at 87 % of what a copy does (0.5 ms); norms, rotation and sampling take 0.4.
+- **512 rows**: 3.1 ms beyond. Products reach 730 TFLOP/s at the card's 700 W, whose clock is 1.3 to 1.7 GHz of 1.98
+  then (1.3 ms); attention 0.6; SwiGLU, norms, rotation and sampling 1.1.
+- **Steps with chunks of up to 1,024 tokens**, half of the Alpaca-like row: 6.9 ms beyond. Products, measured apart,
+  come to 16.7 ms instead of 13.1: the library reaches 610 to 680 TFLOP/s with 600 to 800 rows, and 8 % of the rows are
+  padding. Attention of contexts of 70 tokens takes 0.7 more than its bytes, other operations 1.3; 1.3 are unexplained.
+  Half of the padding made the row no faster.
 - **Prefill** is bound by power: 700 W throughout, products at 690 to 730 TFLOP/s.
 """
 H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here (6.9 ms for 22

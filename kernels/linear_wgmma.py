@@ -65,7 +65,13 @@ class WgmmaConfig:
     @property
     def defines(self) -> dict[str, int]:
         """What the source is compiled with for this shape."""
-        return {"TOKENS": self.tokens, "CLUSTER": self.cluster, "STAGES": self.stages, "SPLIT": self.split, "MANY": int(self.many)}
+        return {
+            "TOKENS": self.tokens,
+            "CLUSTER": self.cluster,
+            "STAGES": self.stages,
+            "SPLIT": self.split,
+            "MANY": int(self.many),
+        }
 
 
 def _stage_bytes(tokens: int) -> int:

@@ -58,4 +58,5 @@ def test_a_file_that_is_no_recording_is_refused_in_one_line(
     monkeypatch.setattr(sys, "argv", ["lost_time", str(other), str(tmp_path / "out.json"), "--card", "h100"])
     assert lost_time.main() == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "notes.txt" in said
+    assert said.count("\n") == 1
+    assert "notes.txt" in said

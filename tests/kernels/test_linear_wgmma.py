@@ -132,7 +132,8 @@ def test_a_configuration_holds_all_tokens_fits_and_leaves_nobody_a_round_without
     by: Product, tokens: int, rows: int, width: int
 ) -> None:
     config = linear_wgmma.wgmma_config(by, tokens, rows, width, H100)
-    assert config is not None and not config.many
+    assert config is not None
+    assert not config.many
     tiles = rows // linear_wgmma.ROWS
     shares = tiles * config.split
     assert config.tokens >= tokens

@@ -295,8 +295,8 @@ class LlamaModel:
     def _add(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> torch.Tensor | None:
-        """Adds a product to the residual stream [T, hidden_size]. What is returned is yet to be added: a tensor like it,
-        or parts of one."""
+        """Adds a product to the residual stream [T, hidden_size]. What is returned is yet to be added: a tensor like
+        it, or parts of one."""
         if bias is None and self._ops.takes_many_tokens(len(x), weight, by="linear_parts"):
             return self._ops.linear_parts(x, weight)
         if bias is None and len(x) >= ADDED_IN_PRODUCT:
@@ -330,7 +330,8 @@ class LlamaModel:
     def _attention(
         self, number: int, layer: LlamaLayer, hidden: torch.Tensor, positions: torch.Tensor, batch: PagedAttention
     ) -> torch.Tensor:
-        """Self-attention of one layer before its output projection: normed hidden [T, hidden_size] to [T, query_size]."""
+        """Self-attention of one layer but for its output projection: normed hidden [T, hidden_size] to
+        [T, query_size]."""
         qkv = self._product(hidden, layer.qkv, layer.qkv_bias)
         return self._attend(number, layer, qkv, positions, batch)
 
