@@ -11,7 +11,7 @@ import grpc
 
 from pagewire.v1 import worker_pb2, worker_pb2_grpc
 
-LIMIT_S = 30
+LIMIT_S = 60
 """How long a test waits for a message before it fails."""
 
 
