@@ -4,7 +4,8 @@
     python -m tests.pagewire.fake_roles worker FLAGS ...    a role that does what FAKE_WORKER says
 
 A stand-in does one thing: `ready` (then waits for SIGTERM), `refuse` (cannot start), `crash` (a defect before it is
-ready), `stubborn` (ready, and ignores SIGTERM), `slow` (never ready, and ignores SIGTERM). It writes its flags to FAKE_FOLDER, a file per process.
+ready), `stubborn` (ready, and ignores SIGTERM), `slow` (never ready, and ignores SIGTERM). It writes its flags to
+FAKE_FOLDER, a file per process.
 """
 
 from __future__ import annotations
