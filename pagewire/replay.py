@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -32,7 +32,7 @@ class Row:
 
     request_id: str
     index: int
-    """Of the sequence in its request."""
+    """Of the sequence in its request; of a beam, that of the one from which it descends."""
     position: int
     """Of the token among the sequence's output."""
 
@@ -66,6 +66,9 @@ class Batch:
         for new, request_id in zip(plan.new_sequences, request_ids, strict=True):
             known = len(new.token_ids)
             self._rows[new.slot] = _Sequence(request_id, new.index, new.prompt_tokens, known, new.computed_tokens)
+        continued = [self._rows[slot] for slot in plan.beam_parents]  # all of them before any row is written
+        for slot, beam in zip(plan.beam_slots, continued, strict=True):
+            self._rows[slot] = replace(beam)
         self._decode_set = [slot for slot in self._decode_set if slot not in gone]
         self._decode_set.extend(plan.decode_add)
         sampling = [self._rows[slot] for slot in self._decode_set]
@@ -369,7 +372,14 @@ def _replay_epoch(
         compare(report, rows, expected, got, tolerance)
 
     for planned, result in answered_plans(recording, report.epoch):
-        waiting.append((batch.rows(planned.step_plan, planned.request_ids), result))
+        try:
+            rows = batch.rows(planned.step_plan, planned.request_ids)
+        except (KeyError, ValueError):
+            where = f"epoch {report.epoch}, step {planned.step_plan.step}"
+            raise RecordingError(
+                f"{recording.path}: damaged: the plan of {where} contradicts those before it"
+            ) from None
+        waiting.append((rows, result))
         session.outbox.put(worker_pb2.JoinResponse(step_plan=planned.step_plan))
         if len(waiting) == MAX_PLANS_IN_FLIGHT:
             take_one()

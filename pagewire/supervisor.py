@@ -374,7 +374,8 @@ class Supervisor:
             await self._wait_for(alive)
         alive = [child for child in self.children if _is_alive(child)]
         for child in alive:
-            _say(f"{child.name} did not stop within {GRACE_S:g} s and is killed", sys.stderr)
+            if child.ready:  # before it is ready it imports what takes long on a busy machine, and holds nothing
+                _say(f"{child.name} did not stop within {GRACE_S:g} s and is killed", sys.stderr)
             _signal(child, signal.SIGKILL)
         await self._wait_for(alive)
 

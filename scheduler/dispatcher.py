@@ -89,7 +89,7 @@ class ParkingVerdict(enum.Enum):
     NOT_PARKED = "not parked"  # resume: it runs, or has ended and is not held
     SEARCHES = "searches"  # park: a beam search has no answer yet that could be kept
     FULL = "full"  # park: the tenant, or everybody together, has parked as many as may be
-    ONE_SEQUENCE = "one sequence"  # resume: input or a limit for a request of several sequences
+    ONE_SEQUENCE = "one sequence"  # resume: input, a limit or a hold for a request of several sequences
     CONTEXT_FULL = "context full"  # resume: no room for one more token
     NEVER = "never"  # resume: as of submit()
     LATER = "later"  # resume: as of submit()
@@ -291,9 +291,9 @@ class Dispatcher:
             before, deadline=what.deadline, detached=before.detached or what.detached, hold_ns=what.hold_ns
         )
         begins_turn = bool(what.tokens) or what.max_tokens > 0 or not group.is_parked
+        if len(group.sequences) > 1 and (begins_turn or what.hold_ns):
+            return Resumed(ParkingVerdict.ONE_SEQUENCE)
         if begins_turn:
-            if len(group.sequences) > 1:
-                return Resumed(ParkingVerdict.ONE_SEQUENCE)
             prompt = group.sequences[0].token_ids + what.tokens
             room = what.max_model_len - len(prompt)
             if room < 1:

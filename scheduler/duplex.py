@@ -7,7 +7,7 @@ while gRPC would answer UNKNOWN with the text of a Python exception.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -30,10 +30,17 @@ class Refusal(Exception):  # noqa: N818  (an outcome that the peer is told, not 
         message: str,
         *,
         reason: str,
+        violations: Sequence[tuple[str, str]] = (),
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = rich_status.status(code, message, reason=reason, metadata=metadata)
+        self.status = rich_status.status(code, message, reason=reason, violations=violations, metadata=metadata)
+
+
+def wrong_field(path: str, description: str) -> Refusal:
+    """INVALID_ARGUMENT for a field: what is expected of it."""
+    message, violations = f"{path}: {description}", [(path, description)]
+    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, message, reason="INVALID_FIELD", violations=violations)
 
 
 def parse(message_class: type[Parsed], raw: bytes) -> Parsed:

@@ -27,7 +27,7 @@ from scheduler import codec
 from scheduler.codec import SubmitError
 from scheduler.config import SchedulerSettings
 from scheduler.dispatcher import Admission, ParkingVerdict, ResultError, StepOutput
-from scheduler.duplex import Refusal
+from scheduler.duplex import Refusal, wrong_field
 from scheduler.events import Admitted, Failed, Finished, StatusCode
 from scheduler.fanout import Fanout
 from scheduler.gateway_link import Listener, Session
@@ -73,7 +73,7 @@ _PARKING_ERRORS = {
     ParkingVerdict.ONE_SEQUENCE: (
         codec.FAILED_PRECONDITION,
         "SEVERAL_SEQUENCES",
-        "a request of several sequences goes on as it was: leave input and max_tokens unset",
+        "a request of several sequences goes on as it was: leave input, max_tokens and hold_seconds unset",
     ),
     ParkingVerdict.CONTEXT_FULL: (
         codec.FAILED_PRECONDITION,
@@ -551,17 +551,14 @@ class Engine:
         if limits is None:
             message = "no worker has joined, so the block size is not known yet"
             raise Refusal(grpc.StatusCode.UNAVAILABLE, message, reason="NO_WORKER")
-        wrong = ""
         if len(tokens) < self.block_size:
-            wrong = f"token_ids must hold a full block, which is {self.block_size} tokens"
-        elif len(tokens) > limits.max_model_len:
-            wrong = f"token_ids has {len(tokens)} tokens; the context is {limits.max_model_len}"
-        elif max(tokens) >= limits.vocab_size:
-            wrong = f"token_ids must be below the vocabulary size {limits.vocab_size}"
-        elif len(tenant) > MAX_TENANT:
-            wrong = f"tenant must have at most {MAX_TENANT} characters"
-        if wrong:
-            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, wrong, reason="INVALID_FIELD")
+            raise wrong_field("token_ids", f"must hold a full block, which is {self.block_size} tokens")
+        if len(tokens) > limits.max_model_len:
+            raise wrong_field("token_ids", f"has {len(tokens)} tokens, but the context is {limits.max_model_len}")
+        if max(tokens) >= limits.vocab_size:
+            raise wrong_field("token_ids", f"must be below the vocabulary size {limits.vocab_size}")
+        if len(tenant) > MAX_TENANT:
+            raise wrong_field("tenant", f"must have at most {MAX_TENANT} characters")
         if request.unpin:
             found = self.dispatcher.unpin_prefix(tenant, tokens)
             self._wake()
@@ -597,8 +594,8 @@ class Engine:
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message, reason="RECORDING_RUNS")
         name = name or time.strftime("%Y%m%dT%H%M%SZ.rec", time.gmtime())
         if not _FILE_NAME.fullmatch(name):
-            message = "name must be 1 to 100 letters, digits, dots, dashes and underscores, and begin with no dot"
-            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, message, reason="INVALID_FIELD")
+            description = "must be 1 to 100 letters, digits, dots, dashes and underscores, and begin with no dot"
+            raise wrong_field("name", description)
         try:
             return self.record(folder / name)
         except FileExistsError:

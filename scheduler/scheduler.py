@@ -680,7 +680,7 @@ class Scheduler:
         group.shares_prefix = bool(found or kept)
         if group.shares_prefix:
             draft.sharers.append(group)
-        self._count_start(group, leader, len(keys) * size, len(kept) * size, now)
+        self._count_start(group, leader, len(keys) * size, len(found) * size, len(kept) * size, now)
         for sequence in [leader] if is_fresh else live:
             if draft.left > 0:
                 self._plan_chunk(sequence, draft)
@@ -704,7 +704,7 @@ class Scheduler:
         leader.status = PREFILLING
         group.lookup_keys = None
         group.shares_prefix = False
-        self._count_start(group, leader, 0, leader.computed, now)
+        self._count_start(group, leader, 0, 0, 0, now)  # its own KV, not the prefix cache's
         self._plan_chunk(leader, draft)
         if leader.status is PREFILLING:
             self.prefilling.append(leader)
@@ -723,14 +723,17 @@ class Scheduler:
         size = self.capacity
         return kept if self.costs.prefers_copy_in(len(kept) * size.block_bytes, len(kept) * size.block_size) else []
 
-    def _count_start(self, group: SequenceGroup, leader: Sequence, queried: int, from_host: int, now: int) -> None:
+    def _count_start(
+        self, group: SequenceGroup, leader: Sequence, queried: int, found: int, from_host: int, now: int
+    ) -> None:
+        """Counts a group's start, with the tokens looked up in the prefix cache and those found in each tier."""
         if group.started_at is None:
             group.started_at = now
             self.groups_started_total += 1
             group.cached_tokens = leader.computed
             self.prompt_tokens_total += len(group.request.prompt)
             self.query_tokens_total += queried
-            self.hit_tokens_total += leader.computed - from_host
+            self.hit_tokens_total += found
             self.host_hit_tokens_total += from_host
         else:
             self._resumed.add(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import sys
@@ -29,8 +30,11 @@ def write(name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all", "plots", "page"], metavar="NAME")
+    choices = [*EXPERIMENTS, "all", "plots", "page"]
+    parser.add_argument("names", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices))
     names = parser.parse_args().names
+    if "plots" in names and importlib.util.find_spec("matplotlib") is None:  # before experiments run
+        parser.error("plots need matplotlib: pip install -c constraints.txt -e '.[bench]'")
     for name in EXPERIMENTS if "all" in names else [name for name in names if name in EXPERIMENTS]:
         write(name)
     if "plots" in names:

@@ -134,6 +134,10 @@ class _Simulation:
             except _DifferenceError as difference:
                 report.first_difference = f"{difference}{self._excuse()}"
                 break
+            except codec.SubmitError as error:
+                raise RecordingError(
+                    f"{self.recording.path}: damaged: no scheduler would have taken a request that it holds: {error}"
+                ) from None
             for happened in self.dispatcher.take_events():
                 self.watch.happened(happened, now)
         return report

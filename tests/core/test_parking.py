@@ -62,3 +62,18 @@ def test_a_parked_request_goes_on_with_the_right_tokens_whatever_the_arena_could
     assert (group.recomputed_tokens == 0) == (kept > 0)
     (load,) = service.dispatcher.loads().workers
     assert (load.kv_blocks_used, load.host_blocks_used) == (0, 0)
+    found = (load.prefix_cache_hit_tokens_total, load.prefix_cache_host_hit_tokens_total)
+    assert found == (0, 0), "a request's own KV is no hit of the prefix cache"
+
+
+@pytest.mark.parametrize("what", [Continuation(tokens=[7]), Continuation(max_tokens=4), Continuation(hold_ns=600)])
+def test_a_parked_request_of_several_sequences_goes_on_as_it_was_or_not_at_all(what: Continuation) -> None:
+    service = OneWorker()
+    group = service.submit("a", n=2, max_tokens=8)
+    for _ in range(4):
+        service.step()
+    assert service.dispatcher.park("a", 0, service.tick()) is ParkingVerdict.OK
+    assert service.dispatcher.resume("a", what, service.tick()).verdict is ParkingVerdict.ONE_SEQUENCE
+    assert service.dispatcher.resume("a", Continuation(), service.tick()).verdict is ParkingVerdict.OK
+    service.run_until_idle()
+    assert [len(sequence.output) for sequence in group.sequences] == [8, 8]

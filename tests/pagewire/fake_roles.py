@@ -4,7 +4,8 @@
     python -m tests.pagewire.fake_roles worker FLAGS ...    a role that does what FAKE_WORKER says
 
 A stand-in does one thing: `ready` (then waits for SIGTERM), `refuse` (cannot start), `crash` (a defect before it is
-ready), `stubborn` (ready, and ignores SIGTERM). It writes its flags to FAKE_FOLDER, a file per process.
+ready), `stubborn` (ready, and ignores SIGTERM), `slow` (never ready, and ignores SIGTERM). It writes its flags to
+FAKE_FOLDER, a file per process.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ def role(name: str) -> None:
             raise StartError("no config.json in /nowhere: name another --model")
         if behaviour == "crash":
             os._exit(1)
-        if behaviour == "stubborn":
+        if behaviour in ("stubborn", "slow"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        announce(ready_fd, **READY[name])
+        if behaviour != "slow":
+            announce(ready_fd, **READY[name])
         while True:
             signal.pause()
 

@@ -207,6 +207,13 @@ def test_a_child_that_ignores_sigterm_is_killed(start: Callable[..., Up]) -> Non
     assert not any(psutil.pid_exists(pid) for pid in pids(ready))
 
 
+def test_a_start_that_fails_is_one_line_even_if_another_child_has_to_be_killed(start: Callable[..., Up]) -> None:
+    up = start(FAKE_SCHEDULER="refuse", FAKE_WORKER="slow")
+    code, _output, errors = up.end()
+    assert code == 2
+    assert errors.splitlines() == ["pagewire up: scheduler: no config.json in /nowhere: name another --model"]
+
+
 def test_no_child_outlives_a_supervisor_that_is_killed(start: Callable[..., Up]) -> None:
     up = start(FAKE_WORKER="stubborn")
     children = [psutil.Process(pid) for pid in pids(up.wait_ready())]

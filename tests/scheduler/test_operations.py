@@ -19,6 +19,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.utils import floatToGoString
 
+from pagewire.runtime import rich_status
 from pagewire.v1 import control_pb2, control_pb2_grpc
 from tests.scheduler.peers import expected, pool
 
@@ -144,23 +145,27 @@ async def test_a_prefix_can_be_pinned_and_given_free_over_the_wire() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "code", "words"),
+    ("fields", "wrong", "words"),
     [
-        ({"token_ids": []}, grpc.StatusCode.INVALID_ARGUMENT, "a full block"),
-        ({"token_ids": [10**9] * 64}, grpc.StatusCode.INVALID_ARGUMENT, "vocabulary"),
-        ({"token_ids": [11] * 100_000}, grpc.StatusCode.INVALID_ARGUMENT, "the context is"),
-        ({"token_ids": [11] * 64, "tenant": "t" * 129}, grpc.StatusCode.INVALID_ARGUMENT, "at most 128 characters"),
+        ({"token_ids": []}, "token_ids", "a full block"),
+        ({"token_ids": [10**9] * 64}, "token_ids", "vocabulary"),
+        ({"token_ids": [11] * 100_000}, "token_ids", "the context is"),
+        ({"token_ids": [11] * 64, "tenant": "t" * 129}, "tenant", "at most 128 characters"),
     ],
 )
 async def test_a_pin_that_makes_no_sense_is_refused_by_its_field(
-    fields: dict[str, Any], code: grpc.StatusCode, words: str
+    fields: dict[str, Any], wrong: str, words: str
 ) -> None:
     async with pool() as made:
         await made.worker()
         stub = control_pb2_grpc.ControlServiceStub(made.channel)
         with pytest.raises(grpc.aio.AioRpcError, match=words) as caught:
             await stub.PinPrefix(control_pb2.PinPrefixRequest(**fields))
-        assert caught.value.code() == code
+        refused = rich_status.decode(caught.value)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+        ((path, description),) = refused.violations
+        assert path == wrong
+        assert refused.message == f"{path}: {description}"
 
 
 async def test_a_truncated_control_call_is_an_invalid_argument() -> None:

@@ -107,7 +107,7 @@ async def test_what_cannot_be_started_or_stopped_is_refused_by_name(tmp_path: Pa
         )
         for name in ("../run.rec", ".hidden", "a/b", "x" * 101):
             code, details = await refused(made, name=name)
-            assert (code, details.partition(" ")[0]) == (grpc.StatusCode.INVALID_ARGUMENT, "name")
+            assert (code, details.partition(":")[0]) == (grpc.StatusCode.INVALID_ARGUMENT, "name")
         await record(made, name="a.rec")
         assert await refused(made, name="b.rec") == (
             precondition,

@@ -153,6 +153,16 @@ def test_a_damaged_record_is_refused_by_its_position(recorded: Path, tmp_path: P
         list(Recording(path).events())
 
 
+async def test_a_plan_that_contradicts_those_before_it_is_refused_by_its_step(recorded: Path, tmp_path: Path) -> None:
+    def change(event: recording_pb2.RecordingEvent) -> None:
+        plan = event.scheduled.step_plan
+        if plan.step == 3:
+            plan.decode_add.append(15)  # a row that nobody has filled
+
+    with pytest.raises(RecordingError, match=r"damaged: the plan of epoch \d+, step 3 contradicts those before it"):
+        await replay_on_fake_worker(rewrite(recorded, tmp_path / "changed.rec", change))
+
+
 def test_a_file_without_its_end_says_that_the_scheduler_ended_abruptly(recorded: Path, tmp_path: Path) -> None:
     recording = Recording(recorded)
     assert list(recording.events())

@@ -12,7 +12,7 @@ import pytest
 
 from pagewire.commands.replay import _worker
 from pagewire.recording import RecordingError, WorkerRefusedError
-from pagewire.v1 import inference_pb2_grpc, recording_pb2, worker_pb2
+from pagewire.v1 import inference_pb2, inference_pb2_grpc, recording_pb2, worker_pb2
 from tests import tiny_models
 from tests.service import service
 from tests.service.test_sampling_determinism import seeded_requests
@@ -38,6 +38,9 @@ async def test_mixed_traffic_with_preemptions_and_a_killed_worker_replays_equal(
         elif number % 3 == 1:
             request.sampling.n = 2
         request.output.logprobs = number % 2
+    beams = inference_pb2.SamplingParams(beam_width=3, n=2)
+    searched = inference_pb2.GenerateRequest(token_ids=requests[0].token_ids, sampling=beams, stop=requests[0].stop)
+    requests.insert(3, searched)
     arguments = ["--model", str(model), "--dtype", "float32", "--block-size", "4", "--num-blocks", "60"]
     arguments += ["--host-blocks", "60", "--max-num-seqs", "16", "--record", str(path)]
     async with service.running(tmp_path, *arguments) as up, up.channel() as channel:

@@ -101,6 +101,21 @@ def test_settings_and_calls_of_a_later_version_are_refused_by_name(
         simulate(Recording(path))
 
 
+def test_a_request_that_no_scheduler_would_have_taken_is_refused_in_one_line(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(event: recording_pb2.RecordingEvent) -> None:
+        if event.HasField("submitted"):
+            event.submitted.submit.sampling.top_p = 2
+
+    changed = rewrite(recorded, tmp_path / "changed.rec", change)
+    code, _, err = replay(capsys, changed, "--simulate")
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith(f"pagewire replay: {changed}: damaged: ")
+    assert "sampling.top_p is 2, which is out of range" in line
+
+
 def test_a_difference_in_a_file_from_before_parks_were_recorded_says_so(recorded: Path, tmp_path: Path) -> None:
     old = Recording(recorded).header
     old.format_revision = 0
