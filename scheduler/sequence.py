@@ -10,6 +10,7 @@ All times are nanoseconds of a monotonic clock that the caller passes in.
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ class Request:
     """What a gateway submitted, as far as scheduling needs to know it. The prompt is never changed."""
 
     request_id: str  # unique among live requests
-    prompt: list[int]  # token ids, at least one
+    prompt: array[int]  # token ids, at least one; of type "I", which the garbage collector does not walk like a list
     n: int = 1  # sequences that the client gets: sampled from the one prompt, or the best of a beam search
     beam_width: int = 1  # above 1: a beam search with so many beams, at least n
     length_penalty: float = 1.0  # of the beam search
@@ -181,9 +182,10 @@ class Sequence:
         return len(self.group.request.prompt) + len(self.output)
 
     @property
-    def token_ids(self) -> list[int]:
-        """All known tokens. The prompt's own list when there is no output: do not change it."""
-        return self.group.request.prompt + self.output if self.output else self.group.request.prompt
+    def token_ids(self) -> array[int]:
+        """All known tokens. The prompt's own array when there is no output: do not change it."""
+        prompt = self.group.request.prompt
+        return prompt + array("I", self.output) if self.output else prompt
 
     def forget_computed(self) -> None:
         """Its KV is lost, or about to be: all its tokens have to be computed again."""

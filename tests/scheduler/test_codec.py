@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 
 import pytest
 
@@ -32,7 +33,7 @@ def sampling(**changes: object) -> inference_pb2.SamplingParams:
 def test_every_field_of_a_plan_arrives() -> None:
     request = Request(
         request_id="r",
-        prompt=[5, 6, 7],
+        prompt=array("I", [5, 6, 7]),
         min_tokens=3,
         stop_ids=frozenset({9, 2}),
         logprobs=0,
@@ -40,7 +41,7 @@ def test_every_field_of_a_plan_arrives() -> None:
     )
     row = NewSequence(
         slot=4,
-        token_ids=[5, 6, 7, 8],
+        token_ids=array("I", [5, 6, 7, 8]),
         prompt_tokens=3,
         computed_tokens=2,
         blocks=[11, 12],
@@ -81,7 +82,7 @@ def test_every_field_of_a_plan_arrives() -> None:
         new_sequences=[
             worker_pb2.NewSequence(
                 slot=4,
-                token_ids=[5, 6, 7, 8],
+                token_ids=array("I", [5, 6, 7, 8]),
                 prompt_tokens=3,
                 computed_tokens=2,
                 blocks=[11, 12],
@@ -165,7 +166,7 @@ def submit(**changes: object) -> scheduler_pb2.Submit:
 
 def test_a_submission_becomes_a_request_with_the_models_stop_ids() -> None:
     request = codec.decode_submit(submit(timeout_ns=50, detached=True), LIMITS, now=1000)
-    assert (request.request_id, request.prompt, request.n) == ("r", [5, 6, 7], 2)
+    assert (request.request_id, list(request.prompt), request.n) == ("r", [5, 6, 7], 2)
     assert (request.max_tokens, request.min_tokens, request.stop_ids) == (10, 1, frozenset({2, 9}))
     assert (request.priority, request.tenant, request.deadline, request.detached) == (-4, "t", 1050, True)
     assert (request.logprobs, request.prompt_logprobs) == (None, None)
