@@ -45,7 +45,7 @@ def advance(group: SequenceGroup, blocks: BlockManager) -> list[BeamMove]:
             holder.status, holder.starts_at = parent.status, 0
     for holder, beam in zip(holders, search.beams, strict=True):
         holder.output = beam.tokens
-    group.beams = holders
+    group.beams = tuple(holders)
     group.lookup_keys = None
     return moves
 

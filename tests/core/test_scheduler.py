@@ -346,7 +346,7 @@ def test_prompt_logprobs_are_collected_over_chunks_and_skip_the_cache() -> None:
     assert service.dispatcher.take_events() == []
     service.run_until_idle()
     assert group.cached_tokens == 0
-    assert group.prompt_logprobs == [logprob_of(token) for token in LONG[1:]]
+    assert list(group.prompt_logprobs) == [logprob_of(token) for token in LONG[1:]]
     assert service.dispatcher.take_events()[0] == Admitted(group)
 
 

@@ -437,7 +437,7 @@ class Simulation:
             if any(sequence.output for sequence in group.sequences):
                 assert self.admitted[group] == 1
                 if group.request.prompt_logprobs is not None:
-                    assert group.prompt_logprobs == [logprob_of(token) for token in group.request.prompt[1:]]
+                    assert list(group.prompt_logprobs) == [logprob_of(token) for token in group.request.prompt[1:]]
             if group.failure is not None:
                 self.check_failure(group)
         loads = self.dispatcher.loads()
@@ -465,7 +465,7 @@ class Simulation:
             assert self.streams[sequence] == output
             assert finish.matched_token_id == (output[-1] if reason is FinishReason.STOP else None)
         if sequence.request.logprobs is not None:
-            assert sequence.logprobs == [logprob_of(token) for token in output]
+            assert list(sequence.logprobs) == [logprob_of(token) for token in output]
         self.count_end(finish)
 
     def check_answer(self, sequence: Sequence) -> None:
