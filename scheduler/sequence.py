@@ -204,14 +204,15 @@ class Sequence:
 
     def add_logprobs(self, entry: TokenLogprobs) -> None:
         """Notes those of the next output token."""
-        if isinstance(self.logprobs, tuple):
+        if not self.logprobs:
             self.logprobs = []
         self.logprobs.append(entry)
 
     def keep_output(self, num_tokens: int) -> None:
         """Drops the output behind its first `num_tokens` tokens."""
         del self.output[num_tokens:]
-        self.logprobs = self.logprobs[:num_tokens]
+        if self.logprobs:
+            del self.logprobs[num_tokens:]
 
     def end(
         self,
