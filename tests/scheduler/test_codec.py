@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from array import array
@@ -173,6 +174,11 @@ def test_a_submission_becomes_a_request_with_the_models_stop_ids() -> None:
     assert isinstance(request.payload, scheduler_pb2.Submit)
     assert request.payload.token_ids == [5, 6, 7]
     assert request.payload.sampling == sampling()
+
+
+def test_the_garbage_collector_does_not_walk_the_tokens_of_a_prompt() -> None:
+    prompt = codec.decode_submit(submit(), LIMITS, now=0).prompt
+    assert gc.get_referents(prompt) == [array]  # its type; a list would name each token
 
 
 def test_ignore_eos_leaves_only_the_clients_stop_ids() -> None:
