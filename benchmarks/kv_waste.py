@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import statistics
 import tempfile
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def simulate(jobs: Sequence[Job], block_size: int, max_num_seqs: int = MAX_NUM_S
     dispatcher = Dispatcher(config)
     dispatcher.add_worker("w", capacity, TransferRates(), 1, 0)
     for number, job in enumerate(jobs):
-        admitted = dispatcher.submit(Request(f"request-{number}", job.prompt, max_tokens=job.max_tokens), 0)
+        admitted = dispatcher.submit(Request(f"request-{number}", array("I", job.prompt), max_tokens=job.max_tokens), 0)
         assert admitted.group is not None
     batch = Batch(BatchRow.of)
     ratios = []

@@ -26,6 +26,7 @@ import random
 import statistics
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,7 @@ def make_request(number: int, prompt: list[int], tenant: str = "", priority: int
     submit = make_submit(number, prompt)
     return Request(
         submit.request_id,
-        prompt,
+        array("I", prompt),
         max_tokens=16384,
         stop_ids=frozenset({2}),
         tenant=tenant,

@@ -12,6 +12,8 @@ held alone is free at once. With a width of 3, block size 4:
 
 from __future__ import annotations
 
+from array import array
+
 from scheduler.block_manager import BlockManager
 from scheduler.sequence import Sequence, SequenceGroup
 
@@ -43,7 +45,7 @@ def advance(group: SequenceGroup, blocks: BlockManager) -> list[BeamMove]:
             holder.status, holder.starts_at = parent.status, 0
     for holder, beam in zip(holders, search.beams, strict=True):
         holder.output = beam.tokens
-    group.beams = holders
+    group.beams = tuple(holders)
     group.lookup_keys = None
     return moves
 
@@ -83,8 +85,8 @@ def common_beginnings(live: list[Sequence], block_size: int) -> list[tuple[Seque
     ]
 
 
-def _equal_blocks(one: list[int], other: list[int], size: int) -> int:
-    """Full blocks of equal tokens at the beginning of two different lists of the same length."""
+def _equal_blocks(one: array[int], other: array[int], size: int) -> int:
+    """Full blocks of equal tokens at the beginning of two different arrays of the same length."""
     first = 0
     while one[first : first + size] == other[first : first + size]:
         first += size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -275,7 +276,7 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
         raise _invalid("sampling.seed must be set")
     if not stop.max_tokens:
         raise _invalid("stop.max_tokens must be set")
-    prompt = message.token_ids[:]
+    prompt = message.token_ids[:]  # a list, whose greatest is found faster than an array's
     if max(prompt) >= limits.vocab_size:
         raise _invalid(f"token_ids must be below the vocabulary size {limits.vocab_size}")
     stop_ids = frozenset(stop.stop_token_ids)
@@ -285,7 +286,7 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
     if max(output.logprobs, output.prompt_logprobs) > limits.vocab_size:
         raise _invalid(f"output.logprobs and output.prompt_logprobs must be at most {limits.vocab_size}")
     if not stop.ignore_eos:
-        stop_ids |= limits.eos_token_ids
+        stop_ids = stop_ids | limits.eos_token_ids if stop_ids else limits.eos_token_ids
     if sampling.beam_width > 1:
         _check_beams(sampling, num_sequences, len(stop_ids), limits)
     payload = scheduler_pb2.Submit()
@@ -294,7 +295,7 @@ def decode_submit(message: scheduler_pb2.Submit, limits: ModelLimits, now: int) 
     payload.ClearField("timeout_ns")
     return Request(
         request_id=message.request_id,
-        prompt=prompt,
+        prompt=array("I", prompt),
         n=num_sequences,
         beam_width=max(1, sampling.beam_width),
         length_penalty=sampling.length_penalty if sampling.HasField("length_penalty") else 1.0,

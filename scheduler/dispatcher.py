@@ -6,6 +6,7 @@ Pure: no clock, no sockets, no threads. Every time is `now`, nanoseconds of a mo
 from __future__ import annotations
 
 import enum
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -294,7 +295,7 @@ class Dispatcher:
         if len(group.sequences) > 1 and (begins_turn or what.hold_ns):
             return Resumed(ParkingVerdict.ONE_SEQUENCE)
         if begins_turn:
-            prompt = group.sequences[0].token_ids + what.tokens
+            prompt = group.sequences[0].token_ids + array("I", what.tokens)
             room = what.max_model_len - len(prompt)
             if room < 1:
                 return Resumed(ParkingVerdict.CONTEXT_FULL)

@@ -360,7 +360,7 @@ class Engine:
         log.debug("request accepted", request_id=group.request.request_id, prompt_tokens=len(group.request.prompt))
         if self._traces is not None:
             self._traces.submitted(group)
-        group.listeners.append(session.listen(group, stream))
+        group.listeners += (session.listen(group, stream),)
         self._wake()
 
     def _accept(self, session: Session, message: scheduler_pb2.Submit) -> SequenceGroup:
@@ -415,7 +415,7 @@ class Engine:
             return
         self.live[request_id] = group
         session.snapshot(codec.encode_attached(stream, group))
-        group.listeners.append(session.listen(group, stream))
+        group.listeners += (session.listen(group, stream),)
         self._fanout.groups_moved()
         self._wake()
 
@@ -460,7 +460,7 @@ class Engine:
             session.failed.append(codec.encode_failed(stream, group.failure))
             session.flush()
         elif not group.is_finished:
-            group.listeners.append(session.listen(group, stream))
+            group.listeners += (session.listen(group, stream),)
             self._fanout.listeners_changed(group)
             self._adopt(request_id)
 
@@ -496,9 +496,10 @@ class Engine:
         return found
 
     def _unlisten(self, listener: Listener) -> None:
+        group = listener.group
         listener.session.forget(listener)
-        listener.group.listeners.remove(listener)
-        self._fanout.listeners_changed(listener.group)
+        group.listeners = tuple(other for other in group.listeners if other is not listener)
+        self._fanout.listeners_changed(group)
 
     def _orphan(self, request_id: str) -> None:
         self._adopt(request_id)
@@ -718,7 +719,7 @@ class Engine:
             self._traces.ended(group, group.failure.reason if isinstance(group.failure, Failed) else "")
         if group.finished_at is not None:
             self.metrics.e2e_latency.observe((group.finished_at - group.accepted_at) / NS_PER_S)
-        for listener in list(group.listeners):
+        for listener in group.listeners:
             self._unlisten(listener)
         self._adopt(group.request.request_id)
 

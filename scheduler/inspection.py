@@ -23,6 +23,8 @@ PREEMPTED = SequenceStatus.PREEMPTED
 def worker_loads(scheduler: Scheduler) -> WorkerLoads:
     """Figures of this worker. The decode set is not gone through: the calendar knows where it is."""
     size, blocks = scheduler.capacity.block_bytes, scheduler.blocks
+    used, host_free = blocks.num_used, blocks.host.num_free + len(blocks.tier)
+    swapped = sum(map(_is_swapped, scheduler.preempted))
     return WorkerLoads(
         worker_id=scheduler.worker_id,
         epoch=scheduler.epoch,
@@ -31,14 +33,14 @@ def worker_loads(scheduler: Scheduler) -> WorkerLoads:
         running_groups=len(scheduler.running),
         running_sequences=scheduler.rows.held - len(scheduler.rows.released),
         waiting_groups=len(scheduler.waiting),
-        swapped_groups=sum(1 for group in scheduler.preempted if _is_swapped(group)),
-        preempted_groups=sum(1 for group in scheduler.preempted if not _is_swapped(group)),
-        kv_blocks_free=blocks.num_free + blocks.cache.num_set_aside,
-        kv_blocks_used=blocks.num_used,
+        swapped_groups=swapped,
+        preempted_groups=len(scheduler.preempted) - swapped,
+        kv_blocks_free=scheduler.capacity.num_blocks - used,
+        kv_blocks_used=used,
         kv_blocks_cached=blocks.cache.num_unreferenced + blocks.cache.num_set_aside,
-        host_blocks_free=blocks.host.num_free + len(blocks.tier),
+        host_blocks_free=host_free,
         host_blocks_cached=len(blocks.tier),
-        host_blocks_used=scheduler.capacity.host_blocks - blocks.host.num_free - len(blocks.tier),
+        host_blocks_used=scheduler.capacity.host_blocks - host_free,
         kv_waste_ratio=kv_waste_ratio(scheduler),
         preemptions_total=dict(scheduler.preemptions_total),
         preemption_cost_predicted_ns=dict(scheduler.predicted_ns),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ def start_chain(tenant: str) -> _Hash:
     return _salted(tenant).copy()
 
 
-def extend_chain(chain: _Hash, tokens: list[int], block_size: int) -> list[bytes]:
+def extend_chain(chain: _Hash, tokens: Sequence[int], block_size: int) -> list[bytes]:
     """Keys of the full blocks of `tokens` (token ids below 2**32), which follow what is in `chain` already; then those
     blocks are in it too."""
     packed = array("I", tokens)

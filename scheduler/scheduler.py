@@ -740,7 +740,7 @@ class Scheduler:
         if group.request.prompt_logprobs is None:
             self._announce(group)
         elif not group.announced:
-            group.prompt_logprobs.clear()  # they start over with the prompt
+            group.prompt_logprobs = ()  # they start over with the prompt
 
     def _findable(self, leader: Sequence) -> list[bytes]:
         """Keys of the blocks that a group that starts with this sequence may find in the prefix cache."""
@@ -1074,7 +1074,7 @@ class Scheduler:
         for row, entry in zip(result.logprob_rows, result.logprobs, strict=True):
             position = row if position_of is None else position_of.get(row)
             if position is not None:
-                rows[position].logprobs.append(entry)
+                rows[position].add_logprobs(entry)
                 logprobs[position] = entry
         first_tokens = self._note_first_tokens(flight, result, now) if flight.chunks else []
         if not self.census.stop_tokens.keys().isdisjoint(tokens):
@@ -1154,7 +1154,7 @@ class Scheduler:
         for entry in result.prompt_logprobs:
             sequence = flight.chunks[entry.slot]
             if not flight.ignores(sequence.group):
-                sequence.group.prompt_logprobs.extend(entry.logprobs)
+                sequence.group.prompt_logprobs += tuple(entry.logprobs)
         for sequence in flight.sampling + flight.forked:
             if sequence not in flight.dropped:
                 if sequence.group.first_token_at is None and sequence.group.search is None:

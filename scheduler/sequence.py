@@ -10,6 +10,7 @@ All times are nanoseconds of a monotonic clock that the caller passes in.
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ class Request:
     """What a gateway submitted, as far as scheduling needs to know it. The prompt is never changed."""
 
     request_id: str  # unique among live requests
-    prompt: list[int]  # token ids, at least one
+    prompt: array[int]  # token ids, at least one; of type "I", which the garbage collector does not walk like a list
     n: int = 1  # sequences that the client gets: sampled from the one prompt, or the best of a beam search
     beam_width: int = 1  # above 1: a beam search with so many beams, at least n
     length_penalty: float = 1.0  # of the beam search
@@ -153,8 +154,9 @@ class Sequence:
         self.group = group
         self.index = index  # 0..n-1
         self.output: list[int] = []  # accepted tokens; of this turn, if the request has been continued
-        self.logprobs: list[TokenLogprobs] = []  # one per output token, if asked for
-        # Tuples, which cost nothing while they are empty: few requests are ever continued.
+        # The empty tuple costs nothing, an empty list is one more object for the garbage collector to walk: few
+        # requests ask for log-probabilities, few are ever continued.
+        self.logprobs: list[TokenLogprobs] | tuple[()] = ()  # one per output token, if asked for; add_logprobs
         self.earlier: tuple[int, ...] = ()  # output of turns before this one; the request's prompt holds it too
         self.earlier_logprobs: tuple[TokenLogprobs, ...] = ()
         self.turns: tuple[Turn, ...] = ()  # those before this one
@@ -181,9 +183,10 @@ class Sequence:
         return len(self.group.request.prompt) + len(self.output)
 
     @property
-    def token_ids(self) -> list[int]:
-        """All known tokens. The prompt's own list when there is no output: do not change it."""
-        return self.group.request.prompt + self.output if self.output else self.group.request.prompt
+    def token_ids(self) -> array[int]:
+        """All known tokens. The prompt's own array when there is no output: do not change it."""
+        prompt = self.group.request.prompt
+        return prompt + array("I", self.output) if self.output else prompt
 
     def forget_computed(self) -> None:
         """Its KV is lost, or about to be: all its tokens have to be computed again."""
@@ -199,10 +202,17 @@ class Sequence:
         """Whether the client gets it: all do but for the further beams of a search."""
         return self.index < self.group.request.n
 
+    def add_logprobs(self, entry: TokenLogprobs) -> None:
+        """Notes those of the next output token."""
+        if not self.logprobs:
+            self.logprobs = []
+        self.logprobs.append(entry)
+
     def keep_output(self, num_tokens: int) -> None:
         """Drops the output behind its first `num_tokens` tokens."""
         del self.output[num_tokens:]
-        del self.logprobs[num_tokens:]
+        if self.logprobs:
+            del self.logprobs[num_tokens:]
 
     def end(
         self,
@@ -218,7 +228,7 @@ class Sequence:
         cumulative_logprob is given for an answer of a beam search. A beam that has become none has no output."""
         if cumulative_logprob is None:
             if self.group.search is not None:
-                self.output, self.logprobs = [], []
+                self.output, self.logprobs = [], ()
             cumulative_logprob = sum(entry.logprob for entry in chain(self.earlier_logprobs, self.logprobs))
         self.finish = Finish(
             reason,
@@ -237,7 +247,7 @@ class Sequence:
         self.earlier = (*self.earlier, *self.output)
         self.earlier_logprobs = (*self.earlier_logprobs, *self.logprobs)
         self.turns = (*self.turns, Turn(len(self.earlier), self.finish))
-        self.output, self.logprobs = [], []
+        self.output, self.logprobs = [], ()
         self.finish = None
         self.status = SequenceStatus.WAITING
 
@@ -296,17 +306,20 @@ class SequenceGroup:
         self.arrival = arrival  # number of this request among all ever accepted
         self.rank = _rank(request, arrival, now)
         self.given_tokens = len(request.prompt)  # of the prompt, those that are no output of an earlier turn
+        self.search: BeamSearch | None = None
+        self.beams: tuple[Sequence, ...] = ()  # of the search: who holds its live beams, in its order
         if request.n == request.beam_width == 1:  # most requests
-            self.sequences, self.search = [Sequence(self, 0)], None
+            self.sequences = [Sequence(self, 0)]
         else:
             self.sequences = [Sequence(self, index) for index in range(request.num_sequences)]
-            self.search = request.start_beam_search() if request.is_beam_search else None
-        self.beams = self.sequences[:1]  # of the search: who holds its live beams, in its order
+            if request.is_beam_search:
+                self.search = request.start_beam_search()
+                self.beams = (self.sequences[0],)
         self.offers: dict[Sequence, TokenLogprobs] = {}  # of the search: what beams have offered in this round
-        self.listeners: list[Any] = []  # the edge's own
+        self.listeners: tuple[Any, ...] = ()  # the edge's own
         self.worker_id: str | None = None  # who it is assigned to; None: no worker
         self.failure: object = None  # the Failed event, when the request failed
-        self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt positions 1, 2, ..., if asked for
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt positions 1, 2, ..., if asked for
         self.prompt_hashes: list[bytes] | None = None  # prefix-cache keys of the prompt's full blocks, once needed
         self.prompt_chain: _Hash | None = None  # the hash over those blocks, from which the output's keys go on
         self.lookup_keys: list[bytes] | None = None  # prefix-cache keys it will look up when it starts, once needed

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from array import array
+
     from scheduler.sequence import Request
 
 
@@ -50,7 +52,7 @@ class NewSequence(NamedTuple):
     """A row that the worker fills whole: an admitted, resumed or re-admitted sequence."""
 
     slot: int  # the empty row
-    token_ids: list[int]  # all known tokens: prompt, then output so far
+    token_ids: array[int]  # all known tokens: prompt, then output so far
     prompt_tokens: int  # how many of token_ids are the prompt
     computed_tokens: int  # how many of token_ids have their KV in the blocks; below len(token_ids)
     blocks: list[int]  # the row's block table

@@ -17,6 +17,7 @@ import json
 import platform
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from scheduler.worker_link import WorkerLink
 
 RESULTS = Path(__file__).parents[1] / "results" / "scaling.json"
 PER_WORKER = 32  # sequences that decode on each
+PROMPT = array("I", [0] * 32)
 BACKLOG = 4000  # requests that wait while the pool comes up, and fill the queue
 
 
@@ -53,7 +55,7 @@ def join_with_a_backlog(num_workers: int) -> dict[str, Any]:
     profile = A100_OPT_13B_LEAN
     dispatcher = Dispatcher(SchedulerConfig(prefix_cache=False, max_waiting=BACKLOG))
     for number in range(BACKLOG):
-        dispatcher.submit(Request(str(number), [0] * 32, max_tokens=400), 0)
+        dispatcher.submit(Request(str(number), PROMPT, max_tokens=400), 0)
     joins = iter(range(1, 1 << 30))
 
     def join() -> None:
@@ -61,7 +63,7 @@ def join_with_a_backlog(num_workers: int) -> dict[str, Any]:
         dispatcher.add_worker(str(epoch), profile.capacity, profile.rates, epoch, 0)
 
     def refuse() -> None:
-        assert dispatcher.submit(Request("one more", [0], max_tokens=4), 0).admission is Admission.LATER
+        assert dispatcher.submit(Request("one more", PROMPT, max_tokens=4), 0).admission is Admission.LATER
 
     return {
         "join_into_backlog_ms": round(microseconds(num_workers, join) / 1e3, 3),
@@ -86,7 +88,7 @@ def dispatcher_costs(num_workers: int) -> dict[str, Any]:
     submitted = iter(range(1 << 30))
 
     def submit() -> None:
-        assert dispatcher.submit(Request(str(next(submitted)), [0] * 32, max_tokens=400), 0).group is not None
+        assert dispatcher.submit(Request(str(next(submitted)), PROMPT, max_tokens=400), 0).group is not None
 
     gc.collect()
     gc.freeze()

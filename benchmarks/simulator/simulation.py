@@ -8,6 +8,7 @@ delay after it was made. The loop looks only at the worker that an event concern
 from __future__ import annotations
 
 import gc
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -227,7 +228,7 @@ class Simulation:
         longest = self.workers["0"].profile.model.max_model_len
         request = Request(
             str(number),
-            arrival.prompt,
+            array("I", arrival.prompt),
             n=arrival.n,
             beam_width=arrival.beam_width,
             max_tokens=longest - len(arrival.prompt),

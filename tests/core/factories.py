@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ def make_request(request_id: str = "a", prompt: list[int] | None = None, **field
     """A request for 8 tokens after the prompt 1, 2, 3, 4, 5 that no token ends."""
     fields.setdefault("max_tokens", 8)
     fields.setdefault("payload", Behaviour())
-    return Request(request_id, [1, 2, 3, 4, 5] if prompt is None else prompt, **fields)
+    return Request(request_id, array("I", [1, 2, 3, 4, 5] if prompt is None else prompt), **fields)
 
 
 class OneWorker:

@@ -91,7 +91,7 @@ def undisturbed_beams(request: Request, block_size: int = 1) -> tuple[list[Finis
         beginnings = set()
         for beam in search.beams:
             history = START
-            for position, token in enumerate(request.prompt + beam.tokens, 1):
+            for position, token in enumerate([*request.prompt, *beam.tokens], 1):
                 history = extend_history(history, token)
                 if position % block_size == 0 and position < len(request.prompt) + len(beam.tokens):
                     beginnings.add((position, history))

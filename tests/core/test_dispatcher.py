@@ -157,7 +157,7 @@ def test_a_lost_workers_requests_go_on_elsewhere_with_the_tokens_known_so_far() 
     assert plan is not None
     (new,) = plan.new_sequences
     tokens, _ = undisturbed_output(group.request, 0)
-    assert new.token_ids == [1, 2, 3, 4, 5, *tokens[:3]]
+    assert list(new.token_ids) == [1, 2, 3, 4, 5, *tokens[:3]]
     assert (new.prompt_tokens, new.computed_tokens, plan.epoch) == (5, 0, 2)
     other = SimulatedWorker(CAPACITY, 2)
     while plan is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import deque
 
 import pytest
@@ -155,7 +156,7 @@ def test_conversations_that_come_back_find_their_prefix_and_give_the_right_token
         now += 1
         if len(groups) < 300:
             prompt = dice.choice(stems) + [dice.randrange(60) for _ in range(dice.randint(1, 4))]
-            request = Request(str(len(groups)), prompt, max_tokens=dice.randint(1, 16), payload=Behaviour())
+            request = Request(str(len(groups)), array("I", prompt), max_tokens=dice.randint(1, 16), payload=Behaviour())
             group = dispatcher.submit(request, now).group
             assert group is not None
             groups.append(group)

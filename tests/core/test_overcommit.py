@@ -4,6 +4,7 @@ preempted without bound."""
 from __future__ import annotations
 
 import random
+from array import array
 from collections import deque
 
 import pytest
@@ -46,7 +47,7 @@ class Overcommitted:
         dice, number = self.random, len(self.groups)
         request = Request(
             str(number),
-            [dice.randrange(60) for _ in range(dice.randint(1, 20))],
+            array("I", [dice.randrange(60) for _ in range(dice.randint(1, 20))]),
             max_tokens=dice.randint(10, 30),
             priority=dice.choice([0, 0, 1]) if self.mixed else 0,
             tenant=dice.choice(["a", "a", "a", "a", "b"]) if self.mixed else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -224,6 +225,20 @@ def test_the_figures_of_a_worker_do_not_go_through_its_decode_set(monkeypatch: p
     assert figures.running_sequences == 8
     assert figures.kv_waste_ratio > 0
     assert looked_at == []
+
+
+def test_a_request_that_waits_adds_few_objects_to_what_the_garbage_collector_walks() -> None:
+    pool = ManyWorkers(1)
+    requests = [make_request(str(number)) for number in range(200)]
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        for request in requests:
+            pool.dispatcher.submit(request, pool.now)
+        added = len(gc.get_objects()) - before
+    finally:
+        gc.enable()
+    assert added <= 8 * len(requests)  # group, rank, sequence, block table, and three lists
 
 
 def test_a_request_that_starts_is_found_without_a_look_at_all_who_wait() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from scheduler.dispatcher import (
@@ -31,7 +33,7 @@ def test_the_first_plan_carries_the_request_whole_and_the_second_one_nearly_noth
         new_sequences=[
             NewSequence(
                 slot=0,
-                token_ids=[1, 2, 3, 4, 5],
+                token_ids=array("I", [1, 2, 3, 4, 5]),
                 prompt_tokens=5,
                 computed_tokens=0,
                 blocks=[0, 1],
@@ -344,7 +346,7 @@ def test_prompt_logprobs_are_collected_over_chunks_and_skip_the_cache() -> None:
     assert service.dispatcher.take_events() == []
     service.run_until_idle()
     assert group.cached_tokens == 0
-    assert group.prompt_logprobs == [logprob_of(token) for token in LONG[1:]]
+    assert list(group.prompt_logprobs) == [logprob_of(token) for token in LONG[1:]]
     assert service.dispatcher.take_events()[0] == Admitted(group)
 
 

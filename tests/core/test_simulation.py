@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+from array import array
 from collections import Counter, deque
 
 import pytest
@@ -179,7 +180,7 @@ class Simulation:
         stem = dice.choice(self.stems)
         if self.groups and dice.random() < 0.3:  # the next turn of a conversation
             said = dice.choice(dice.choice(self.groups).sequences)
-            stem = said.token_ids
+            stem = said.token_ids.tolist()
         prompt = stem[: dice.choice([dice.randint(1, 20), 40])] if dice.random() < 0.6 else []
         prompt = prompt + [dice.randrange(60) for _ in range(dice.randint(0 if prompt else 1, 8))]
         faulty = self.has_faulty_requests and dice.random() < 0.3
@@ -187,7 +188,7 @@ class Simulation:
         beam_width, n = dice.choice([1, 1, 1, 1, 2, 3, 4]), dice.choice([1, 1, 1, 2, 3])
         request = Request(
             request_id=f"request-{len(self.groups)}",
-            prompt=prompt,
+            prompt=array("I", prompt),
             n=(n := min(n, beam_width) if beam_width > 1 else n),
             beam_width=beam_width,
             length_penalty=dice.choice([1.0, 1.0, 0.0, -1.0, 2.0]),
@@ -262,7 +263,7 @@ class Simulation:
             deadline=self.now + dice.randint(1, 300) if dice.random() < 0.05 else None,
             hold_ns=dice.choice([0, 10**12]) if len(group.sequences) == 1 else 0,
         )
-        before = [(s.request, s.output.copy(), s.token_ids.copy(), s.finish) for s in group.sequences]
+        before = [(s.request, s.output.copy(), s.token_ids[:], s.finish) for s in group.sequences]
         was_cut = group.sequences[0] in self.stopped
         verdict = self.dispatcher.resume(group.request.request_id, what, self.now).verdict
         self.statistics[f"continue: {verdict.value}"] += 1
@@ -277,7 +278,7 @@ class Simulation:
             if sequence.turns and sequence.turns[-1].finish is finish:
                 self.statistics["turns"] += 1
                 self.statistics["turns with KV kept"] += bool(sequence.table.blocks)
-                assert sequence.request.prompt == known + tokens
+                assert sequence.request.prompt == known + array("I", tokens)
                 expected, reason = undisturbed_output(request, sequence.index)
                 assert output == expected[: len(output)]
                 if finish.reason in (FinishReason.STOP, FinishReason.LENGTH) and not was_cut:
@@ -436,7 +437,7 @@ class Simulation:
             if any(sequence.output for sequence in group.sequences):
                 assert self.admitted[group] == 1
                 if group.request.prompt_logprobs is not None:
-                    assert group.prompt_logprobs == [logprob_of(token) for token in group.request.prompt[1:]]
+                    assert list(group.prompt_logprobs) == [logprob_of(token) for token in group.request.prompt[1:]]
             if group.failure is not None:
                 self.check_failure(group)
         loads = self.dispatcher.loads()
@@ -464,7 +465,7 @@ class Simulation:
             assert self.streams[sequence] == output
             assert finish.matched_token_id == (output[-1] if reason is FinishReason.STOP else None)
         if sequence.request.logprobs is not None:
-            assert sequence.logprobs == [logprob_of(token) for token in output]
+            assert list(sequence.logprobs) == [logprob_of(token) for token in output]
         self.count_end(finish)
 
     def check_answer(self, sequence: Sequence) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 
 from scheduler.dispatcher import Dispatcher, SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.sequence import Request
@@ -20,7 +21,7 @@ def test_waste_is_under_four_percent_at_block_size_16_on_a_sharegpt_like_load() 
     capacity = WorkerCapacity(16, 2000, 0, 1, 64, 2048)
     dispatcher.add_worker("w", capacity, TransferRates(), 1, 0)
     for number in range(200):
-        prompt = [dice.randrange(31000) for _ in range(lognormal_length(dice, 161, 1.0))]
+        prompt = array("I", [dice.randrange(31000) for _ in range(lognormal_length(dice, 161, 1.0))])
         request = Request(str(number), prompt, max_tokens=lognormal_length(dice, 338, 0.8))
         assert dispatcher.submit(request, 0).group is not None
     core = dispatcher._schedulers["w"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+from array import array
 
 import pytest
 
@@ -32,7 +34,7 @@ def sampling(**changes: object) -> inference_pb2.SamplingParams:
 def test_every_field_of_a_plan_arrives() -> None:
     request = Request(
         request_id="r",
-        prompt=[5, 6, 7],
+        prompt=array("I", [5, 6, 7]),
         min_tokens=3,
         stop_ids=frozenset({9, 2}),
         logprobs=0,
@@ -40,7 +42,7 @@ def test_every_field_of_a_plan_arrives() -> None:
     )
     row = NewSequence(
         slot=4,
-        token_ids=[5, 6, 7, 8],
+        token_ids=array("I", [5, 6, 7, 8]),
         prompt_tokens=3,
         computed_tokens=2,
         blocks=[11, 12],
@@ -81,7 +83,7 @@ def test_every_field_of_a_plan_arrives() -> None:
         new_sequences=[
             worker_pb2.NewSequence(
                 slot=4,
-                token_ids=[5, 6, 7, 8],
+                token_ids=array("I", [5, 6, 7, 8]),
                 prompt_tokens=3,
                 computed_tokens=2,
                 blocks=[11, 12],
@@ -165,13 +167,18 @@ def submit(**changes: object) -> scheduler_pb2.Submit:
 
 def test_a_submission_becomes_a_request_with_the_models_stop_ids() -> None:
     request = codec.decode_submit(submit(timeout_ns=50, detached=True), LIMITS, now=1000)
-    assert (request.request_id, request.prompt, request.n) == ("r", [5, 6, 7], 2)
+    assert (request.request_id, list(request.prompt), request.n) == ("r", [5, 6, 7], 2)
     assert (request.max_tokens, request.min_tokens, request.stop_ids) == (10, 1, frozenset({2, 9}))
     assert (request.priority, request.tenant, request.deadline, request.detached) == (-4, "t", 1050, True)
     assert (request.logprobs, request.prompt_logprobs) == (None, None)
     assert isinstance(request.payload, scheduler_pb2.Submit)
     assert request.payload.token_ids == [5, 6, 7]
     assert request.payload.sampling == sampling()
+
+
+def test_the_garbage_collector_does_not_walk_the_tokens_of_a_prompt() -> None:
+    prompt = codec.decode_submit(submit(), LIMITS, now=0).prompt
+    assert gc.get_referents(prompt) == [array]  # its type; a list would name each token
 
 
 def test_ignore_eos_leaves_only_the_clients_stop_ids() -> None:

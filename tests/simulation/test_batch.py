@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from pagewire.simulation.batch import Batch, RequestRow, Row, StepLoad
 from scheduler.sequence import Request
 from scheduler.step_plan import Fork, NewSequence, StepPlan
@@ -10,7 +12,7 @@ from tests.core.factories import OneWorker
 
 def new(slot: int, num_tokens: int, request: Request | None = None) -> NewSequence:
     """A prompt without KV."""
-    prompt = list(range(num_tokens))
+    prompt = array("I", range(num_tokens))
     return NewSequence(slot, prompt, num_tokens, 0, [], 0, request or Request("a", prompt, max_tokens=9))
 
 
@@ -59,7 +61,7 @@ def test_sampling_rows_stand_in_the_order_of_the_result_each_with_its_position()
 
 
 def test_beams_go_on_from_their_parents_as_those_were_before() -> None:
-    search = Request("a", [0, 1], max_tokens=9, beam_width=2)
+    search = Request("a", array("I", [0, 1]), max_tokens=9, beam_width=2)
     batch = Batch(RequestRow.of)
     batch.execute(StepPlan(1, 1, new_sequences=[new(0, 2, search)], chunk_slots=[0], chunk_tokens=[2]))
     batch.execute(StepPlan(1, 2, beam_slots=[0, 1], beam_parents=[0, 0], beam_tokens=[7, 8], decode_add=[0, 1]))

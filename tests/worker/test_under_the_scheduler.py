@@ -52,7 +52,7 @@ def dense_answers(model: ToyModel, submit: scheduler_pb2.Submit) -> list[list[in
     while not search.is_done:
         offers = []
         for beam in search.beams:
-            logprobs = model.dense_logits(request.prompt + beam.tokens)[-1].log_softmax(-1)
+            logprobs = model.dense_logits([*request.prompt, *beam.tokens])[-1].log_softmax(-1)
             values, ids = logprobs.topk(search.num_candidates)
             offers.append(TokenLogprobs(0.0, 1, ids.tolist(), values.tolist()))
         search.advance(offers)
