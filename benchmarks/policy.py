@@ -4,6 +4,8 @@
     python -m benchmarks.policy fairness     a light tenant beside a heavy one: benchmarks/results/fairness.json
     python -m benchmarks.policy deadlines    deadlines told, or only kept: benchmarks/results/deadlines.json
     python -m benchmarks.policy preemption   modes under memory pressure: benchmarks/results/preemption.json
+    python -m benchmarks.policy preemption_speeds   the same on a machine of other speeds:
+                                             benchmarks/results/preemption_speeds.json
     python -m benchmarks.policy host_tier    conversations that come back: benchmarks/results/host_tier.json
     python -m benchmarks.policy all
 
@@ -27,6 +29,7 @@ from benchmarks.simulator.profiles import A100_OPT_13B_LEAN, GIB, H200_LLAMA_8B,
 from benchmarks.simulator.simulation import Arrival, Outcome, Simulation
 from benchmarks.simulator.traces import SHAREGPT_LIKE, Load
 from benchmarks.simulator.worker import STOP, TOKEN
+from pagewire.bench import workloads
 from pagewire.bench.workloads import Lengths
 from scheduler.policy import PreemptionMode, SchedulerConfig
 
@@ -36,7 +39,17 @@ Result = dict[str, Any]
 # The H200 with what an engine adds to the limit: decode steps of 5.2 ms and more, prefill at 40 thousand tokens/s.
 H200 = replace(H200_LLAMA_8B, step_overhead_ns=1_600_000, compute_rate=620e12, max_num_seqs=256)
 
-# The same where a step with a chunk is launched kernel by kernel, which takes the host 8 ms more than a graph.
+# The H100 that docs/performance.md was measured on.
+H100 = replace(
+    H200_LLAMA_8B,
+    name="h100-llama-3.1-8b",
+    memory_rate=2.8e12,
+    compute_rate=650e12,
+    step_overhead_ns=900_000,
+    max_num_seqs=192,
+)
+
+# The H200 where a step with a chunk is launched kernel by kernel, which takes the host 8 ms more than a graph.
 H200_EAGER = replace(H200, name="h200-llama-3.1-8b, eager chunks", chunk_overhead_ns=8_000_000)
 
 
@@ -264,6 +277,31 @@ def preemption(
     return {"load": "sharegpt-like, all at once, seed 1000", "note": note, "worst_auto_over_best": worst, "rows": rows}
 
 
+def preemption_speeds(pools: Sequence[int] = (1333, 1000, 500), num_speeds: int = 21) -> Result:
+    """What `benchmarks.pressure` measures on a GPU, on machines whose rates differ by up to 2 % either way: how far a
+    99th percentile of 300 requests is chance."""
+    jobs, arrivals = workloads.online(30.0, 300)
+    load = [Arrival(int(at * 1e9), job.prompt, job.max_tokens) for job, at in zip(jobs, arrivals, strict=True)]
+    rows = []
+    for blocks in pools:
+        size = H100.block_bytes
+        sized = replace(H100, kv_bytes=blocks * size, host_bytes=4096 * size)
+        found: dict[PreemptionMode, list[Result]] = {mode: [] for mode in MODES}
+        for speed in np.linspace(0.98, 1.02, num_speeds):
+            rates = {"memory_rate": speed * H100.memory_rate, "compute_rate": speed * H100.compute_rate}
+            for mode in MODES:
+                found[mode].append(one_mode(replace(sized, **rates), load, mode))
+        row: Result = {"profile": H100.name, "num_blocks": blocks}
+        for mode, each in found.items():
+            late = sorted(one["time_per_output_token_ms"]["p99"] for one in each)
+            row[mode] = {
+                "out_tok_s": float(np.median([one["out_tok_s"] for one in each])),
+                "time_per_output_token_p99_ms": {"median": late[num_speeds // 2], "least": late[0], "most": late[-1]},
+            }
+        rows.append(row)
+    return {"load": "sharegpt-like, 300 requests at 30/s", "speeds": "0.98 to 1.02 of the rates", "rows": rows}
+
+
 def conversations(count: int, turns: int, rate: float, seed: int) -> list[Arrival]:
     """Turns of conversations in random order, Poisson arrivals: each prompt is everything said before, and a question
     of 100 tokens. The first begins with 800 tokens of its own. The simulated model's answers are known beforehand."""
@@ -311,6 +349,7 @@ EXPERIMENTS: dict[str, Callable[[], Result]] = {
     "fairness": fairness,
     "deadlines": deadlines,
     "preemption": preemption,
+    "preemption_speeds": preemption_speeds,
     "host_tier": host_tier,
 }
 

@@ -81,7 +81,8 @@ streams). Steps with up to 1,024 prompt tokens are graphs. First without a targe
 """
 H100_PRESSURE = """300 requests at 30/s, which hold about 2,000 blocks at once, on pools of 1,333, 1,000 and 500 blocks:
 1.5, 2 and 4 times overcommitted. `auto` chooses by predicted cost for each victim. Means of streams are of the time
-from token to token within one request.
+from token to token within one request; their 99th percentile is that of three streams, and moves by a third when
+steps take 2 % more or less ([simulated](scheduling.md#preemption-by-cost)).
 
 """
 H100_KERNELS = "Shares of what the card copies (decode) or multiplies (prefill).\n\n"

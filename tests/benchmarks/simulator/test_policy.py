@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import policy
 
 
@@ -36,6 +38,14 @@ def test_auto_is_as_good_as_the_better_mode_at_every_overcommit_and_on_every_lin
     assert any(modes["swap"] > 9 * modes["recompute"] for modes in chosen)
     assert any(modes["recompute"] > 9 * modes["swap"] for modes in chosen)
     assert all(row["auto"]["most_preemptions_of_one"] <= 16 for row in report["rows"])
+
+
+def test_a_late_percentile_of_few_requests_is_chance_and_the_same_chance_for_swap_and_auto() -> None:
+    (row,) = policy.preemption_speeds(pools=(1000,), num_speeds=5)["rows"]
+    swap, auto = (row[mode]["time_per_output_token_p99_ms"] for mode in ("swap", "auto"))
+    assert swap["most"] > 1.1 * swap["least"]
+    assert auto == pytest.approx(swap, rel=0.05)
+    assert row["auto"]["out_tok_s"] > 0.97 * max(row["swap"]["out_tok_s"], row["recompute"]["out_tok_s"])
 
 
 def test_conversations_find_in_the_arena_what_the_pool_lost_unless_the_link_is_slow() -> None:
