@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -30,21 +31,19 @@ ROW_LIMIT_S = 100.0
 
 async def measure(given: argparse.Namespace, folder: Path) -> bool:
     """All rows; whether each has values."""
-    recorder: Recorder | None = None
     load, scale = Load(rate=RATE), Scale(1.0, given.length_scale)
+    launch = Launch(
+        model=given.model,
+        load_format=given.load_format,
+        device=given.device,
+        max_model_len=2048,
+        host_blocks=given.host_blocks,
+        max_num_seqs=192,
+        token_budget=2048,
+    )
+    recorder = Recorder(given.out, suite.header(launch, None))
     for blocks in given.pool:
-        launch = Launch(
-            model=given.model,
-            load_format=given.load_format,
-            device=given.device,
-            max_model_len=2048,
-            num_blocks=blocks,
-            host_blocks=given.host_blocks,
-            max_num_seqs=192,
-            token_budget=2048,
-        )
-        recorder = recorder or Recorder(given.out, suite.header(launch, None) | {"command": results.command()})
-        runner = Runner(launch, folder / str(blocks), limit_s=given.limit_s, say=print)
+        runner = Runner(replace(launch, num_blocks=blocks), folder / str(blocks), limit_s=given.limit_s, say=print)
         try:
             for _ in range(given.repeat):
                 for mode in given.mode:
@@ -66,7 +65,7 @@ async def measure(given: argparse.Namespace, folder: Path) -> bool:
                     print(blocks, mode, row.get("out_tok_s"), row.get("mean_itl_ms"), row.get("error", ""), flush=True)
         finally:
             await runner.stop()
-    return recorder is not None and not any("error" in row for row in recorder.rows)
+    return not any("error" in row for row in recorder.rows)
 
 
 def main() -> int:

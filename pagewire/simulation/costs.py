@@ -108,9 +108,10 @@ def amounts(load: StepLoad) -> tuple[int, ...]:
     return 1, load.decode_tokens, load.chunk_tokens, load.attended_pairs, load.copied_blocks, swapped
 
 
-def steps_of(recording: Recording) -> tuple[list[Step], ExactReport]:
-    """The executed steps of a recording. Raises RecordingError when they cannot be simulated up to its end."""
-    watch = StepWatch()
+def steps_of(recording: Recording, watch: StepWatch | None = None) -> tuple[list[Step], ExactReport]:
+    """The executed steps of a recording, with a `watch` that sees more of them if one is given. Raises RecordingError
+    when they cannot be simulated up to its end."""
+    watch = watch or StepWatch()
     report = simulate(recording, watch)
     if report.first_difference:
         raise RecordingError(f"{recording.path}: cannot be simulated: {report.first_difference}")

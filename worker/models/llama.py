@@ -27,10 +27,11 @@ ARCHITECTURES = {
 """Served architecture by the config's model type."""
 
 HEAD = "lm_head.weight"
+"""Name of the output matrix in a checkpoint."""
+
 ADDED_IN_PRODUCT = 257
 """Tokens from which the library's products add to the residual stream themselves: it is bound by arithmetic then, and
 what it reads and writes more costs nothing, while the norm has half as much to do (docs/kernels/linear.md)."""
-"""Name of the output matrix in a checkpoint."""
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
