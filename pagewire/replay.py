@@ -18,6 +18,7 @@ import grpc
 
 from pagewire.recording import PROTOCOL_VERSION, Recording, RecordingError, WorkerRefusedError
 from pagewire.runtime.channel import server_options
+from pagewire.simulation import batch
 from pagewire.v1 import inference_pb2, recording_pb2, worker_pb2, worker_pb2_grpc
 
 MAX_PLANS_IN_FLIGHT = 2
@@ -40,55 +41,36 @@ class Row:
         return f"request {self.request_id!r}, sequence {self.index}, output token {self.position}"
 
 
-@dataclass
-class _Sequence:
-    """A row of the persistent batch."""
+@dataclass(slots=True)
+class _Sequence(batch.Row):
+    """A row of the persistent batch that knows whose it is."""
 
     request_id: str
     index: int
     num_prompt: int
-    known: int
-    computed: int
+
+    def forked(self, index: int) -> _Sequence:
+        return replace(self, index=index)
 
 
-class Batch:
+class Rows:
     """Follows a worker's rows, to say which sequence each row of a result belongs to."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, _Sequence] = {}
-        self._decode_set: list[int] = []
+        self._request_ids: Iterator[str] = iter(())
+        self._batch = batch.Batch(self._sequence)
 
-    def rows(self, plan: worker_pb2.StepPlan, request_ids: Sequence[str]) -> list[Row]:
-        """The rows of a plan's result, in order. Plans must come in order."""
-        gone = {*plan.release_slots, *plan.decode_remove}
-        for slot in plan.release_slots:
-            del self._rows[slot]
-        for new, request_id in zip(plan.new_sequences, request_ids, strict=True):
-            known = len(new.token_ids)
-            self._rows[new.slot] = _Sequence(request_id, new.index, new.prompt_tokens, known, new.computed_tokens)
-        continued = [self._rows[slot] for slot in plan.beam_parents]  # all of them before any row is written
-        for slot, beam in zip(plan.beam_slots, continued, strict=True):
-            self._rows[slot] = replace(beam)
-        self._decode_set = [slot for slot in self._decode_set if slot not in gone]
-        self._decode_set.extend(plan.decode_add)
-        sampling = [self._rows[slot] for slot in self._decode_set]
-        for sequence in sampling:
-            sequence.computed += 1
-        for slot, count in zip(plan.chunk_slots, plan.chunk_tokens, strict=True):
-            sequence = self._rows[slot]
-            sequence.computed += count
-            if sequence.computed == sequence.known:
-                sampling.append(sequence)
-        parents = {fork.parent_slot: self._rows[fork.parent_slot].known for fork in plan.forks}
-        for fork in plan.forks:
-            parent, known = self._rows[fork.parent_slot], parents[fork.parent_slot]
-            row = _Sequence(parent.request_id, fork.index, parent.num_prompt, known, parent.computed)
-            self._rows[fork.slot] = row
-            sampling.append(row)
-        rows = [Row(one.request_id, one.index, one.known - one.num_prompt) for one in sampling]
-        for sequence in sampling:
-            sequence.known += 1
-        return rows
+    def of(self, plan: worker_pb2.StepPlan, request_ids: Sequence[str]) -> list[Row]:
+        """The rows of a plan's result, in order. Plans must come in order. KeyError, ValueError: it contradicts those
+        before it."""
+        if len(plan.new_sequences) != len(request_ids):
+            raise ValueError("new sequences without a name")
+        self._request_ids = iter(request_ids)
+        self._batch.execute(plan)
+        return [Row(row.request_id, row.index, known - row.num_prompt) for row, known in self._batch.sampling()]
+
+    def _sequence(self, new: worker_pb2.NewSequence) -> _Sequence:
+        return _Sequence(len(new.token_ids), new.computed_tokens, next(self._request_ids), new.index, new.prompt_tokens)
 
 
 @dataclass
@@ -363,7 +345,7 @@ def _next_session(recording: Recording, server: ReplayServer, is_alive: Callable
 def _replay_epoch(
     recording: Recording, session: Session, report: EpochReport, tolerance: float, is_alive: Callable[[], bool]
 ) -> None:
-    batch = Batch()
+    followed = Rows()
     waiting: list[tuple[list[Row], worker_pb2.StepResult]] = []
 
     def take_one() -> None:
@@ -373,7 +355,7 @@ def _replay_epoch(
 
     for planned, result in answered_plans(recording, report.epoch):
         try:
-            rows = batch.rows(planned.step_plan, planned.request_ids)
+            rows = followed.of(planned.step_plan, planned.request_ids)
         except (KeyError, ValueError):
             where = f"epoch {report.epoch}, step {planned.step_plan.step}"
             raise RecordingError(
