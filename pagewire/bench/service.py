@@ -47,6 +47,8 @@ class Launch:
     """Of the scheduler."""
     preemption_mode: str | None = None
     """Of the scheduler."""
+    host_prefix_cache: bool | None = None
+    """Of the scheduler."""
     max_waiting: int = 8192
     """Above the largest workload, because the whole set is submitted at once."""
     gateways: int = 0
@@ -172,6 +174,7 @@ class Service:
             "--token-budget": launch.token_budget,
             "--target-itl-ms": launch.target_itl_ms,
             "--preemption-mode": launch.preemption_mode,
+            "--host-prefix-cache": launch.host_prefix_cache,
             "--max-waiting": launch.max_waiting,
         }
         return [*launch.scheduler_module, *_flags(options)]
@@ -248,4 +251,10 @@ class Service:
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
-    return [part for flag, value in options.items() if value is not None for part in (flag, str(value))]
+    parts: list[str] = []
+    for flag, value in options.items():
+        if isinstance(value, bool):
+            parts.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            parts += [flag, str(value)]
+    return parts
