@@ -299,17 +299,16 @@ async def groups(bench: Bench, kinds: Sequence[str]) -> Row:
 # Park and Continue.
 
 
-async def parking(bench: Bench, context: int) -> Row:
-    """Requests of `context` tokens, one after another: parked while they decode; others' requests go through the whole
+async def parking(bench: Bench, tokens: int) -> Row:
+    """Requests of `tokens` tokens, one after another: parked while they decode; others' requests go through the whole
     pool; continued. Beside it the same number of tokens as a new request. Medians."""
-    size, tokens = bench.size, bench.size.length(context)
     parked: list[int] = []
     continued: list[int] = []
     computed: list[int] = []
-    generator = np.random.default_rng((13, context))
+    generator = np.random.default_rng((13, tokens))
     every: Options = {"temperature": 0.0, "ignore_eos": True, "token_ids_only": True}
     async with AsyncClient(bench.runner.gateways[0]) as client:
-        for _ in range(size.repeat):
+        for _ in range(bench.size.repeat):
             name = bench.new_tenant()
             lives: Options = {**every, "request_id": name, "tenant": name, "max_tokens": LONG_ANSWER}
             stream = client.generate(bench.prompt(generator, tokens), **lives)
@@ -378,8 +377,8 @@ async def on_small_pool(bench: Bench, recorder: Recorder) -> None:
     for kinds in LOADS:
         await record(bench, recorder, {"experiment": "groups", "kinds": kinds}, partial(groups, bench, kinds))
     for context in bench.size.parked:
-        head: Row = {"experiment": "parking", "context": bench.size.length(context)}
-        await record(bench, recorder, head, partial(parking, bench, context))
+        tokens = bench.size.length(context)
+        await record(bench, recorder, {"experiment": "parking", "tokens": tokens}, partial(parking, bench, tokens))
 
 
 POOLS = {"large": on_large_pool, "small": on_small_pool}
