@@ -52,8 +52,8 @@ class Size:
     """How much of everything; the defaults are for one large GPU."""
 
     length_scale: float = 1.0
-    light_rates: tuple[float, ...] = (1.0, 1.5)
-    light_requests: int = 100
+    light_rates: tuple[float, ...] = (1.5,)
+    light_requests: int = 120
     conversations: int = 80
     turns: int = 8
     turn_rate: float = 8.0
