@@ -3,11 +3,13 @@
 
 The online load at 30 requests/s holds about 2,000 blocks of 16 tokens at once on an H100: pools of 1,333, 1,000 and 500
 blocks are 1.5, 2 and 4 times overcommitted. A pool's worker stays while schedulers of the three modes take turns.
+Where a machine is there for one pool at a time, `--merge` makes one file of several.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -84,7 +86,20 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=1, help="turns of all modes")
     parser.add_argument("--length-scale", type=float, default=1.0)
     parser.add_argument("--limit-s", type=float, default=600.0, help="seconds for one pool")
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: write the rows of these files, which were measured on one machine at one commit",
+    )
     given = parser.parse_args()
+    if given.merge:
+        try:
+            results.write(given.out, results.merged([json.loads(path.read_text()) for path in given.merge]))
+        except (OSError, ValueError) as error:
+            parser.error(f"--merge: {error}")
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         return 0 if uvloop.run(measure(given, Path(folder))) else 1
 

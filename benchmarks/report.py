@@ -80,9 +80,16 @@ streams). Steps with up to 1,024 prompt tokens are graphs. First without a targe
 
 """
 H100_PRESSURE = """300 requests at 30/s, which hold about 2,000 blocks at once, on pools of 1,333, 1,000 and 500 blocks:
-1.5, 2 and 4 times overcommitted. `auto` chooses by predicted cost for each victim. Means of streams are of the time
-from token to token within one request; their 99th percentile is that of three streams, and moves by a third when
-steps take 2 % more or less ([simulated](scheduling.md#preemption-by-cost)).
+1.5, 2 and 4 times overcommitted. `auto` chooses by predicted cost for each victim. Modes take turns on one worker:
+medians of a mode's rows, in brackets the least and the most. Means of streams are of the time from token to token
+within one request (the time per output token); their 99th percentile is that of three streams, and moves by a third
+when steps take 2 % more or less ([simulated](scheduling.md#preemption-by-cost)). Rows of one card and one hour are
+more alike than those of two cards, so ranges that do not overlap here may do so elsewhere.
+
+"""
+PRESSURE_SHARES = ("p50", "p95", "p99")
+H100_BETTER_MODE = """
+`auto` over the better of the other two, by these medians. Of times, less is better.
 
 """
 H100_KERNELS = "Shares of what the card copies (decode) or multiplies (prefill).\n\n"
@@ -346,24 +353,45 @@ def lost_time(content: Content) -> str:
 
 
 def pressure(content: Content) -> str:
-    """Modes of preemption side by side, by size of the pool."""
-    lines = [
-        [
-            f"{row['num_blocks']:,} blocks, {row['mode']}",
-            f"{row['out_tok_s']:,.0f}",
-            *(f"{row[key]['p50']:.2f} / {row[key]['p99']:.1f}" for key in ("itl_ms", "mean_itl_ms")),
-            f"{row['ttft_ms']['p50'] / 1e3:.1f} / {row['ttft_ms']['p99'] / 1e3:.1f}",
-        ]
-        for row in sorted(content["rows"], key=lambda row: (-row["num_blocks"], row["mode"]))
-    ]
-    heading = [
-        "pool, mode",
-        "out tok/s",
-        "inter-token p50 / p99 ms",
-        "a stream's mean p50 / p99 ms",
-        "TTFT p50 / p99 s",
-    ]
-    return table(heading, lines)
+    """Modes of preemption side by side, by size of the pool, then `auto` beside the better of the other two."""
+    rows: dict[tuple[int, str], list[Content]] = {}
+    for row in sorted(content["rows"], key=lambda row: (-row["num_blocks"], row["mode"])):
+        if "error" not in row:
+            rows.setdefault((row["num_blocks"], row["mode"]), []).append(row)
+    names = ["out tok/s", *(f"a stream's mean {share} ms" for share in PRESSURE_SHARES)]
+
+    def columns(found: list[Content]) -> list[list[float]]:
+        """The repeats' values, by name."""
+        times = [[row["mean_itl_ms"][share] for row in found] for share in PRESSURE_SHARES]
+        return [[row["out_tok_s"] for row in found], *times]
+
+    def middle(found: list[Content], key: str, share: str) -> float:
+        return float(statistics.median(row[key][share] for row in found))
+
+    lines = []
+    for (blocks, mode), found in rows.items():
+        rates, *times = columns(found)
+        itl, ttft = ([middle(found, key, share) for share in ("p50", "p99")] for key in ("itl_ms", "ttft_ms"))
+        lines.append(
+            [
+                f"{blocks:,} blocks, {mode}",
+                f"{len(found)}",
+                _with_range(rates, 0),
+                *(_with_range(each, 2) for each in times),
+                f"{itl[0]:.2f} / {itl[1]:.1f}",
+                f"{ttft[0] / 1e3:.1f} / {ttft[1] / 1e3:.1f}",
+            ]
+        )
+    compared = []
+    for blocks in dict.fromkeys(blocks for blocks, _ in rows):
+        modes = [rows.get((blocks, mode), []) for mode in ("auto", "recompute", "swap")]
+        if all(modes):
+            auto, *others = ([statistics.median(each) for each in columns(found)] for found in modes)
+            best = [better(pair) for better, pair in zip((max, min, min, min), zip(*others, strict=True), strict=True)]
+            ratios = [f"{mine / other:.1%}" for mine, other in zip(auto, best, strict=True)]
+            compared.append([f"{blocks:,} blocks", *ratios])
+    text = table(["pool, mode", "rows", *names, "inter-token p50 / p99 ms", "TTFT p50 / p99 s"], lines)
+    return text + (H100_BETTER_MODE + table(["pool", *names], compared) if compared else "")
 
 
 def online(content: Content | None, only: float | None = None) -> str:
@@ -575,6 +603,12 @@ def _parts(results: dict[str, Content], prefix: str) -> list[tuple[str, Content]
 
 def _rows(results: dict[str, Content], prefix: str) -> list[Content]:
     return [row for _, content in _parts(results, prefix) for row in content["rows"]]
+
+
+def _with_range(values: Sequence[float], digits: int) -> str:
+    """The median, with the least and the most of several."""
+    middle, least, most = (f"{one:,.{digits}f}" for one in (statistics.median(values), min(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({least}..{most})"
 
 
 def _by(content: Content | None, key: str) -> dict[str, Content]:

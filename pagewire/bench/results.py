@@ -66,6 +66,20 @@ class Recorder:
             write(self.path, self.content)
 
 
+def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Files of several runs as one: all rows in order, under one header whose command names each.
+
+    Raises ValueError where anything else in the headers differs: such rows are not to stand beside each other.
+    """
+    heads = [{key: value for key, value in content.items() if key not in ("command", "rows")} for content in contents]
+    differ = sorted(key for key in set().union(*heads) if any(head.get(key) != heads[0].get(key) for head in heads))
+    if differ:
+        raise ValueError(f"the files differ in {', '.join(differ)}")
+    commands = "; ".join(content["command"] for content in contents)
+    rows = [row for content in contents for row in content["rows"]]
+    return {**contents[0], "command": commands, "rows": rows}
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import kv_waste, report
 from pagewire.bench import doors, metrics, serve, throughput, workloads
 from pagewire.bench.anchors import OFFLINE, ONLINE
-from pagewire.bench.results import ROOT, Recorder, command, percentiles, relative_spread
+from pagewire.bench.results import ROOT, Recorder, command, merged, percentiles, relative_spread
 from pagewire.bench.serve import Limits
 from pagewire.bench.session import BenchError, Times
 from pagewire.bench.workloads import Job, Scale
@@ -204,6 +204,44 @@ def test_the_page_says_what_a_sanitizer_found_and_where_it_was_cut_short() -> No
     assert "| x | memcheck | not found |" in page
     results["h100/sanitize_again"] = {"rows": [row("racecheck", 0)]}
     assert "| test_decode.py | 9 | 2 | 0 |" in report.sanitizer(results)
+
+
+def test_modes_of_preemption_stand_with_median_and_range_and_auto_beside_the_better_one() -> None:
+    def row(mode: str, out_tok_s: float, mean_ms: float) -> dict[str, object]:
+        times = {"p50": 7.0, "p95": 9.0, "p99": mean_ms}
+        shared = {"itl_ms": {"p50": 7.5, "p99": 25.0}, "ttft_ms": {"p50": 2000.0, "p99": 4000.0}}
+        return {"num_blocks": 1333, "mode": mode, "out_tok_s": out_tok_s, "mean_itl_ms": times, **shared}
+
+    modes = [
+        *(row("auto", rate, late) for rate, late in ((5000.0, 12.0), (4900.0, 14.0), (4950.0, 11.0))),
+        *(row("swap", rate, late) for rate, late in ((4500.0, 15.0), (5100.0, 16.0))),
+        row("recompute", 4400.0, 10.0),
+        {"num_blocks": 1333, "mode": "recompute", "error": "cut short after 100 s"},
+        row("swap", 5000.0, 15.0) | {"num_blocks": 500},
+    ]
+    page = report.pressure({"rows": modes})
+    tail = "7.50 / 25.0 | 2.0 / 4.0 |"
+    assert (
+        "| 1,333 blocks, auto | 3 | 4,950 (4,900..5,000) | 7.00 (7.00..7.00) | 9.00 (9.00..9.00) "
+        f"| 12.00 (11.00..14.00) | {tail}"
+    ) in page
+    assert f"| 1,333 blocks, recompute | 1 | 4,400 | 7.00 | 9.00 | 10.00 | {tail}" in page
+    assert f"| 500 blocks, swap | 1 | 5,000 | 7.00 | 9.00 | 15.00 | {tail}" in page
+    assert "| 1,333 blocks | 103.1% | 100.0% | 100.0% | 120.0% |" in page
+    assert "| 500 blocks |" not in page
+
+
+def test_files_of_several_runs_become_one_only_if_machine_and_commit_are_the_same() -> None:
+    one = {"gpu": "H100", "commit": "abc", "command": "run --pool 1", "rows": [{"pool": 1}]}
+    other = {"gpu": "H100", "commit": "abc", "command": "run --pool 2", "rows": [{"pool": 2}, {"pool": 2}]}
+    assert merged([one, other]) == {
+        "gpu": "H100",
+        "commit": "abc",
+        "command": "run --pool 1; run --pool 2",
+        "rows": [{"pool": 1}, {"pool": 2}, {"pool": 2}],
+    }
+    with pytest.raises(ValueError, match="the files differ in commit, gpu, seeds"):
+        merged([one, {**other, "gpu": "H200", "commit": "abd", "seeds": {}}])
 
 
 def test_the_page_is_made_of_what_is_recorded_here() -> None:

@@ -25,3 +25,21 @@ def test_every_mode_serves_the_whole_load_on_one_worker(
     assert len({row["out_tokens"] for row in rows}) == 1
     assert rows[0]["out_tokens"] > 0
     assert capsys.readouterr().out.count("starting scheduler") == 1
+
+
+def test_rows_of_several_calls_are_made_one_file_without_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for blocks in (1333, 500):
+        content = {"commit": "abc", "command": f"run --pool {blocks}", "rows": [{"num_blocks": blocks}]}
+        files.append(tmp_path / f"{blocks}.json")
+        files[-1].write_text(json.dumps(content))
+    out = tmp_path / "all.json"
+    monkeypatch.setattr(sys, "argv", ["pressure", str(out), "--merge", *map(str, files)])
+    assert pressure.main() == 0
+    assert [row["num_blocks"] for row in json.loads(out.read_text())["rows"]] == [1333, 500]
+    files[1].write_text(json.dumps({"commit": "abd", "command": "run", "rows": []}))
+    with pytest.raises(SystemExit):
+        pressure.main()
+    assert "--merge: the files differ in commit" in capsys.readouterr().err
