@@ -23,12 +23,13 @@ from pagewire.bench.results import ROOT, Recorder
 from pagewire.bench.runner import Runner
 from pagewire.bench.serve import DEFAULT_LIMITS, Load
 from pagewire.bench.service import Launch
+from pagewire.bench.session import loads
 from pagewire.bench.workloads import Scale
 
 POOLS = (1333, 1000, 500)
 MODES = ("auto", "recompute", "swap")
 RATE = 30.0
-ROW_LIMIT_S = 100.0
+ROW_LIMIT_S = 150.0
 
 
 async def measure(given: argparse.Namespace, folder: Path) -> bool:
@@ -51,7 +52,7 @@ async def measure(given: argparse.Namespace, folder: Path) -> bool:
                 for mode in given.mode:
 
                     async def values(runner: Runner = runner) -> results.Row:
-                        return await serve.measure(
+                        row = await serve.measure(
                             runner,
                             "session",
                             load,
@@ -60,11 +61,16 @@ async def measure(given: argparse.Namespace, folder: Path) -> bool:
                             limits=DEFAULT_LIMITS,
                             vocab_size=await runner.vocab_size(),
                         )
+                        # Its scheduler began with this row.
+                        (carried,) = (await loads(runner.scheduler)).loads
+                        preempted = {"swap": carried.preemptions_swap, "recompute": carried.preemptions_recompute}
+                        return {**row, "preemptions": preempted}
 
                     await runner.replan(preemption_mode=mode)
                     row = await runner.row({"num_blocks": blocks, "mode": mode}, ROW_LIMIT_S, values)
                     recorder.add(row)
-                    print(blocks, mode, row.get("out_tok_s"), row.get("mean_itl_ms"), row.get("error", ""), flush=True)
+                    told = [row.get(name, "") for name in ("out_tok_s", "mean_itl_ms", "preemptions", "error")]
+                    print(blocks, mode, *told, flush=True)
         finally:
             await runner.stop()
     return not any("error" in row for row in recorder.rows)

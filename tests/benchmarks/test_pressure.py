@@ -24,6 +24,7 @@ def test_every_mode_serves_the_whole_load_on_one_worker(
     assert [row["mode"] for row in rows] == ["auto", "recompute", "swap"]
     assert len({row["out_tokens"] for row in rows}) == 1
     assert rows[0]["out_tokens"] > 0
+    assert rows[1]["preemptions"]["swap"] == rows[2]["preemptions"]["recompute"] == 0
     assert capsys.readouterr().out.count("starting scheduler") == 1
 
 
