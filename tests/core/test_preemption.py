@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scheduler.policy import TransferRates
-from scheduler.preemption import CostModel, LearnedRate, Place, choose_victim
+from scheduler.preemption import FORGOTTEN_AFTER, CostModel, LearnedRate, Place, choose_victim
 from scheduler.sequence import SequenceGroup
 from scheduler.step_plan import StepTimings
 from tests.core.factories import make_request
@@ -56,11 +56,33 @@ def test_a_rate_holds_its_start_value_until_the_first_observation() -> None:
     assert rate.per_second == 30.0
 
 
-def test_a_rate_forgets_slowly_and_weighs_large_observations_more() -> None:
+def test_a_rate_is_a_mean_of_speeds_that_forgets_slowly_and_weighs_large_observations_more() -> None:
     rate = LearnedRate(0.0)
     rate.observe(1000, 10**9)
     rate.observe(20, 10**8)
-    assert rate.per_second == (0.9 * 1000 + 20) / (0.9 * 1.0 + 0.1)
+    assert rate.per_second == (0.9 * 1000 * 1000 + 20 * 200) / (0.9 * 1000 + 20)
+
+
+def test_a_rate_that_nobody_observes_any_more_returns_to_its_start() -> None:
+    rate = LearnedRate(50.0)
+    rate.observe(1, 10**9)
+    for _ in range(FORGOTTEN_AFTER - 1):
+        rate.observe(0, 0)
+    assert rate.per_second == 1.0
+    rate.observe(0, 0)
+    assert rate.per_second == 50.0
+
+
+def test_a_copy_that_began_late_ends_neither_swaps_nor_the_host_tier() -> None:
+    """Blocks of 2 MiB on an H100: 40 us, but for one in whose middle the host was busy for 20 ms."""
+    block, rates = 2 << 20, TransferRates(52_000_000_000, 52_000_000_000, 50_000)
+    costs = CostModel(rates)
+    for number in range(100):
+        copy_ns = 20_000_000 if number == 50 else 40_000
+        costs.planned(block, block)
+        costs.learn(block, block, StepTimings(swap_out_ns=copy_ns, swap_in_ns=copy_ns))
+        assert costs.is_worth_keeping(block, 16)
+        assert costs.prefers_swap(20 * block, 20 * 16)
 
 
 def test_swapping_costs_both_ways_and_waits_for_pending_copies() -> None:
