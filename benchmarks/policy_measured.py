@@ -1,8 +1,8 @@
 """What the scheduler's policies do with a real worker: `python -m benchmarks.policy_measured OUT_FOLDER`.
 
     tenants         a light tenant's first tokens: alone, beside one that sends 20 times as much, in one queue with it
-    conversations   turns that come back when the pool has given up their blocks, with and without the host tier
-    one_off         a load that overfills the pool and never comes back: what the host tier costs it
+    conversations   turns that come back when the pool has given up their blocks, with and without the host tier; and a
+                    load that overfills the pool and never comes back: what the host tier costs
     groups          as many rows as greedy requests, as samples of one prompt, and as beams
     parking         how long Park takes, and the first token after Continue beside that of computing everything again
 
@@ -27,7 +27,7 @@ import numpy as np
 import uvloop
 
 from pagewire.aio import AsyncClient
-from pagewire.bench import results, serve, suite, workloads
+from pagewire.bench import metrics, results, serve, suite, workloads
 from pagewire.bench.anchors import CONFIG
 from pagewire.bench.results import ROOT, Recorder, Row
 from pagewire.bench.runner import Runner
@@ -52,8 +52,8 @@ class Size:
     """How much of everything; the defaults are for one large GPU."""
 
     length_scale: float = 1.0
-    light_rates: tuple[float, ...] = (1.5,)
-    light_requests: int = 120
+    light_rate: float = 1.2
+    light_requests: int = 150
     conversations: int = 80
     turns: int = 8
     turn_rate: float = 8.0
@@ -74,7 +74,7 @@ class Size:
 
 SMALL = Size(
     length_scale=0.04,
-    light_rates=(2.0,),
+    light_rate=2.0,
     light_requests=6,
     conversations=4,
     turns=3,
@@ -163,8 +163,8 @@ async def answer(stream: AsyncGenerator[Piece], times: Times) -> tuple[list[int]
 
 
 async def conversations(bench: Bench) -> Row:
-    """Conversations of some turns; each waits for its answer, then a random time. A prompt is everything said before,
-    and a question of 100 tokens; the first begins with 800 tokens of its own."""
+    """Conversations of some turns; each waits for its answer, then half to one and a half times the mean. A prompt is all
+    that was said before, and a question of 100 tokens; the first begins with 800 tokens of its own."""
     size, tenant = bench.size, bench.new_tenant()
     gap = size.conversations / size.turn_rate
     times: list[Times] = []
@@ -175,7 +175,7 @@ async def conversations(bench: Bench) -> Row:
         generator = np.random.default_rng((11, number))
         said = bench.prompt(generator, size.length(800))
         for _ in range(size.turns):
-            await asyncio.sleep(generator.exponential(gap))
+            await asyncio.sleep(gap * generator.uniform(0.5, 1.5))
             said += bench.prompt(generator, size.length(100))
             note = Times(due=time.monotonic_ns())
             stream = client.generate(
@@ -206,23 +206,6 @@ async def conversations(bench: Bench) -> Row:
         "seconds": round(seconds, 2),
         "out_tok_s": round(sum(one.tokens for one in times) / seconds, 1),
     }
-
-
-async def hits_by_tier(runner: Runner) -> dict[str, float]:
-    """Tokens found in each tier of the prefix cache since the scheduler began."""
-    page = await runner.read_metrics() or {}
-    return {
-        tier: sum(v for (name, labels), v in page.items() if name.endswith("cache_hits_total") and tier in labels)
-        for tier in ("gpu", "host")
-    }
-
-
-async def with_hits(runner: Runner, measure: Callable[[], Awaitable[Row]]) -> Row:
-    """A row, and what each tier gave it."""
-    before = await hits_by_tier(runner)
-    row = await measure()
-    after = await hits_by_tier(runner)
-    return {**row, "found_tokens": {tier: int(after[tier] - before[tier]) for tier in after}}
 
 
 async def one_off(bench: Bench) -> Row:
@@ -355,40 +338,71 @@ async def fill(bench: Bench, client: AsyncClient) -> None:
             group.create_task(one())
 
 
-# What runs on which service.
+# What is measured, and where.
 
 
-async def on_large_pool(bench: Bench, recorder: Recorder) -> None:
-    """All memory is the pool: who waits, waits for its turn."""
-    for rate in bench.size.light_rates:
-        for how in ("alone", "beside", "one queue"):
-            head = {"experiment": "tenants", "light_per_s": rate, "heavy_per_s": HEAVY * rate, "how": how}
-            await record(bench, recorder, head, partial(tenants, bench, rate, how))
+async def all_tenants(bench: Bench, recorder: Recorder) -> None:
+    """Alone, beside the other, and as one."""
+    for how in ("alone", "beside", "one queue"):
+        rate = bench.size.light_rate
+        head = {"light_per_s": rate, "heavy_per_s": HEAVY * rate, "how": how}
+        await record(bench, recorder, head, partial(tenants, bench, rate, how))
 
 
-async def on_small_pool(bench: Bench, recorder: Recorder) -> None:
-    """A pool that the loads overfill."""
+async def all_conversations(bench: Bench, recorder: Recorder) -> None:
+    """Both loads without and with the host tier, which is what each scheduler begins with."""
     for on in (False, True):
         await bench.runner.replan(host_prefix_cache=on)
-        for name, load in (("conversations", conversations), ("one_off", one_off)):
-            head = {"experiment": name, "host_prefix_cache": on}
-            await record(bench, recorder, head, partial(with_hits, bench.runner, partial(load, bench)))
+        for name, load in (("conversations", conversations), ("one-off requests", one_off)):
+            await record(bench, recorder, {"load": name, "host_prefix_cache": on}, partial(load, bench))
     await bench.runner.replan(host_prefix_cache=None)
+
+
+async def all_groups(bench: Bench, recorder: Recorder) -> None:
+    """Every kind by itself, and all of them."""
     for kinds in LOADS:
-        await record(bench, recorder, {"experiment": "groups", "kinds": kinds}, partial(groups, bench, kinds))
+        await record(bench, recorder, {"kinds": kinds}, partial(groups, bench, kinds))
+
+
+async def all_parking(bench: Bench, recorder: Recorder) -> None:
+    """Every length."""
     for context in bench.size.parked:
         tokens = bench.size.length(context)
-        await record(bench, recorder, {"experiment": "parking", "tokens": tokens}, partial(parking, bench, tokens))
+        await record(bench, recorder, {"tokens": tokens}, partial(parking, bench, tokens))
 
 
-POOLS = {"large": on_large_pool, "small": on_small_pool}
+EXPERIMENTS = {
+    "tenants": all_tenants,
+    "conversations": all_conversations,
+    "groups": all_groups,
+    "parking": all_parking,
+}
+ON_ALL_MEMORY = {"tenants"}
+"""Their pool is what the worker finds; who waits there, waits for its turn. The others' is to be overfilled."""
 
 
 async def record(bench: Bench, recorder: Recorder, head: Row, measure: Callable[[], Awaitable[Row]]) -> None:
-    """Measures one row."""
-    row = await bench.runner.row(head, ROW_LIMIT_S, measure)
+    """Measures one row, and what the scheduler counted meanwhile."""
+    runner = bench.runner
+    before = await runner.read_metrics()
+    row = await runner.row(head, ROW_LIMIT_S, measure)
+    after = await runner.read_metrics()
+    if "error" not in row and before is not None and after is not None:
+        used = metrics.used(before, after)
+        row["scheduler"] = {
+            "steps": used.steps,
+            "forward_ms": used.part_ms["forward"],
+            "idle_s": round(used.idle_s, 3),
+            "preemptions": used.preemptions,
+            "found_tokens": {tier: int(_found(after, tier) - _found(before, tier)) for tier in ("gpu", "host")},
+        }
     recorder.add(row)
     print(row, flush=True)
+
+
+def _found(page: metrics.Page, tier: str) -> float:
+    """Prompt tokens found in a tier of the prefix cache."""
+    return page.get(("pagewire_prefix_cache_hits_total", f'tier="{tier}"'), 0.0)
 
 
 async def measure(given: argparse.Namespace, folder: Path) -> bool:
@@ -402,18 +416,21 @@ async def measure(given: argparse.Namespace, folder: Path) -> bool:
         token_budget=2048,
         gateways=1,
     )
-    rows = []
-    for pool in given.pool:
-        sized = (
-            launch if pool == "large" else replace(launch, num_blocks=given.num_blocks, host_blocks=given.host_blocks)
-        )
-        recorder = Recorder(given.out / f"policy_{pool}_pool.json", suite.header(sized, None))
-        runner = Runner(sized, folder / pool, limit_s=given.limit_s, say=print)
+    small = replace(launch, num_blocks=given.num_blocks, host_blocks=given.host_blocks)
+    rows: list[Row] = []
+    for sized in (launch, small):
+        names = [name for name in given.experiment if (name in ON_ALL_MEMORY) == (sized is launch)]
+        if not names:
+            continue
+        runner = Runner(sized, folder / names[0], limit_s=given.limit_s, say=print)
         try:
-            await POOLS[pool](Bench(runner, SMALL if given.small else Size(), await runner.vocab_size()), recorder)
+            bench = Bench(runner, SMALL if given.small else Size(), await runner.vocab_size())
+            for name in names:
+                recorder = Recorder(given.out / f"{name}.json", suite.header(sized, None))
+                await EXPERIMENTS[name](bench, recorder)
+                rows += recorder.rows
         finally:
             await runner.stop()
-        rows += recorder.rows
     return not any("error" in row for row in rows)
 
 
@@ -426,13 +443,13 @@ def main() -> int:
     )
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--device")
-    parser.add_argument("--pool", nargs="+", choices=list(POOLS), default=list(POOLS))
-    parser.add_argument("--num-blocks", type=int, default=4096, help="of the small pool, 16 tokens each")
+    parser.add_argument("--experiment", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
+    parser.add_argument("--num-blocks", type=int, default=4096, help="of a pool to be overfilled, 16 tokens each")
     parser.add_argument("--host-blocks", type=int, default=16_384, help="of the host arena beside it")
     parser.add_argument("--max-model-len", type=int, default=12_288)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--small", action="store_true", help="little of everything, for a machine without a GPU")
-    parser.add_argument("--limit-s", type=float, default=540.0, help="seconds for one pool")
+    parser.add_argument("--limit-s", type=float, default=540.0, help="seconds for one service")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         return 0 if uvloop.run(measure(given, Path(folder))) else 1
