@@ -16,6 +16,22 @@ NAME = "planted_defect"
 THREADS = 128
 COPY = "copy_async_16(shared + 4 * i, in + 4 * i, true);"
 OTHERS = "out[i] = shared[(4 * i + 128) % 512];"
+_BOX = f"""
+            __shared__ u64 landed;
+            if (i == 0) {{{{
+              barrier_init(&landed, 1);
+              barriers_initialised();
+              barrier_arrive_expecting(&landed, 16 * {THREADS});
+            }}}}
+            {{sync}}
+            if (i == 0 && {{who}})
+              asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{{to}} "
+                           "[%0], [%1], %2, [%3]{{mask}};" ::"r"(shared_address(shared)), "l"(in),
+                           "r"(16 * {THREADS}), "r"(shared_address(&landed)){{ctas}}
+                           : "memory");
+            out[i] = shared[i];
+            barrier_wait(&landed, 0);
+            {{sync}}"""
 DEFECTS: dict[str, dict[str, str]] = {
     "memcheck": {
         "a store behind a tensor": "out[i + 1] = in[i];",
@@ -56,21 +72,21 @@ DEFECTS: dict[str, dict[str, str]] = {
             asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(in[i]) : "memory");
             out[i] = shared[(i + 32) % 128];
             cluster_sync();""",
-        "a box that is read before it has landed": f"""
-            __shared__ u64 landed;
-            if (i == 0) {{
-              barrier_init(&landed, 1);
-              barriers_initialised();
-              barrier_arrive_expecting(&landed, 4 * 4 * {THREADS});
-              asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                           ::"r"(shared_address(shared)), "l"(in), "r"(4 * 4 * {THREADS}), "r"(shared_address(&landed))
-                           : "memory");
-            }}
-            __syncthreads();
-            out[i] = shared[i];
-            barrier_wait(&landed, 0);""",
+        "a box that is read before it has landed": _BOX.format(
+            sync="__syncthreads();", who="1", to="", mask="", ctas=""
+        ),
+        "a box from another CTA that is read before it has landed": _BOX.format(
+            sync="cluster_sync();",
+            who="cluster_rank() == 0",
+            to=".multicast::cluster",
+            mask=", %4",
+            ctas=', "h"((unsigned short)3)',
+        ),
     },
-    "synccheck": {"a barrier that only some threads of a warp reach": "if (i < 40) __syncthreads(); out[i] = in[i];"},
+    "synccheck": {
+        "a barrier that only some threads of a warp reach": "if (i < 40) __syncthreads(); out[i] = in[i];",
+        "an mbarrier that nobody has initialised": "__shared__ u64 ready; barrier_arrive(&ready); out[i] = in[i];",
+    },
 }
 """Body of the kernel, by tool and name: `i` is the thread; out [THREADS] and in [4 * THREADS] are float32."""
 
