@@ -21,6 +21,7 @@ from pagewire.bench.results import ROOT
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "performance.md"
 Content = dict[str, Any]
+Row = dict[str, Any]
 
 HEAD = """# Performance
 
@@ -96,6 +97,11 @@ steps are long whatever they hold: 74 to 105 ms without graphs for 1 as for 32 s
 why was not looked into. With graphs its warm-up ran out of memory, so that it captured them in the measured run.
 
 """
+H100_TESTS = """`make test-gpu`: the kernels against their torch twins; models and whole services against transformers
+on the CPU, token for token in float32 while requests are swapped and recomputed, logits within bounds in bfloat16;
+replayed against eager steps; swap round trips bit by bit.
+
+"""
 H100_SANITIZER = """Errors that compute-sanitizer found in the kernels while they ran their tests, but for those of real
 sizes. Every tensor is an allocation of its own, with room behind it.
 
@@ -168,6 +174,9 @@ def render(results: dict[str, Content]) -> str:
         parts.append(source("h100/pressure", results["h100/pressure"]))
         parts.append(f"## Attention kernels on one H100\n\n{kernels_h100(results['h100/kernels'])}")
         parts.append(source("h100/kernels", results["h100/kernels"]))
+        if "h100/gpu_tests" in results:
+            parts.append(f"## GPU tests on one H100\n\n{gpu_tests(results['h100/gpu_tests'])}")
+            parts.append(source("h100/gpu_tests", results["h100/gpu_tests"]))
         parts.append(f"## Kernels under compute-sanitizer on one H100\n\n{sanitizer(results)}")
         parts += [source(name, content) for name, content in _parts(results, "h100/sanitize")]
     for title, name, write in sections:
@@ -268,6 +277,14 @@ def peers(results: dict[str, Content]) -> str:
     return H100_PEERS + table(heading, lines)
 
 
+def gpu_tests(content: Content) -> str:
+    """How the GPU tests ended, by file."""
+    counts = ("passed", "failed", "skipped")
+    lines = [[row["file"], *(f"{row[name]}" for name in counts)] for row in content["rows"]]
+    lines.append(["all", *(f"{sum(row[name] for row in content['rows'])}" for name in counts)])
+    return H100_TESTS + table(["tests", *counts], lines) + f"\nThat took {content['seconds']} s.\n"
+
+
 def sanitizer(results: dict[str, Content]) -> str:
     """Errors by file of tests and tool, and what the tools find of planted defects. A later file's row counts."""
     rows = {(row["tool"], row.get("file"), row.get("planted")): row for row in _rows(results, "h100/sanitize")}
@@ -275,9 +292,9 @@ def sanitizer(results: dict[str, Content]) -> str:
     files = dict.fromkeys(row["file"] for row in rows.values() if "file" in row)
     lines = []
     for file in files:
-        found = [rows[tool, file, None] for tool in tools]
-        errors = ["cut short" if row["errors"] is None else f"{row['errors']}" for row in found]
-        lines.append([f"{file}.py", f"{min(row['passed'] for row in found)}", *errors])
+        found = [rows.get((tool, file, None)) for tool in tools]
+        passed = min(row["passed"] for row in found if row)
+        lines.append([f"{file}.py", f"{passed}", *("not run" if row is None else _findings(row) for row in found)])
     planted = [
         [row["planted"], row["tool"], "found" if row["errors"] else "not found"]
         for row in rows.values()
@@ -285,6 +302,12 @@ def sanitizer(results: dict[str, Content]) -> str:
     ]
     checked = table(["tests", "passed", *(f"{tool} errors" for tool in tools)], lines)
     return H100_SANITIZER + checked + H100_PLANTED + table(["planted defect", "tool", "is"], planted) + H100_BLIND
+
+
+def _findings(row: Row) -> str:
+    """What a tool has found in a file's tests, and in how many it failed itself."""
+    unfinished = len(row["unfinished"])
+    return f"{row['errors']}, cut short in {unfinished}" if unfinished else f"{row['errors']}"
 
 
 def kernels_h100(content: Content) -> str:
