@@ -2,7 +2,8 @@
 
 Only Pagewire's own kernels are checked. For memcheck every tensor is an allocation of its own, so that it sees where
 each ends. The tests of a file are dealt out to processes of a few tests; if the tool fails in one of them, its tests
-are run again one by one. A few kernels with planted defects come first, then tests of real sizes.
+are run again without options of the tool, then one by one. A few kernels with planted defects come first, then tests
+of real sizes.
 OUT_FOLDER/sanitize.json has a row for each tool and file, and for each tool and planted defect; sanitize-logs.tgz has
 what the tools said. Exit code 1: something was found, a test failed or was not reached.
 """
@@ -58,6 +59,8 @@ class Part:
     tests: Sequence[str]
     """None of them: a planted defect."""
     log: Path
+    bare: bool = False
+    """Without any option: the tool looks at all kernels."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,14 @@ def parts(tools: Sequence[str], tests: dict[str, list[str]], folder: Path) -> li
 
 
 def check(part: Part, port: int, ends: float) -> list[tuple[Part, Outcome]]:
-    """Runs a part until the time `ends`, and if the tool has failed in one of several tests, then each by itself."""
+    """Runs a part until the time `ends`. Where the tool fails itself, the part is run without options, and then each of
+    its tests by itself."""
     outcome = run(part, port, ends)
-    if outcome.errors is not None or len(part.tests) < 2:
+    if outcome.errors is not None or not part.tests or time.monotonic() > ends:
+        return [(part, outcome)]
+    if not part.bare:
+        return check(dataclasses.replace(part, bare=True, log=part.log.with_stem(f"{part.log.stem}-bare")), port, ends)
+    if len(part.tests) == 1:
         return [(part, outcome)]
     alone = [
         dataclasses.replace(part, tests=(test,), log=part.log.with_stem(f"{part.log.stem}-{i}"))
@@ -131,12 +139,13 @@ def run(part: Part, port: int, ends: float) -> Outcome:
     begin = time.monotonic()
     if ends - begin < 5:
         return Outcome(Counter(), None)
-    filters = [argument for name in kernel_names() for argument in ("--kernel-name", f"kne={name}")]
-    command = ["compute-sanitizer", "--tool", part.tool, "--port", str(port), "--print-limit", "20", *filters]
-    command += ["--report-api-errors", "no", "--show-backtrace", "device"]
-    if part.tool != "racecheck":  # which fails in kernels with clusters if this is asked of it
-        command += ["--destroy-on-device-error", "kernel"]
+    command = ["compute-sanitizer", "--tool", part.tool, "--port", str(port)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if not part.bare:
+        command += ["--print-limit", "20", "--report-api-errors", "no", "--show-backtrace", "device"]
+        command += [argument for name in kernel_names() for argument in ("--kernel-name", f"kne={name}")]
+    if not part.bare and part.tool != "racecheck":
+        command += ["--destroy-on-device-error", "kernel"]
     if part.tool == "memcheck":
         command += ["--padding", "512"]  # or the next allocation begins where one ends
         if not any(CAPTURED in test for test in part.tests):
@@ -176,6 +185,7 @@ def row(tool: str, file: str, found: Sequence[tuple[Part, Outcome]]) -> results.
         "skipped": counts["SKIPPED"],
         "failed": failed,
         "not_reached": tests - counts["PASSED"] - counts["SKIPPED"] - failed,
+        "without_options": sum(len(part.tests) for part, _ in found if part.bare),
         "unfinished": [test for part, outcome in found if outcome.errors is None for test in part.tests],
         "seconds": round(sum(outcome.seconds for _, outcome in found)),
     }

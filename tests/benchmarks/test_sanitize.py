@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -46,20 +47,24 @@ def test_a_tool_that_fails_itself_has_found_nothing_and_not_nothing() -> None:
     assert sanitize.read(failed).errors is None
 
 
-def test_tests_among_which_a_tool_has_failed_are_run_again_one_by_one(
+def test_tests_among_which_a_tool_has_failed_are_run_again_without_options_and_then_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
 
     def run(one: sanitize.Part, port: int, ends: float) -> sanitize.Outcome:
         ran.append((one.tests, one.log.name))
-        return sanitize.Outcome(Counter(), None if "bad" in one.tests else 0)
+        failed = "worse" in one.tests or ("bad" in one.tests and not one.bare)
+        return sanitize.Outcome(Counter(), None if failed else 0)
 
     monkeypatch.setattr(sanitize, "run", run)
-    assert len(sanitize.check(part("good", "fine", folder=tmp_path), 0, 0)) == 1
-    found = sanitize.check(part("good", "bad", folder=tmp_path), 0, 0)
-    assert ran[2:] == [(("good",), "wgmma-0.log"), (("bad",), "wgmma-1.log")]
-    assert sanitize.row("racecheck", "test_wgmma", found)["unfinished"] == ["bad"]
+    assert len(sanitize.check(part("good", "fine", folder=tmp_path), 0, math.inf)) == 1
+    found = sanitize.check(part("good", "bad", folder=tmp_path), 0, math.inf)
+    assert ran[1:] == [(("good", "bad"), "wgmma.log"), (("good", "bad"), "wgmma-bare.log")]
+    found += sanitize.check(part("good", "worse", folder=tmp_path), 0, math.inf)
+    assert ran[5:] == [(("good",), "wgmma-bare-0.log"), (("worse",), "wgmma-bare-1.log")]
+    row = sanitize.row("racecheck", "test_wgmma", found)
+    assert (row["without_options"], row["unfinished"]) == (4, ["worse"])
 
 
 def test_every_test_is_in_one_part_of_its_file_behind_planted_defects(tmp_path: Path) -> None:
