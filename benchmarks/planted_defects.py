@@ -16,6 +16,22 @@ NAME = "planted_defect"
 THREADS = 128
 COPY = "copy_async_16(shared + 4 * i, in + 4 * i, true);"
 OTHERS = "out[i] = shared[(4 * i + 128) % 512];"
+_BOX = f"""
+            __shared__ u64 landed;
+            if (i == 0) {{{{
+              barrier_init(&landed, 1);
+              barriers_initialised();
+              barrier_arrive_expecting(&landed, 16 * {THREADS});
+            }}}}
+            {{sync}}
+            if (i == 0 && {{who}})
+              asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{{to}} "
+                           "[%0], [%1], %2, [%3]{{mask}};" ::"r"(shared_address(shared)), "l"(in),
+                           "r"(16 * {THREADS}), "r"(shared_address(&landed)){{ctas}}
+                           : "memory");
+            out[i] = shared[i];
+            barrier_wait(&landed, 0);
+            {{sync}}"""
 DEFECTS: dict[str, dict[str, str]] = {
     "memcheck": {
         "a store behind a tensor": "out[i + 1] = in[i];",
@@ -48,16 +64,43 @@ DEFECTS: dict[str, dict[str, str]] = {
             wgmma_wait<0>();
             keep_order(d);
             out[i] = d[0][0] + d[15][3];""",
+        "no barrier of a cluster after a store into another CTA": """
+            cluster_sync();
+            u32 there;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;"
+                : "=r"(there) : "r"(shared_address(shared + i)), "r"(1 - cluster_rank()));
+            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(in[i]) : "memory");
+            out[i] = shared[(i + 32) % 128];
+            cluster_sync();""",
+        "a box that is read before it has landed": _BOX.format(
+            sync="__syncthreads();", who="1", to="", mask="", ctas=""
+        ),
+        "a box from another CTA that is read before it has landed": _BOX.format(
+            sync="cluster_sync();",
+            who="cluster_rank() == 0",
+            to=".multicast::cluster",
+            mask=", %4",
+            ctas=', "h"((unsigned short)3)',
+        ),
     },
-    "synccheck": {"a barrier that only some threads of a warp reach": "if (i < 40) __syncthreads(); out[i] = in[i];"},
+    "synccheck": {
+        "a barrier that only some threads of a warp reach": "if (i < 40) __syncthreads(); out[i] = in[i];",
+        "an mbarrier that nobody has initialised": "__shared__ u64 ready; barrier_arrive(&ready); out[i] = in[i];",
+    },
 }
 """Body of the kernel, by tool and name: `i` is the thread; out [THREADS] and in [4 * THREADS] are float32."""
 
 
+def ctas(body: str) -> int:
+    """How many of them run the body: a cluster of two, if it has to do with one."""
+    return 2 if "cluster_rank" in body else 1
+
+
 def source(body: str) -> str:
     """The text of a kernel with this body."""
+    cluster = f"__cluster_dims__({ctas(body)}, 1, 1) " if ctas(body) > 1 else ""
     return f"""{kernel_compile.source("hopper.cuh", {})}
-extern "C" __global__ void __launch_bounds__({THREADS}) {NAME}(float* out, const float* in) {{
+extern "C" __global__ void {cluster}__launch_bounds__({THREADS}) {NAME}(float* out, const float* in) {{
   SHARED_MEMORY(dynamic);
   float* shared = (float*)(dynamic + (1024 - shared_address(dynamic) % 1024) % 1024);
   const int i = threadIdx.x;
@@ -68,12 +111,13 @@ extern "C" __global__ void __launch_bounds__({THREADS}) {NAME}(float* out, const
 
 def main() -> None:
     """Launches the one that is named, once."""
-    text = source(next(bodies[sys.argv[1]] for bodies in DEFECTS.values() if sys.argv[1] in bodies))
+    body = next(bodies[sys.argv[1]] for bodies in DEFECTS.values() if sys.argv[1] in bodies)
+    text = source(body)
     device = torch.device("cuda", 0)
     loaded = kernel_compile.CupyBackend().load(text, NAME, device)
     kernel = kernel_compile.Kernel(loaded, kernel_compile.parameters(text, NAME))
     out, given = torch.zeros(THREADS, device=device), torch.ones(4 * THREADS, device=device)
-    kernel((1, 1, 1), THREADS, 1024 + (64 + 128) * 128, out.data_ptr(), given.data_ptr())
+    kernel((ctas(body), 1, 1), THREADS, 1024 + (64 + 128) * 128, out.data_ptr(), given.data_ptr())
     torch.cuda.synchronize()
 
 

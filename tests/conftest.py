@@ -27,7 +27,7 @@ def _why_no_gpu() -> str:
     return "" if count else "no GPU"
 
 
-SPREAD_FILES = {"test_compile.py", "test_simulation.py"}
+SPREAD_FILES = {"test_compile.py", "test_equality.py", "test_greedy_equality.py", "test_simulation.py"}
 """Long files whose tests share nothing, so that processes may divide them. The tests of any other file run in one
 process, because a service or a kernel that one of them has made serves the next."""
 

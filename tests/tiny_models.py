@@ -171,6 +171,15 @@ def tiny_config(
     return {**fields, **KINDS[kind], **changes}
 
 
+def with_heads_of_16(kind: str) -> dict[str, int]:
+    """Changes after which attention heads have 16 elements, the fewest that kernels take in half precision."""
+    fields = KINDS[kind]
+    wider = {name: 64 for name in ("hidden_size", "word_embed_proj_dim", "n_embd") if fields.get(name) == 32}
+    if "head_dim" in fields:
+        return {"head_dim": 16} if fields["head_dim"] != 16 else {}
+    return wider
+
+
 def make_tiny_model(
     kind: str,
     folder: Path,

@@ -126,5 +126,10 @@ class AttentionBatch:
 
 def _with_whole_heads(heads: torch.Tensor) -> torch.Tensor:
     """The same [T, heads, D] with elements and heads of a token contiguous, as kernels read them; tokens may stride."""
-    head_dim = heads.shape[2]
-    return heads if heads.stride()[1:] == (head_dim, 1) else heads.contiguous()
+    tokens, num_heads, head_dim = heads.shape
+    if heads.stride()[1:] == (head_dim, 1):
+        return heads
+    if num_heads == 1 and heads.stride(2) == 1:
+        # The stride of a dimension of one means nothing, and contiguous() would keep that of a single token.
+        return heads.as_strided((tokens, 1, head_dim), (heads.stride(0), head_dim, 1))
+    return heads.contiguous()

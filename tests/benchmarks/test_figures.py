@@ -191,19 +191,29 @@ def test_the_page_compares_with_the_best_of_a_peer_s_rows_and_gives_the_reason_o
 
 
 def test_the_page_says_what_a_sanitizer_found_and_where_it_was_cut_short() -> None:
-    def row(tool: str, errors: int | None) -> dict[str, object]:
-        return {"tool": tool, "file": "test_decode", "errors": errors, "passed": 9}
+    def row(tool: str, errors: int, unfinished: list[str]) -> dict[str, object]:
+        return {"tool": tool, "file": "test_decode", "errors": errors, "passed": 9, "unfinished": unfinished}
 
+    planted = {"tool": "memcheck", "planted": "x", "errors": 0}
     results: dict[str, report.Content] = {
-        "h100/sanitize": {
-            "rows": [row("memcheck", 2), row("racecheck", None), {"tool": "memcheck", "planted": "x", "errors": 0}]
-        }
+        "h100/sanitize": {"rows": [row("memcheck", 2, []), row("racecheck", 0, ["a", "b"]), planted]}
     }
     page = report.sanitizer(results)
-    assert "| test_decode.py | 9 | 2 | cut short |" in page
+    assert "| test_decode.py | 9 | 2 | 0, cut short in 2 |" in page
     assert "| x | memcheck | not found |" in page
-    results["h100/sanitize_again"] = {"rows": [row("racecheck", 0)]}
+    results["h100/sanitize_again"] = {"rows": [row("racecheck", 0, []), {**row("memcheck", 1, []), "file": "more"}]}
     assert "| test_decode.py | 9 | 2 | 0 |" in report.sanitizer(results)
+    assert "| more.py | 9 | 1 | not run |" in report.sanitizer(results)
+
+
+def test_the_page_counts_the_gpu_tests() -> None:
+    rows = [
+        {"file": "tests/a.py", "passed": 7, "failed": 0, "skipped": 1},
+        {"file": "tests/b.py", "passed": 2, "failed": 1, "skipped": 0},
+    ]
+    page = report.gpu_tests({"seconds": 90, "rows": rows})
+    assert "| tests/b.py | 2 | 1 | 0 |" in page
+    assert "| all | 9 | 1 | 1 |\n\nThat took 90 s." in page
 
 
 def test_modes_of_preemption_stand_with_median_and_range_and_auto_beside_the_better_one() -> None:

@@ -57,12 +57,12 @@ class Service:
         return grpc.aio.insecure_channel(self.address)
 
 
-def start(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> Service:
+def start(folder: Path, *arguments: str, device: str = "cpu", environment: dict[str, str] | None = None) -> Service:
     """Starts `pagewire up` with free ports and waits for its ready file. Raises with the log when it exits instead."""
     folder.mkdir(parents=True, exist_ok=True)
     ready_file, log = folder / "ready.json", folder / "up.log"
     command = [sys.executable, "-m", "pagewire.cli", "up", "--ready-file", str(ready_file)]
-    command += ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--device", "cpu", *arguments]
+    command += ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--device", device, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -88,9 +88,11 @@ def stop(service: Service) -> int:
 
 
 @asynccontextmanager
-async def running(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> AsyncIterator[Service]:
+async def running(
+    folder: Path, *arguments: str, device: str = "cpu", environment: dict[str, str] | None = None
+) -> AsyncIterator[Service]:
     """A service for the length of a `with` block. A failing test shows the end of the service's log."""
-    service = await asyncio.to_thread(start, folder, *arguments, environment=environment)
+    service = await asyncio.to_thread(start, folder, *arguments, device=device, environment=environment)
     try:
         yield service
     except BaseException:

@@ -33,6 +33,12 @@ SMALL_ARENA = 32
 """Tokens in a swap arena that is soon full, so that some groups are swapped and others recomputed."""
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The workers'; what their output is compared with is computed on the CPU."""
+    return request.param
+
+
 def mixed_requests(seed: int, vocab_size: int) -> list[tuple[list[int], int]]:
     """`NUM_REQUESTS` pairs of (prompt, max_tokens) of mixed lengths; a third of them share a prefix of 24 tokens."""
     generator = random.Random(seed)
@@ -45,7 +51,7 @@ def mixed_requests(seed: int, vocab_size: int) -> list[tuple[list[int], int]]:
 
 
 async def check_equality(
-    folder: Path, kind: str, budget: int, block_size: int, modes: set[str], arena_tokens: int = 256
+    folder: Path, device: str, kind: str, budget: int, block_size: int, modes: set[str], arena_tokens: int = 256
 ) -> None:
     """Runs 32 requests at once in a pool that holds a third of those that could run, and compares every token."""
     model = tiny_models.make_tiny_model(kind, folder / "model", max_position_embeddings=CONTEXT)
@@ -63,7 +69,7 @@ async def check_equality(
         "--dtype",
         "float32",
     ]
-    async with service.running(folder / "up", *arguments) as up, up.channel() as channel:
+    async with service.running(folder / "up", *arguments, device=device) as up, up.channel() as channel:
         calls = [service.generate(channel, service.greedy(prompt, length)) for prompt, length in requests]
         completions = await asyncio.gather(*calls)
         for (prompt, _), completion, tokens in zip(requests, completions, expected, strict=True):
@@ -77,16 +83,16 @@ async def check_equality(
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 async def test_greedy_output_equals_transformers_while_groups_are_swapped_and_recomputed(
-    tmp_path: Path, kind: str
+    tmp_path: Path, device: str, kind: str
 ) -> None:
     budget, block_size = ARCHITECTURES[kind]
-    await check_equality(tmp_path, kind, budget, block_size, {"swap", "recompute"}, SMALL_ARENA)
+    await check_equality(tmp_path, device, kind, budget, block_size, {"swap", "recompute"}, SMALL_ARENA)
 
 
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("budget", [7, 64])
 async def test_greedy_output_does_not_depend_on_budget_block_size_or_preemption(
-    tmp_path: Path, budget: int, block_size: int, mode: str
+    tmp_path: Path, device: str, budget: int, block_size: int, mode: str
 ) -> None:
-    await check_equality(tmp_path, "llama", budget, block_size, {mode})
+    await check_equality(tmp_path, device, "llama", budget, block_size, {mode})

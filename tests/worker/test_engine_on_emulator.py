@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import attention
+from kernels import attention, reference
 from kernels import compile as kernel_compile
 from kernels.backend import CudaKernels
 from kernels.kv_layout import KvLayout
 from tests import tiny_models
 from tests.kernels.emulator import EmulatorBackend
 from tests.worker.test_engine import GREEDY, HOT, PENALISED, PROMPTS, Steps, new
+from worker.attention_batch import AttentionBatch
 from worker.executor import Executor
 from worker.kv_pool import KvPool
 from worker.models import llama, ops
@@ -107,3 +108,31 @@ def test_steps_of_many_tokens_take_the_products_by_boxes_and_give_the_same_token
     # qkv; output and down projection, which differ in their width; gate and up.
     assert sum("linear_wgmma" in library._name for library in emulator.libraries) == 4
     assert emulated == play(path, "bfloat16", emulated=False, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_single_kv_head_is_taken_with_the_strides_of_the_projection_that_it_was_cut_from(
+    emulator: EmulatorBackend, tokens: int
+) -> None:
+    layout = KvLayout(1, 1, 4, 16, torch.float32)
+    fused = torch.randn(1, tokens, (4 + 2) * 16)
+    query = fused[0, :, :64].view(tokens, 4, 16)
+    # What transformers' GPTBigCode hands over; of one token, torch calls it contiguous as it is.
+    key, value = (part.unsqueeze(1)[0].transpose(0, 1) for part in fused[..., 64:].split(16, dim=-1))
+    outs = []
+    for kernels in (CudaKernels(layout), reference):
+        batch = AttentionBatch(
+            layout=layout,
+            pool=torch.full(layout.pool_shape(2), float("nan")),
+            kernels=kernels,
+            slot_mapping=torch.arange(4, 4 + tokens),
+            num_decode=0,
+            decode_block_tables=torch.zeros(0, 1, dtype=torch.int32),
+            decode_context_lens=torch.zeros(0, dtype=torch.int32),
+            chunk_block_tables=torch.ones(1, 1, dtype=torch.int32),
+            chunk_context_lens=torch.tensor([tokens], dtype=torch.int32),
+            chunk_query_start=torch.tensor([0, tokens], dtype=torch.int32),
+            on_progress=lambda: None,
+        )
+        outs.append(batch.attend(0, query, key, value, scale=0.25))
+    torch.testing.assert_close(*outs)
