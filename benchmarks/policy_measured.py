@@ -163,7 +163,7 @@ async def answer(stream: AsyncGenerator[Piece], times: Times) -> tuple[list[int]
 
 
 async def conversations(bench: Bench) -> Row:
-    """Conversations of some turns; each waits for its answer, then half to one and a half times the mean. A prompt is all
+    """Conversations of some turns; each waits for its answer, then 0.5 to 1.5 times the mean. A prompt is all
     that was said before, and a question of 100 tokens; the first begins with 800 tokens of its own."""
     size, tenant = bench.size, bench.new_tenant()
     gap = size.conversations / size.turn_rate
