@@ -8,6 +8,7 @@ positions are taken from outside, that scale, window and soft cap arrive, and th
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,14 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest root mean square difference of logits, relative to their spread. Rounding stays well below; leaving out a
 window, cap or scale does not."""
 
+ROUNDINGS = 3
+"""So often the model's own attention is run once more with embeddings that are off by rounding. Where a router sends
+tokens to experts, that alone may exceed the tolerance: a token whose second and third expert are about as good goes to
+the other one."""
+
+OVER_ROUNDING = 2
+"""A difference of up to so many times that is none. Of 160 tiny models with experts none had 1.5 times as much."""
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -43,6 +52,8 @@ class Expected:
     """int64 [2, T]: the first sequence at the beginning of the context, the second at its end."""
     logits: torch.Tensor
     """float32 [2, T, vocab_size]."""
+    rounding: float
+    """Largest root mean square difference from them when the input embeddings are off by rounding."""
 
 
 def eager(model: Any, max_model_len: int) -> Expected:
@@ -51,18 +62,38 @@ def eager(model: Any, max_model_len: int) -> Expected:
     count = token_ids.shape[1]
     positions = torch.stack([torch.arange(count), torch.arange(max_model_len - count, max_model_len)]).to(model.device)
     before = model.config._attn_implementation
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        rows = [
+            model(input_ids=token_ids[[row]], position_ids=positions[[row]], use_cache=False).logits for row in range(2)
+        ]
+        return torch.cat(rows).float()
+
     try:
         model.set_attn_implementation("eager")
-        with torch.no_grad():
-            rows = [
-                model(input_ids=token_ids[[row]], position_ids=positions[[row]], use_cache=False).logits
-                for row in range(2)
-            ]
+        logits = run()
+        rounded = _off_by_rounding(model, run)
     except Exception as error:  # whatever a foreign model stumbles over
         raise ModelError(f"its own attention does not run: {one_line(error)}") from error
     finally:
         model.set_attn_implementation(before)
-    return Expected(token_ids, positions, torch.cat(rows).float())
+    return Expected(token_ids, positions, logits, max(_difference(each, logits) for each in rounded))
+
+
+def _off_by_rounding(model: Any, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    """What `run` gives when every element of the input embeddings is a unit in its last place larger or smaller."""
+    generator = torch.Generator().manual_seed(0)
+
+    def jitter(_module: nn.Module, _inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        signs = 2 * torch.randint(0, 2, embeddings.shape, generator=generator).to(embeddings) - 1
+        return embeddings * (1 + torch.finfo(embeddings.dtype).eps * signs)
+
+    hook = model.get_input_embeddings().register_forward_hook(jitter)
+    try:
+        return [run() for _ in range(ROUNDINGS)]
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -134,11 +165,17 @@ def _same_layers(
     return seen
 
 
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square."""
+    return float((logits - expected).square().mean().sqrt())
+
+
 def _compare(logits: torch.Tensor, expected: Expected, dtype: torch.dtype) -> None:
-    """Raise ModelError unless the logits agree within the dtype's tolerance."""
+    """Raise ModelError unless the logits agree within the dtype's tolerance, or within what rounding does to the
+    model's own."""
     spread = float(expected.logits.std())
-    error = float((logits - expected.logits).square().mean().sqrt())
-    if not error <= TOLERANCE[dtype] * spread:
+    error = _difference(logits, expected.logits)
+    if not error <= max(TOLERANCE[dtype] * spread, OVER_ROUNDING * expected.rounding):
         raise ModelError(
             f"behind paged attention its logits differ from those of its own attention (by {error:.2g}, "
             f"their spread is {spread:.2g})"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import make_tiny_model, tiny_config
+from tests.tiny_models import make_tiny_model, tiny_config, with_heads_of_16
 from worker.models import probe, transformers_model
 from worker.models.base import ModelError
 from worker.models.loader import load_model
@@ -159,6 +159,29 @@ def test_a_soft_cap_that_is_not_honoured_is_found_by_the_probe(tmp_path: Path, m
 
     monkeypatch.setattr("worker.models.dense.DenseBatch.attend", uncapped)
     assert "Gemma2ForCausalLM cannot be served: behind paged attention its logits differ" in refusal(folder)
+
+
+ROUTED_BY_ROUNDING = {"seed": 13, **with_heads_of_16("mixtral")}
+"""A model whose logits differ by a sixth of their spread in bfloat16, because two experts are about as good for some
+token."""
+
+
+def test_experts_that_rounding_chooses_are_no_reason_to_refuse_a_model(tmp_path: Path) -> None:
+    folder = make_tiny_model("mixtral", tmp_path / "model", **ROUTED_BY_ROUNDING)
+    assert load_model(str(folder), dtype="bfloat16").spec.architecture == "MixtralForCausalLM"
+
+
+def test_a_scale_that_is_not_honoured_is_found_even_where_rounding_chooses_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model("mixtral", tmp_path / "model", **ROUTED_BY_ROUNDING)
+    attend = probe.DenseCache().batch([]).__class__.attend
+
+    def unscaled(self: Any, *arguments: Any, scale: float, **others: Any) -> torch.Tensor:
+        return attend(self, *arguments, scale=1.0, **others)
+
+    monkeypatch.setattr("worker.models.dense.DenseBatch.attend", unscaled)
+    assert "its logits differ from those of its own attention" in refusal(folder, dtype="bfloat16")
 
 
 def test_masks_of_chunks_and_prefixes_are_neither_causal_nor_windows() -> None:
