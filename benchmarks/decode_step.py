@@ -39,6 +39,7 @@ FLOPS_PER_SECOND = 742e12
 """Its matrix products."""
 IN_FLIGHT = 2
 WARM_UP = 8
+PROFILED_STEPS = 8
 SAMPLINGS = {
     "greedy": Sampling(temperature=0.0),
     "top-k-p": Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=7),
@@ -196,6 +197,39 @@ def measure_swaps(executor: Executor, batch: int, context: int, steps: int, bloc
     }
 
 
+def prompts_beside(
+    executor: Executor, batch: int, context: int, steps: int, count: int, length: int
+) -> Callable[[int], dict[str, Any]]:
+    """For `measure`: every step computes `count` new prompts of `length` tokens too, in rows behind the batch's, and
+    gives up those of the step before."""
+    layout = executor.pool.layout
+    used, size = (
+        batch * layout.blocks_for(context + WARM_UP + max(steps, PROFILED_STEPS) + 2),
+        layout.blocks_for(length),
+    )
+    if batch + 2 * count > executor.batch.max_slots or used + 2 * count * size > executor.pool.num_blocks:
+        raise ValueError(f"no rows or blocks for {batch} rows and twice {count} prompts")
+    tokens = [10 + place % 1000 for place in range(length)]
+
+    def beside(step: int) -> dict[str, Any]:
+        now, before = ([batch + turn * count + place for place in range(count)] for turn in (step % 2, (step + 1) % 2))
+        new = [
+            NewSequence(
+                slot=slot,
+                token_ids=tokens,
+                prompt_tokens=length,
+                computed_tokens=0,
+                blocks=list(range(used + (slot - batch) * size, used + (slot - batch + 1) * size)),
+                sampling=SAMPLINGS["greedy"],
+            )
+            for slot in now
+        ]
+        gone = before if step else []
+        return {"new_sequences": new, "chunk_slots": now, "chunk_tokens": [length] * count, "release_slots": gone}
+
+    return beside
+
+
 def floor_s(model: PagedModel, layout: KvLayout, batch: int, context: float) -> float:
     """Seconds of one decode step that memory or arithmetic of the H200 allow; weights are read once, KV once a row."""
     weight_bytes = parameter_bytes(model)
@@ -216,14 +250,16 @@ def parameter_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def profile(executor: Executor, batch: int, context: int) -> str:
+def profile(
+    executor: Executor, batch: int, context: int, beside: Callable[[int], dict[str, Any]] = lambda step: {}
+) -> str:
     """A table of the kernels of a few decode steps, by time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
     with record(activities=[activity]) as recorded:
-        measure(executor, batch, context, 8, SAMPLINGS["greedy"])
+        measure(executor, batch, context, PROFILED_STEPS, SAMPLINGS["greedy"], beside)
     sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     return str(recorded.key_averages().table(sort_by=sort, row_limit=30, max_name_column_width=70))
 
@@ -245,6 +281,8 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without decode graphs")
     parser.add_argument("--swap-blocks", type=int, default=0, help="also decode beside swaps of this many blocks")
     parser.add_argument("--profile", type=int, default=0, metavar="BATCH", help="print the kernels of this batch size")
+    parser.add_argument("--prompts", type=int, default=0, help="also decode beside so many new prompts in every step")
+    parser.add_argument("--prompt-length", type=int, default=22, help="their tokens")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     device = choose_device(given.device)
@@ -255,7 +293,7 @@ def main() -> None:
     )
     loaded = time.perf_counter()
     settings = WorkerSettings(
-        max_num_seqs=max(given.batch),
+        max_num_seqs=max(given.batch) + 2 * given.prompts,
         token_budget=given.token_budget,
         num_blocks=given.num_blocks,
         host_blocks=given.host_blocks,
@@ -275,8 +313,19 @@ def main() -> None:
         row = measure_swaps(executor, given.batch[-1], given.context, given.steps, given.swap_blocks)
         rows.append(row)
         print(row, flush=True)
+    beside: Callable[[int], dict[str, Any]] = lambda step: {}  # noqa: E731
+    if given.prompts:
+        batch = given.batch[-1]
+        beside = prompts_beside(executor, batch, given.context, given.steps, given.prompts, given.prompt_length)
+        row = {
+            "prompts": given.prompts,
+            "prompt_length": given.prompt_length,
+            **measure(executor, batch, given.context, given.steps, SAMPLINGS["greedy"], beside),
+        }
+        rows.append(row)
+        print(row, flush=True)
     if given.profile:
-        print(profile(executor, given.profile, given.context))
+        print(profile(executor, given.profile, given.context, beside))
     if given.out:
         results.write(given.out, {**results.header(), "rows": rows})
 
