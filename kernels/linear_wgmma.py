@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import compile as kernel_compile
+from kernels import linear_tall
 from kernels.compile import TensorMap
 from kernels.linear import check_factors
 from kernels.reference.linear import Product
@@ -31,15 +32,13 @@ _MOST_PARTS = 6
 """Of a product by `linear_parts`; what adds them up has to read them all."""
 _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
-_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 128, "linear_gated": 1 << 20}
-"""With more the library is as fast (docs/kernels/linear.md)."""
+_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 128, "linear_gated": 256}
+"""With more the library is as fast, or `kernels.linear_tall` faster (docs/kernels/linear.md)."""
 _LEAST_SHARE: dict[Product, float] = {"linear": 0.35, "linear_parts": 0.45, "linear_gated": 0.75}
 """Of the multiprocessors; with fewer busy the library is faster. `linear_parts` has no more parts than it needs to
 reach it, ..."""
 _SHARE_OF_SOME, _SOME = 0.7, 32
 """... or to reach this one for up to so many tokens, whose parts are small."""
-_LEAST_WORK = 0.9
-"""For more tokens than a tile has: of what all multiprocessors can multiply in the rounds that it takes."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,6 @@ class WgmmaConfig:
     ctas: int
     split: int = 1
     """Parts of K that are multiplied apart."""
-    many: bool = False
-    """Whether there may be more tokens than a tile has."""
 
     @property
     def shared_bytes(self) -> int:
@@ -70,7 +67,6 @@ class WgmmaConfig:
             "CLUSTER": self.cluster,
             "STAGES": self.stages,
             "SPLIT": self.split,
-            "MANY": int(self.many),
         }
 
 
@@ -85,10 +81,9 @@ def wgmma_config(
 ) -> WgmmaConfig | None:
     """How the function of this name multiplies num_tokens rows by a [rows, width] matrix: every CTA takes equally many
     tiles. None: not by this kernel."""
-    many = num_tokens > TOKENS[-1]
-    tokens = TOKENS[-1] if many else next(tokens for tokens in TOKENS if tokens >= num_tokens)
-    if not limits.wgmma or (many and by == "linear_parts") or num_tokens < 1 or width % _CHUNK or rows % ROWS:
+    if not limits.wgmma or not 1 <= num_tokens <= TOKENS[-1] or width % _CHUNK or rows % ROWS:
         return None
+    tokens = next(tokens for tokens in TOKENS if tokens >= num_tokens)
     tiles, split = rows // ROWS, 1
     if by == "linear_parts":
         busy = limits.processors * (_SHARE_OF_SOME if num_tokens <= _SOME else _LEAST_SHARE[by])
@@ -100,26 +95,21 @@ def wgmma_config(
         room = int(limits.processors * (_CLUSTERED_SHARE if cluster > 2 else 1)) // cluster
         if tiles % cluster or not room:
             continue
-        shares = tiles // cluster * split * math.ceil(num_tokens / tokens)
+        shares = tiles // cluster * split
         ctas = math.ceil(shares / math.ceil(shares / room)) * cluster
         if best is None or ctas > best.ctas:
-            best = WgmmaConfig(tokens, cluster, stages, ctas, split, many)
+            best = WgmmaConfig(tokens, cluster, stages, ctas, split)
     return best
 
 
 def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
     """Whether the function of this name is the better way to multiply num_tokens rows by this [N, K] matrix."""
+    if by == "linear_gated" and linear_tall.takes_tokens(num_tokens, weight):
+        return True
     if num_tokens > _MOST_TOKENS[by]:
         return False
     config = _config(by, num_tokens, weight)
-    if config is None:
-        return False
-    processors = kernel_compile.limits(weight.device).processors
-    if config.many:
-        tiles = weight.shape[0] // ROWS
-        rounds = math.ceil(tiles * math.ceil(num_tokens / config.tokens) / config.ctas)
-        return tiles * num_tokens / config.tokens >= _LEAST_WORK * rounds * processors
-    return config.ctas >= _LEAST_SHARE[by] * processors
+    return config is not None and config.ctas >= _LEAST_SHARE[by] * kernel_compile.limits(weight.device).processors
 
 
 def _config(by: Product, num_tokens: int, weight: torch.Tensor) -> WgmmaConfig | None:
@@ -148,6 +138,8 @@ def linear_parts(x: torch.Tensor, weight: torch.Tensor, *, config: WgmmaConfig |
 
 def linear_gated(x: torch.Tensor, gate_up: torch.Tensor, *, config: WgmmaConfig | None = None) -> torch.Tensor:
     """silu(gate) * up of x times gate_up [2 * I, K] transposed, gate rows first: [B, I]. As `linear`."""
+    if config is None and linear_tall.takes_tokens(len(x), gate_up):
+        return linear_tall.linear_gated(x, gate_up)
     out = torch.empty((x.shape[0], gate_up.shape[0] // 2), dtype=x.dtype, device=x.device)
     _launch(out, x, gate_up, GATING, config or _fitting("linear_gated", x, gate_up))
     return out

@@ -20,6 +20,8 @@ typedef long long i64;
 
 constexpr u32 FULL_MASK = 0xffffffffu;
 constexpr float LOG2_E = 1.4426950408889634f;
+// L2's policies, as createpolicy makes them, for all of what is read.
+constexpr u64 EVICT_FIRST = 0x12f0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
 struct bfloat16 {
   unsigned short bits;
@@ -145,8 +147,7 @@ DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
                ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
-// The same of what is read once: the line leaves L2 before others do (a policy as createpolicy makes it, all of evict_first).
-constexpr u64 EVICT_FIRST = 0x12f0000000000000;
+// The same of what is read once: the line leaves L2 before others do.
 DEVICE void copy_async_16_once(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0), "l"(EVICT_FIRST)

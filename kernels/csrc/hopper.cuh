@@ -62,8 +62,12 @@ DEVICE u32 cluster_rank() {
 DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same, but what was written before need not be seen behind it: without the fence for that, which waits for all stores.
+DEVICE void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
-// Copies the box at these coordinates, first dimension first, and then counts its bytes at the barrier. `once` is as in copy_async_16_once.
+// Copies the box at these coordinates, first dimension first, and then counts its bytes at the barrier. `once` is as in copy_async_16_once, `policy` L2's.
 DEVICE void copy_box_once(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(
@@ -71,17 +75,18 @@ DEVICE void copy_box_once(void* to, const TensorMap* map, u64* barrier, int a, i
       "l"(map), "r"(shared_address(barrier)), "r"(a), "r"(b), "r"(c), "r"(d), "l"(EVICT_FIRST)
       : "memory");
 }
-DEVICE void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
-                   shared_address(to)),
-               "l"(map), "r"(shared_address(barrier)), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
 DEVICE void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
                    shared_address(to)),
                "l"(map), "r"(shared_address(barrier)), "r"(a), "r"(b)
                : "memory");
+}
+DEVICE void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d, int e, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e), "l"(policy)
+      : "memory");
 }
 // The same to the same place in each CTA of the cluster whose bit is set, and counts at the barriers there.
 DEVICE void copy_box_to(u32 ctas, void* to, const TensorMap* map, u64* barrier, int a, int b) {

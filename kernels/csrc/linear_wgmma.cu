@@ -5,9 +5,6 @@
 // CLUSTER CTAs take neighbouring tiles at the same time, and each of them copies a part of the tokens to all. Weights leave L2 first: nobody
 // needs them again, and what they would push out costs 2 to 7 % of the time (docs/kernels/linear.md).
 //
-// More tokens are as many tiles of TOKENS tokens. Operations are what counts then, and that CTAs which run at the same time need the same
-// weights and tokens: GROUP tiles of tokens are multiplied by all weights before the next ones.
-//
 // One thread copies boxes, two warpgroups compute. The producer fills the ring with weights before the kernel in front has ended, and
 // waits only then for its tokens (programmatic dependent launch).
 //
@@ -15,7 +12,6 @@
 // lie in sixteens, with GATING eight gate rows and the eight up rows of the same columns, so that one thread has both.
 //
 // Defines: DTYPE (bfloat16 | float16), K (multiple of 64), TOKENS (64 | 96 | 128 | 192 | 256), CLUSTER (1 | 2 | 4), STAGES,
-//   MANY      0: at most TOKENS tokens; 1: any number
 //   SPLIT     CTAs that share a tile's K, 1 unless PARTS
 //   EPILOGUE  STORING: out [B, N];  PARTS: out [SPLIT, B, N] float, to be added up by who reads it;
 //             GATING: weight is [2 * N, K], gate rows, then up rows; out [B, N] = silu(gate) * up
@@ -38,9 +34,7 @@ constexpr int WEIGHT_BYTES = ROWS * CHUNK * 2, STAGE = WEIGHT_BYTES + TOKENS * C
 constexpr int QUADS = TOKENS / 8;                                 // of a thread: its sums of eight tokens
 constexpr int COLUMNS = EPILOGUE == GATING ? ROWS / 2 : ROWS;     // of out that a tile makes
 static_assert(K % CHUNK == 0 && OWN_TOKENS % 8 == 0 && STAGES >= 2, "whole chunks and swizzle atoms");
-constexpr int GROUP = 8;                                          // tiles of tokens
 static_assert(SPLIT == 1 || EPILOGUE == PARTS, "nobody adds up what is stored otherwise");
-static_assert(SPLIT == 1 || !MANY, "parts of some tokens");
 
 // Grid: [a multiple of CLUSTER]. Block: [384]. Shared: 1024 + STAGES * STAGE + STAGES * 16 bytes.
 //   weight  boxes of (64, 8, 2, ROWS / 16) of (K, 8, 2, rows / 16), rows in sixteens as above
@@ -56,19 +50,8 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
   const int warp = __shfl_sync(FULL_MASK, tid / 32, 0);  // so that the compiler sees it is the same in all lanes
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
   // Shares of tiles: those of one tile one after another, a cluster's CTAs at the same share of neighbouring tiles.
-  const int neighbours = num_columns / COLUMNS / CLUSTER, token_tiles = MANY ? (num_tokens + TOKENS - 1) / TOKENS : 1;
-  const int shares = neighbours * (MANY ? token_tiles : SPLIT), step = gridDim.x / CLUSTER;
-  auto first_of_group = [&](int share) { return share / (neighbours * GROUP) * GROUP; };
-  auto place_in_group = [&](int share) { return share % (neighbours * GROUP); };
-  auto tile_of = [&](int share) {
-    if (!MANY) return share / SPLIT * CLUSTER + rank;
-    return place_in_group(share) / min(GROUP, token_tiles - first_of_group(share)) * CLUSTER + rank;
-  };
-  auto first_token = [&](int share) {
-    if (!MANY) return 0;
-    const int first = first_of_group(share);
-    return (first + place_in_group(share) % min(GROUP, token_tiles - first)) * TOKENS;
-  };
+  const int shares = num_columns / COLUMNS / CLUSTER * SPLIT, step = gridDim.x / CLUSTER;
+  auto tile_of = [&](int share) { return share / SPLIT * CLUSTER + rank; };
   auto first_chunk = [&](int share) { return CHUNKS * (share % SPLIT) / SPLIT; };
   auto last_chunk = [&](int share) { return CHUNKS * (share % SPLIT + 1) / SPLIT; };
 
@@ -85,40 +68,31 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
 
   if (warp == 0) {
     if (lane == 0) {
-      int tile = 0, own_token = 0, boxes = 0;
-      auto begin = [&](int share) {
-        tile = tile_of(share), own_token = first_token(share) + rank * OWN_TOKENS;
-        // Boxes that lie outside x are not copied: nobody stores what is computed from their place.
-        boxes = min(CLUSTER, (num_tokens - first_token(share) + OWN_TOKENS - 1) / OWN_TOKENS);
-      };
-      auto load_weights = [&](int slot, int chunk) {
+      // Boxes that lie outside x are not copied: nobody stores what is computed from their place.
+      const int boxes = min(CLUSTER, (num_tokens + OWN_TOKENS - 1) / OWN_TOKENS);
+      auto load_weights = [&](int tile, int slot, int chunk) {
         barrier_arrive_expecting(full + slot, WEIGHT_BYTES + boxes * OWN_TOKENS * CHUNK * 2);
-        if (MANY)
-          copy_box(ring + slot * STAGE, &weight, full + slot, chunk * CHUNK, 0, 0, tile * (ROWS / 16));
-        else
-          copy_box_once(ring + slot * STAGE, &weight, full + slot, chunk * CHUNK, 0, 0, tile * (ROWS / 16));
+        copy_box_once(ring + slot * STAGE, &weight, full + slot, chunk * CHUNK, 0, 0, tile * (ROWS / 16));
       };
       auto load_tokens = [&](int slot, int chunk) {
         if (rank >= boxes) return;
         unsigned char* to = ring + slot * STAGE + WEIGHT_BYTES + rank * OWN_TOKENS * CHUNK * 2;
         if (CLUSTER > 1)
-          copy_box_to((1 << CLUSTER) - 1, to, &x, full + slot, chunk * CHUNK, own_token);
+          copy_box_to((1 << CLUSTER) - 1, to, &x, full + slot, chunk * CHUNK, rank * OWN_TOKENS);
         else
-          copy_box(to, &x, full + slot, chunk * CHUNK, own_token);
+          copy_box(to, &x, full + slot, chunk * CHUNK, rank * OWN_TOKENS);
       };
       int share = blockIdx.x / CLUSTER, chunk = first_chunk(share);
       const int filled = min(STAGES, last_chunk(share) - chunk);  // chunks that need not wait for room
-      begin(share);
-      for (int i = 0; i < filled; ++i) load_weights(i, chunk + i);
+      for (int i = 0; i < filled; ++i) load_weights(tile_of(share), i, chunk + i);
       wait_for_previous();
       for (int i = 0; i < filled; ++i) load_tokens(i, chunk + i);
       int slot = filled % STAGES;
       u32 parity = filled < STAGES;
       for (chunk += filled; share < shares; share += step, chunk = first_chunk(share)) {
-        begin(share);
         for (; chunk < last_chunk(share); ++chunk) {
           barrier_wait(empty + slot, parity);
-          load_weights(slot, chunk);
+          load_weights(tile_of(share), slot, chunk);
           load_tokens(slot, chunk);
           if (++slot == STAGES) slot = 0, parity ^= 1;
         }
@@ -140,8 +114,7 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
     int slot = 0;
     u32 parity = 0;
     for (int share = blockIdx.x / CLUSTER; share < shares; share += step) {
-      const int tile = tile_of(share), token = first_token(share), tokens = num_tokens - token;
-      const int first = first_chunk(share), last = last_chunk(share);
+      const int tile = tile_of(share), first = first_chunk(share), last = last_chunk(share);
       for (int chunk = first, before = -1; chunk < last; ++chunk) {
         barrier_wait(full + slot, parity);
         keep_order(sums);
@@ -172,11 +145,11 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
         continue;
       }
       // Transposed, of token g and of columns 2 t and 2 t + 1 of eight.
-      DTYPE* to = (DTYPE*)out + (i64)(token + g) * num_columns + tile * COLUMNS + sixteen * (COLUMNS / 8) + 2 * t;
+      DTYPE* to = (DTYPE*)out + (i64)g * num_columns + tile * COLUMNS + sixteen * (COLUMNS / 8) + 2 * t;
 #pragma unroll
       for (int n = 0; n < QUADS; ++n, to += (i64)8 * num_columns) {
         const float(&q)[4] = sums[n];
-        const bool exists = n * 8 + g < tokens;
+        const bool exists = n * 8 + g < num_tokens;
         if (EPILOGUE == GATING) {
           auto gated = [](float gate, float up) { return __fdividef(gate, 1.0f + exp2_fast(-gate * LOG2_E)) * up; };
           const u32 y = transpose_8x8(pack<DTYPE>(gated(q[0], q[2]), gated(q[1], q[3])));

@@ -13,7 +13,7 @@ import struct
 import pytest
 import torch
 
-from kernels import attention, linear, linear_wgmma, sampling
+from kernels import attention, linear, linear_tall, linear_wgmma, sampling
 from kernels import compile as kernel_compile
 from kernels.compile import Cubin, DeviceLimits, KernelError
 from kernels.reference import Product
@@ -237,6 +237,7 @@ def test_tensors_without_a_backend_are_refused() -> None:
         ("norm.cu", "add_rms_norm", True),
         ("linear_skinny.cu", "linear_skinny", True),
         ("linear_wgmma.cu", "linear_wgmma", True),
+        ("linear_tall.cu", "linear_tall", True),
         ("sampling.cu", "argmax", False),
     ],
 )
@@ -273,7 +274,7 @@ def test_products_of_a_few_tokens_keep_two_ctas_on_a_processor(
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("tokens", [*linear_wgmma.TOKENS, 8192])
+@pytest.mark.parametrize("tokens", linear_wgmma.TOKENS)
 @pytest.mark.parametrize(
     ("by", "rows", "width", "epilogue"),
     [
@@ -288,12 +289,21 @@ def test_products_of_many_tokens_keep_their_sums_in_registers(
     if reason := why_no_compiler():
         pytest.skip(reason)
     config = linear_wgmma.wgmma_config(by, tokens, rows, width, LIMITS["sm_90a"])
-    if by == "linear_parts" and tokens > linear_wgmma.TOKENS[-1]:
-        assert config is None
-        return
     assert config is not None
     cubin = build("linear_wgmma.cu", "sm_90a", DTYPE=dtype, K=width, EPILOGUE=epilogue, **config.defines)
     assert_no_spills(cubin)
     registers = cubin.resources["linear_wgmma"].registers
     assert linear_wgmma.THREADS * registers <= REGISTERS_OF_A_PROCESSOR
+    assert config.shared_bytes <= LIMITS["sm_90a"].shared_bytes
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_tall_tile_keeps_its_sums_in_registers(dtype: str) -> None:
+    if reason := why_no_compiler():
+        pytest.skip(reason)
+    config = linear_tall.tall_config(512, 28672, 4096, LIMITS["sm_90a"])
+    assert config is not None
+    cubin = build("linear_tall.cu", "sm_90a", DTYPE=dtype, K=4096, **config.defines)
+    assert_no_spills(cubin)
+    assert config.groups * 128 * cubin.resources["linear_tall"].registers <= REGISTERS_OF_A_PROCESSOR
     assert config.shared_bytes <= LIMITS["sm_90a"].shared_bytes

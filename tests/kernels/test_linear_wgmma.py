@@ -30,14 +30,6 @@ CASES = [
     (130, 384, 128, WgmmaConfig(192, 1, 3, 1)),  # three tiles a CTA, each shorter than the ring
     (256, 256, 256, WgmmaConfig(256, 2, 3, 2)),
     (40, 768, 256, WgmmaConfig(64, 2, 3, 4)),  # clusters of one tile a CTA and of two
-    (
-        200,
-        256,
-        192,
-        WgmmaConfig(64, 2, 3, 2, many=True),
-    ),  # four tiles of tokens, the last of eight, which one CTA copies
-    (650, 384, 128, WgmmaConfig(64, 1, 4, 5, many=True)),  # a group of eight tiles of tokens, and one of three
-    (64, 256, 128, WgmmaConfig(64, 2, 4, 2, many=True)),  # not many
 ]
 
 
@@ -58,7 +50,6 @@ def test_a_product_of_many_tokens_equals_its_twin(
         (33, 512, 320, WgmmaConfig(64, 2, 2, 2)),
         (70, 512, 192, WgmmaConfig(96, 4, 4, 4)),
         (250, 384, 128, WgmmaConfig(256, 1, 3, 1)),
-        (600, 512, 192, WgmmaConfig(256, 2, 3, 4, many=True)),
     ],
 )
 def test_a_gated_product_of_many_tokens_equals_its_twin(
@@ -109,8 +100,6 @@ def test_a_product_by_the_configuration_chosen_is_the_same_again_and_again(devic
         ("linear_gated", 17, 28672, 4096, WgmmaConfig(64, 4, 8, 112)),
         ("linear_gated", 193, 28672, 4096, WgmmaConfig(256, 2, 4, 112)),
         ("linear_gated", 128, 128256, 4096, WgmmaConfig(128, 2, 7, 126)),
-        ("linear_gated", 257, 28672, 4096, WgmmaConfig(256, 2, 4, 112, many=True)),
-        ("linear_gated", 8192, 28672, 4096, WgmmaConfig(256, 2, 4, 132, many=True)),
         ("linear", 64, 6144, 4096, WgmmaConfig(64, 1, 8, 48)),
         ("linear_parts", 32, 4096, 4096, WgmmaConfig(64, 1, 8, 96, 3)),
         ("linear_parts", 64, 4096, 14336, WgmmaConfig(64, 1, 8, 64, 2)),
@@ -133,7 +122,6 @@ def test_a_configuration_holds_all_tokens_fits_and_leaves_nobody_a_round_without
 ) -> None:
     config = linear_wgmma.wgmma_config(by, tokens, rows, width, H100)
     assert config is not None
-    assert not config.many
     tiles = rows // linear_wgmma.ROWS
     shares = tiles * config.split
     assert config.tokens >= tokens
@@ -173,14 +161,11 @@ def test_other_products_are_left_to_the_library(device: torch.device) -> None:
     assert taken(256, enough)
     assert taken(128, enough, "linear_parts")
     assert taken(64, enough.half(), "linear")
-    assert not taken(257, enough)
     assert not taken(129, enough, "linear_parts")
     assert not taken(65, enough, "linear")
     assert not taken(8, enough.float())
     assert not taken(8, weight(processors * 128, 256)[:, :128])
     assert not taken(8, weight(processors * 128, 136))
     assert not taken(8, weight(128))  # most of the device would be idle
-    assert taken(4 * 256, enough)
-    assert not taken(4 * 256 + 1, enough)  # a round for one token
     with pytest.raises(ValueError, match="not for this kernel"):
         linear_wgmma.linear_parts(torch.zeros(257, 128, dtype=BF16, device=device), weight(128))

@@ -433,10 +433,13 @@ inline void cluster_sync() {
     emulator::wait_while(&emulator::cluster_generation, ~0u, emulator::cluster_generation);
   }
 }
+inline void cluster_meet() { cluster_sync(); }
 inline void copy_box_once(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d) {
   emulator::send_box<4>(1u << cluster_rank(), to, map, barrier, {a, b, c, d});
 }
-inline void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d) { copy_box_once(to, map, barrier, a, b, c, d); }
+inline void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d, int e, u64) {
+  emulator::send_box<5>(1u << cluster_rank(), to, map, barrier, {a, b, c, d, e});
+}
 inline void copy_box(void* to, const TensorMap* map, u64* barrier, int a, int b) {
   emulator::send_box<2>(1u << cluster_rank(), to, map, barrier, {a, b});
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import attention, cache, reference, sampling, swap
+from kernels import attention, cache, linear_tall, reference, sampling, swap
+from kernels import compile as kernel_compile
 
 pytestmark = pytest.mark.gpu
 
@@ -183,3 +184,17 @@ def test_mapped_host_memory_is_copied_bit_exactly_by_the_kernel(cuda: torch.devi
     cache.launch_copies(pool, arena, ids, ids.flip(0).contiguous())
     torch.cuda.synchronize()
     assert torch.equal(arena.flip(0), pool.cpu())
+
+
+@pytest.mark.parametrize("tokens", [224, 256, 320, 512, 513, 700, 1024, 2100])
+def test_gate_and_up_projection_of_a_large_model_agrees_with_float64(cuda: torch.device, tokens: int) -> None:
+    if not kernel_compile.limits(cuda).wgmma:
+        pytest.skip("needs compute capability 9.0")
+    generator = torch.Generator(device=cuda).manual_seed(tokens)
+    x, gate_up = (
+        torch.randn(rows, 4096, generator=generator, device=cuda, dtype=torch.bfloat16) for rows in (tokens, 28672)
+    )
+    gate_up /= 64
+    out = linear_tall.linear_gated(x, gate_up)
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
+    assert error(out, gate * torch.sigmoid(gate) * up) < 2.5e-3
