@@ -342,8 +342,10 @@ async def fill(bench: Bench, client: AsyncClient) -> None:
 
 
 async def all_tenants(bench: Bench, recorder: Recorder) -> None:
-    """Alone, beside the other, and as one."""
+    """Alone, beside the other, and as one; each time by a scheduler that has seen no tenants before, because it expects
+    a light one back for a minute."""
     for how in ("alone", "beside", "one queue"):
+        await bench.runner.replan()
         rate = bench.size.light_rate
         head = {"light_per_s": rate, "heavy_per_s": HEAVY * rate, "how": how}
         await record(bench, recorder, head, partial(tenants, bench, rate, how))

@@ -71,8 +71,8 @@ Why, from profiles of single steps (the kernels' times are in [linear.md](kernel
 - **Steps with chunks of up to 1,024 tokens**, half of the Alpaca-like row: 6.9 ms beyond. Products, measured apart,
   come to 16.7 ms instead of 13.1: the library reaches 610 to 680 TFLOP/s with 600 to 800 rows, and 8 % of the rows are
   padding. Attention of contexts of 70 tokens takes 0.7 more than its bytes, other operations 1.3. Most of the other 1.3
-  lie between kernels, 330 of them: a profile of 480 rows beside 8 prompts of 22 tokens has 20.8 ms of kernels in a step
-  of 21.7 (`python -m benchmarks.decode_step --batch 480 --context 64 --steps 16 --prompts 8 --profile 480`). Half of the
+  lie between kernels, 330 of them: a profile of 480 rows beside 8 prompts of 22 tokens has 20.8 ms of kernels in 21.7
+  (`python -m benchmarks.decode_step --batch 480 --context 64 --steps 16 --prompts 8 --profile 480`). Half of the
   padding made the row no faster.
 - **Prefill** is bound by power: 700 W throughout, products at 690 to 730 TFLOP/s.
 """

@@ -33,6 +33,9 @@ SPREAD = 8
 of theirs takes; with fewer, single steps are long."""
 STRETCH = 2.0
 """Those prompts make a step so many times as long as its decodes alone, at most."""
+CHEAP = 1.5
+"""And as many of their tokens are always taken as make it so many times as long: cut further, the same prompts would make
+more such steps, and every step with a chunk costs more than its tokens."""
 
 LEAD_NS = 2_000_000
 """A plan is made so long before the worker needs it, at least: what planning, encoding and sending take, and a timer's
@@ -97,10 +100,12 @@ class Demand:
 def heavy_budget(left: int, backlog: int, decodes: int, step_time: StepTime) -> int:
     """Of `left` chunk tokens of a step beside `decodes` decodes, those that heavy tenants' prompts may have. `backlog`:
     tokens of their prompts that have room. At least LEAST_CHUNK, so they always go on."""
-    spread = -(-backlog // SPREAD)
-    alone = step_time.ns(max(1, decodes), 0)
-    most = step_time.chunk_budget(left, round(STRETCH * alone), max(1, decodes)) if alone else left
-    return min(left, max(LEAST_CHUNK, min(spread, most)))
+    decodes, spread = max(1, decodes), -(-backlog // SPREAD)
+    alone = step_time.ns(decodes, 0)
+    if not alone:
+        return min(left, max(LEAST_CHUNK, spread))
+    cheap, most = (step_time.chunk_budget(left, round(factor * alone), decodes) for factor in (CHEAP, STRETCH))
+    return min(left, max(LEAST_CHUNK, cheap, min(spread, most)))
 
 
 class PlanAhead:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,10 +88,12 @@ def test_heavy_prompts_always_go_on_and_never_beyond_the_step(
     assert min(left, LEAST_CHUNK) <= budget <= left
 
 
-def test_heavy_prompts_are_spread_over_steps_and_double_a_step_at_most() -> None:
-    assert heavy_budget(2048, 1000, 200, LEARNED) == 125
+def test_heavy_prompts_make_a_step_half_as_long_again_or_are_spread_and_double_it_at_most() -> None:
     alone = LEARNED.ns(200, 0)
-    assert LEARNED.ns(200, heavy_budget(2048, 1 << 20, 200, LEARNED)) <= 2.01 * alone
+    few, some, many = (heavy_budget(2048, backlog, 200, LEARNED) for backlog in (100, 2400, 1 << 20))
+    assert LEARNED.ns(200, few) == pytest.approx(1.5 * alone, rel=0.01)
+    assert some == 300
+    assert LEARNED.ns(200, many) == pytest.approx(2 * alone, rel=0.01)
     assert heavy_budget(2048, 1 << 20, 200, StepTime()) == 2048, "no time is known"
 
 
