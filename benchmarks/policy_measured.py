@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import uvloop
 
+from benchmarks.arguments import add_model
 from pagewire.aio import AsyncClient
 from pagewire.bench import metrics, results, serve, suite, workloads
-from pagewire.bench.anchors import CONFIG
-from pagewire.bench.results import ROOT, Recorder, Row
+from pagewire.bench.results import Recorder, Row
 from pagewire.bench.runner import Runner
 from pagewire.bench.serve import DEFAULT_LIMITS, LEAD_S, Load
 from pagewire.bench.service import Launch
@@ -440,11 +440,7 @@ def main() -> int:
     """Command line. Exit code 1: a row has no value."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument(
-        "--model", default=str(ROOT / "benchmarks" / "configs" / CONFIG), help="folder of a config.json"
-    )
-    parser.add_argument("--load-format", default="dummy")
-    parser.add_argument("--device")
+    add_model(parser)
     parser.add_argument("--experiment", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--num-blocks", type=int, default=4096, help="of a pool to be overfilled, 16 tokens each")
     parser.add_argument("--host-blocks", type=int, default=16_384, help="of the host arena beside it")

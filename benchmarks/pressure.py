@@ -17,9 +17,9 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks.arguments import add_model
 from pagewire.bench import results, serve, suite
-from pagewire.bench.anchors import CONFIG
-from pagewire.bench.results import ROOT, Recorder
+from pagewire.bench.results import Recorder
 from pagewire.bench.runner import Runner
 from pagewire.bench.serve import DEFAULT_LIMITS, Load
 from pagewire.bench.service import Launch
@@ -80,11 +80,7 @@ def main() -> int:
     """Command line. Exit code 1: a row has no value."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="file for the results")
-    parser.add_argument(
-        "--model", default=str(ROOT / "benchmarks" / "configs" / CONFIG), help="folder of a config.json"
-    )
-    parser.add_argument("--load-format", default="dummy")
-    parser.add_argument("--device")
+    add_model(parser)
     parser.add_argument("--pool", nargs="+", type=int, default=list(POOLS), help="blocks of 16 tokens")
     parser.add_argument("--host-blocks", type=int, default=4096)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))

@@ -76,8 +76,8 @@ Why, from profiles of single steps (the kernels' times are in [linear.md](kernel
   padding made the row no faster.
 - **Prefill** is bound by power: 700 W throughout, products at 690 to 730 TFLOP/s.
 
-Since these rows were taken, [tall tiles](kernels/linear.md#tall-tiles) have made decode-b256 3.1 and the Alpaca-like row
-2.6 % faster, old and new in one call.
+Since these rows were taken, [tall tiles](kernels/linear.md#tall-tiles) have made decode-b256 3.1 % and the Alpaca-like
+row 2.6 % faster, old and new in one call.
 """
 H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here (6.9 ms for 22
 streams). Steps with up to 1,024 prompt tokens are graphs. First without a target from token to token, then with

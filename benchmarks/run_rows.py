@@ -10,21 +10,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.arguments import add_model
 from pagewire.bench import suite
-from pagewire.bench.anchors import CONFIG, ONLINE
+from pagewire.bench.anchors import ONLINE
 from pagewire.bench.service import Launch
 from pagewire.bench.workloads import OFFLINE, Scale
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 def main() -> None:
     """Runs the rows; exit code 1 when any has no values."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--model", default=str(CONFIGS / CONFIG), help="folder with a config.json")
-    parser.add_argument("--load-format", default="dummy")
-    parser.add_argument("--device", default="auto")
+    add_model(parser)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--limit-s", type=float, default=420.0, help="seconds for everything")
     parser.add_argument("--row-limit-s", type=float, default=90.0, help="seconds for one row, all its runs")

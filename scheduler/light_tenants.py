@@ -34,8 +34,8 @@ of theirs takes; with fewer, single steps are long."""
 STRETCH = 2.0
 """Those prompts make a step so many times as long as its decodes alone, at most."""
 CHEAP = 1.5
-"""And as many of their tokens are always taken as make it so many times as long: cut further, the same prompts would make
-more such steps, and every step with a chunk costs more than its tokens."""
+"""And as many of their tokens are always taken as make it so many times as long: cut further, the same prompts would
+make more such steps, and every step with a chunk costs more than its tokens."""
 
 LEAD_NS = 2_000_000
 """A plan is made so long before the worker needs it, at least: what planning, encoding and sending take, and a timer's

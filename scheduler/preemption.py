@@ -5,8 +5,8 @@ The two costs are predicted from live figures. For a group with `bytes` of KV an
     swap       (pending copies out + bytes) / rate out + (pending copies in + bytes) / rate in
     recompute  tokens that the prefix cache will not hold / marginal prefill rate
 
-Rates start from what the worker measured and are then learned from step results (docs/decisions/0051); so is the share
-of a recomputed group's tokens that the prefix cache still has when it comes back. Blocks that another group holds stay in any case and
+Rates start from what the worker measured and are then learned from step results (docs/decisions/0051-*); so is the
+share of a recomputed group's tokens that the prefix cache still has when it comes back. Blocks that another group holds stay in any case and
 are not counted. The mode changes only for a gain of HYSTERESIS, so that two equal costs do not alternate. This is the
 choice that the PagedAttention paper leaves to the operator (section 4.5, figure 19).
 
@@ -30,8 +30,8 @@ Place = tuple[int, int, int, tuple[int, int, int, int]]
 MEMORY = 0.9
 """How much of the past a rate keeps per observation."""
 FORGOTTEN_AFTER = 1000
-"""Results without a copy after which the rate of copies is again what the worker measured at its start: some ten seconds
-of decoding."""
+"""Results without a copy after which the rate of copies is again what the worker measured at its start: some ten
+seconds of decoding."""
 HYSTERESIS = 0.1
 """How much cheaper than the mode chosen last the other one must be."""
 
@@ -89,13 +89,13 @@ def choose_to_displace(
 
 
 class LearnedRate:
-    """Units per second: a decaying mean of what was observed, in which a large observation weighs more than a small one.
+    """Units per second: a decaying mean of what was observed, in which a large observation weighs more than a small.
 
     Of speeds and not of times: a copy that a busy host began late looks a hundred times slower than the bus is. Among
     ten it lowers a mean of speeds by a tenth; it would multiply a mean of times by ten.
     """
 
-    __slots__ = ("_start", "_unobserved", "_units", "_weighed")
+    __slots__ = ("_start", "_units", "_unobserved", "_weighed")
 
     def __init__(self, start: float) -> None:
         self._start = start  # holds while nothing is learned; 0: unknown

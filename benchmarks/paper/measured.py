@@ -15,10 +15,9 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks.arguments import add_model
 from benchmarks.paper.policy_scheduler import LONGEST, POLICIES
 from pagewire.bench import results, suite
-from pagewire.bench.anchors import CONFIG
-from pagewire.bench.results import ROOT
 from pagewire.bench.service import Launch
 from pagewire.bench.workloads import Scale
 
@@ -29,11 +28,7 @@ def main() -> int:
     """Command line. Exit code 1: a row has no value."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="file for the results")
-    parser.add_argument(
-        "--model", default=str(ROOT / "benchmarks" / "configs" / CONFIG), help="folder of a config.json"
-    )
-    parser.add_argument("--load-format", default="dummy")
-    parser.add_argument("--device")
+    add_model(parser)
     parser.add_argument("--policy", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--workload", nargs="+", default=list(WORKLOADS))
     parser.add_argument("--num-blocks", type=int, default=6144, help="pool, in blocks of 16 tokens; default: 12 GiB")
