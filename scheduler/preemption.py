@@ -6,9 +6,9 @@ The two costs are predicted from live figures. For a group with `bytes` of KV an
     recompute  tokens that the prefix cache will not hold / marginal prefill rate
 
 Rates start from what the worker measured and are then learned from step results (docs/decisions/0051-*); so is the
-share of a recomputed group's tokens that the prefix cache still has when it comes back. Blocks that another group holds stay in any case and
-are not counted. The mode changes only for a gain of HYSTERESIS, so that two equal costs do not alternate. This is the
-choice that the PagedAttention paper leaves to the operator (section 4.5, figure 19).
+share of a recomputed group's tokens that the prefix cache still has when it comes back. Blocks that another group holds
+stay in any case and are not counted. The mode changes only for a gain of HYSTERESIS, so that two equal costs do not
+alternate. This is the choice that the PagedAttention paper leaves to the operator (section 4.5, figure 19).
 
 Why this ends. A group yields only to itself or to a group with a place before it; the head of all never yields, so it
 runs to its end. Whoever has been preempted `max_preemptions` times is protected: it comes before everybody else, comes
