@@ -217,6 +217,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="requests per second and worker")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if min(options.workers) < 1:
+        parser.error("--workers: at least 1")
     logs.configure("scheduler", "error")
     costs = [dispatcher_costs(count) for count in options.workers]
     engines = [asyncio.run(engine_costs(count)) for count in options.workers]
