@@ -6,11 +6,13 @@ of them has ended, and take the small operations around the product along.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from kernels import compile as kernel_compile
+from kernels.compile import TensorMap
 from kernels.reference.linear import SQUARES_COLUMNS, Normed
 
 MAX_TOKENS = 16
@@ -94,7 +96,7 @@ def takes_few_tokens(num_tokens: int, *weights: torch.Tensor) -> bool:
 
 def _fits(num_tokens: int, weight: torch.Tensor) -> bool:
     rows, width = weight.shape
-    if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous() or width % _CHUNK:
+    if not is_multiplied(weight) or width % _CHUNK:
         return False
     if not 1 <= num_tokens <= MAX_TOKENS:
         return False
@@ -138,6 +140,11 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) ->
     return squares
 
 
+def is_multiplied(weight: torch.Tensor) -> bool:
+    """Whether a matrix is of a type that tensor cores multiply here, and lies in one piece."""
+    return weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous()
+
+
 def check_factors(x: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises TypeError or ValueError unless x [B, K] and weight [N, K] fit each other and 16-byte pieces."""
     if x.dtype != weight.dtype or x.device != weight.device:
@@ -146,6 +153,14 @@ def check_factors(x: torch.Tensor, weight: torch.Tensor) -> None:
         raise ValueError(f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}")
     if x.data_ptr() % 16 or weight.data_ptr() % 16:
         raise ValueError("x and weight must be aligned to 16 bytes")
+
+
+@functools.lru_cache(maxsize=4096)
+def token_map(
+    device: torch.device, address: int, dtype: torch.dtype, tokens: int, width: int, box: tuple[int, int]
+) -> bytes:
+    """Of a [tokens, width] matrix of a half-precision type in boxes of (elements, tokens). Raises KernelError."""
+    return kernel_compile.tensor_map(device, TensorMap(address, dtype, (width, tokens), (width * 2,), box))
 
 
 def _launch(

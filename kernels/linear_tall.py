@@ -13,7 +13,7 @@ import torch
 
 from kernels import compile as kernel_compile
 from kernels.compile import TensorMap
-from kernels.linear import check_factors
+from kernels.linear import check_factors, is_multiplied, token_map
 
 ROWS = (224, 192)
 """Rows of weights that a tile may have, ..."""
@@ -122,7 +122,7 @@ def takes_tokens(num_tokens: int, gate_up: torch.Tensor) -> bool:
 
 
 def _config(num_tokens: int, gate_up: torch.Tensor) -> TallConfig | None:
-    if gate_up.dtype not in (torch.bfloat16, torch.float16) or not gate_up.is_contiguous():
+    if not is_multiplied(gate_up):
         return None
     return tall_config(num_tokens, *gate_up.shape, kernel_compile.limits(gate_up.device))
 
@@ -153,7 +153,7 @@ def linear_gated(x: torch.Tensor, gate_up: torch.Tensor, *, config: TallConfig |
         out.data_ptr(),
         _weight_map(device, gate_up.data_ptr(), dtype, out.shape[1], width, config.rows // 2),
         _weight_map(device, gate_up[out.shape[1]].data_ptr(), dtype, out.shape[1], width, config.rows // 2),
-        _token_map(device, x.data_ptr(), dtype, x.shape[0], width),
+        token_map(device, x.data_ptr(), dtype, x.shape[0], width, (_CHUNK, _BOX)),
         x.shape[0],
         out.shape[1],
     )
@@ -166,10 +166,4 @@ def _weight_map(device: torch.device, address: int, dtype: torch.dtype, rows: in
     row = width * 2
     sizes, strides = (width, 2, 4, 2, rows // 16), (row, 4 * row, 2 * row, 16 * row)
     view = TensorMap(address, dtype, sizes, strides, (_CHUNK, 2, 4, 2, tile // 16))
-    return kernel_compile.tensor_map(device, view)
-
-
-@functools.lru_cache(maxsize=4096)
-def _token_map(device: torch.device, address: int, dtype: torch.dtype, tokens: int, width: int) -> bytes:
-    view = TensorMap(address, dtype, (width, tokens), (width * 2,), (_CHUNK, _BOX))
     return kernel_compile.tensor_map(device, view)

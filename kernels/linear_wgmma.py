@@ -14,7 +14,7 @@ import torch
 from kernels import compile as kernel_compile
 from kernels import linear_tall
 from kernels.compile import TensorMap
-from kernels.linear import check_factors
+from kernels.linear import check_factors, is_multiplied, token_map
 from kernels.reference.linear import Product
 
 TOKENS = (64, 96, 128, 192, 256)
@@ -113,7 +113,7 @@ def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> 
 
 
 def _config(by: Product, num_tokens: int, weight: torch.Tensor) -> WgmmaConfig | None:
-    if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
+    if not is_multiplied(weight):
         return None
     return wgmma_config(by, num_tokens, *weight.shape, kernel_compile.limits(weight.device))
 
@@ -171,7 +171,7 @@ def _launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: 
         config.shared_bytes,
         out.data_ptr(),
         _weight_map(device, weight.data_ptr(), dtype, weight.shape[0], width, epilogue),
-        _token_map(device, x.data_ptr(), dtype, x.shape[0], width, config.tokens // config.cluster),
+        token_map(device, x.data_ptr(), dtype, x.shape[0], width, (_CHUNK, config.tokens // config.cluster)),
         x.shape[0],
         out.shape[-1],
     )
@@ -183,10 +183,4 @@ def _weight_map(device: torch.device, address: int, dtype: torch.dtype, rows: in
     row = width * 2
     strides = (row, rows // 2 * row, 8 * row) if epilogue == GATING else (row, 8 * row, 16 * row)
     view = TensorMap(address, dtype, (width, 8, 2, rows // 16), strides, (_CHUNK, 8, 2, ROWS // 16))
-    return kernel_compile.tensor_map(device, view)
-
-
-@functools.lru_cache(maxsize=4096)
-def _token_map(device: torch.device, address: int, dtype: torch.dtype, tokens: int, width: int, box: int) -> bytes:
-    view = TensorMap(address, dtype, (width, tokens), (width * 2,), (_CHUNK, box))
     return kernel_compile.tensor_map(device, view)
