@@ -47,6 +47,15 @@ SAMPLINGS = {
 }
 
 
+Beside = Callable[[int], dict[str, Any]]
+"""What else than decodes the plan of step n has."""
+
+
+def nothing(step: int) -> dict[str, Any]:
+    """Decodes alone."""
+    return {}
+
+
 class Driver:
     """Numbers plans and keeps two in flight; results are read on a thread of their own."""
 
@@ -103,19 +112,24 @@ class Driver:
         self._reader.join()
 
 
+def row_tokens(context: int, steps: int) -> int:
+    """Tokens of one row of `measure`, which warms up and then decodes `steps` of them."""
+    return context + WARM_UP + steps + 2
+
+
 def measure(
     executor: Executor,
     batch: int,
     context: int,
     steps: int,
     sampling: Sampling,
-    beside: Callable[[int], dict[str, Any]] = lambda step: {},
+    beside: Beside = nothing,
 ) -> Row:
     """Decodes `steps` tokens in each of `batch` rows of `context` tokens; `beside` says what else step n's plan has."""
     executor.reset()
     driver = Driver(executor)
     layout = executor.pool.layout
-    total = context + WARM_UP + steps + 2
+    total = row_tokens(context, steps)
     per_row = layout.blocks_for(total)
     if batch * per_row > executor.pool.num_blocks:
         raise ValueError(f"{batch} rows of {total} tokens need {batch * per_row} blocks of {executor.pool.num_blocks}")
@@ -173,7 +187,7 @@ def measure(
 def measure_swaps(executor: Executor, batch: int, context: int, steps: int, blocks: int) -> Row:
     """Greedy decode alone, then beside swaps of `blocks` blocks, out in every fourth step and in two steps later."""
     layout, pool = executor.pool.layout, executor.pool
-    used = batch * layout.blocks_for(context + WARM_UP + steps + 2)
+    used = batch * layout.blocks_for(row_tokens(context, steps))
     blocks = min(blocks, pool.num_host_blocks, (pool.num_blocks - used) // 2)
     if blocks < 1:
         return {"skipped": "no blocks to spare for swaps; give --host-blocks"}
@@ -197,16 +211,12 @@ def measure_swaps(executor: Executor, batch: int, context: int, steps: int, bloc
     }
 
 
-def prompts_beside(
-    executor: Executor, batch: int, context: int, steps: int, count: int, length: int
-) -> Callable[[int], dict[str, Any]]:
+def prompts_beside(executor: Executor, batch: int, context: int, steps: int, count: int, length: int) -> Beside:
     """For `measure`: every step computes `count` new prompts of `length` tokens too, in rows behind the batch's, and
     gives up those of the step before."""
     layout = executor.pool.layout
-    used, size = (
-        batch * layout.blocks_for(context + WARM_UP + max(steps, PROFILED_STEPS) + 2),
-        layout.blocks_for(length),
-    )
+    used = batch * layout.blocks_for(row_tokens(context, max(steps, PROFILED_STEPS)))
+    size = layout.blocks_for(length)
     if batch + 2 * count > executor.batch.max_slots or used + 2 * count * size > executor.pool.num_blocks:
         raise ValueError(f"no rows or blocks for {batch} rows and twice {count} prompts")
     tokens = [10 + place % 1000 for place in range(length)]
@@ -250,9 +260,7 @@ def parameter_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def profile(
-    executor: Executor, batch: int, context: int, beside: Callable[[int], dict[str, Any]] = lambda step: {}
-) -> str:
+def profile(executor: Executor, batch: int, context: int, beside: Beside = nothing) -> str:
     """A table of the kernels of a few decode steps, by time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
@@ -313,7 +321,7 @@ def main() -> None:
         row = measure_swaps(executor, given.batch[-1], given.context, given.steps, given.swap_blocks)
         rows.append(row)
         print(row, flush=True)
-    beside: Callable[[int], dict[str, Any]] = lambda step: {}  # noqa: E731
+    beside = nothing
     if given.prompts:
         batch = given.batch[-1]
         beside = prompts_beside(executor, batch, given.context, given.steps, given.prompts, given.prompt_length)

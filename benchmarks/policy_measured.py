@@ -17,8 +17,9 @@ import asyncio
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -87,14 +88,13 @@ SMALL = Size(
 """For a machine without a GPU: it shows that everything runs."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
     """A running service and what is measured at it."""
 
     runner: Runner
     size: Size
     vocab: int
-    tenant: int = field(default=0)
 
     def prompt(self, generator: np.random.Generator, tokens: int) -> list[int]:
         """Random tokens."""
@@ -103,8 +103,7 @@ class Bench:
 
     def new_tenant(self) -> str:
         """A name that nobody has had, so that nothing of it is cached."""
-        self.tenant += 1
-        return f"tenant-{self.tenant}-{time.monotonic_ns()}"
+        return f"tenant-{uuid.uuid4()}"
 
 
 def milliseconds(nanoseconds: Sequence[int]) -> dict[str, float]:
@@ -140,7 +139,7 @@ async def tenants(bench: Bench, rate: float, how: str) -> Row:
     for one, (_, _, tenant) in zip(times, together, strict=True):
         first[tenant].append(one.arrivals[0] - one.due)
     row: Row = {f"{tenant}_ttft_ms": milliseconds(values) for tenant, values in first.items() if values}
-    row["itl_ms"] = milliseconds([gap for one in times for gap in np.diff(np.array(one.arrivals)).tolist()])
+    row["itl_ms"] = milliseconds(serve.gaps(times))
     seconds = (max(one.arrivals[-1] for one in times) - begin) / 1e9
     return {**row, "seconds": round(seconds, 2), "out_tok_s": round(sum(one.tokens for one in times) / seconds, 1)}
 
@@ -199,7 +198,7 @@ async def conversations(bench: Bench) -> Row:
     seconds = (time.monotonic_ns() - begin) / 1e9
     return {
         "ttft_ms": milliseconds([one.arrivals[0] - one.due for one in times]),
-        "itl_ms": milliseconds([gap for one in times for gap in np.diff(np.array(one.arrivals)).tolist()]),
+        "itl_ms": milliseconds(serve.gaps(times)),
         "turns": len(times),
         "prompt_tokens": prompt_tokens,
         "cached_tokens": cached_tokens,
@@ -396,15 +395,10 @@ async def record(bench: Bench, recorder: Recorder, head: Row, measure: Callable[
             "forward_ms": used.part_ms["forward"],
             "idle_s": round(used.idle_s, 3),
             "preemptions": used.preemptions,
-            "found_tokens": {tier: int(_found(after, tier) - _found(before, tier)) for tier in ("gpu", "host")},
+            "found_tokens": used.found_tokens,
         }
     recorder.add(row)
     print(row, flush=True)
-
-
-def _found(page: metrics.Page, tier: str) -> float:
-    """Prompt tokens found in a tier of the prefix cache."""
-    return page.get(("pagewire_prefix_cache_hits_total", f'tier="{tier}"'), 0.0)
 
 
 async def measure(given: argparse.Namespace, folder: Path) -> bool:

@@ -21,7 +21,6 @@ from pagewire.bench.results import ROOT
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "performance.md"
 Content = dict[str, Any]
-Row = dict[str, Any]
 
 HEAD = """# Performance
 
@@ -331,7 +330,7 @@ def sanitizer(results: dict[str, Content]) -> str:
     return H100_SANITIZER + checked + H100_PLANTED + table(["planted defect", "tool", "is"], planted) + H100_BLIND
 
 
-def _findings(row: Row) -> str:
+def _findings(row: Content) -> str:
     """What a tool has found in a file's tests, and in how many it failed itself."""
     unfinished = len(row["unfinished"])
     return f"{row['errors']}, cut short in {unfinished}" if unfinished else f"{row['errors']}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$")
 PARTS = ("plan", "wire", "forward", "sample")
+TIERS = ("gpu", "host")
 TIMEOUT_S = 5.0
 
 Page = dict[tuple[str, str], float]
@@ -28,6 +29,8 @@ class Used:
     preemptions: int
     cached_tokens: int
     """Prompt tokens that were found in the prefix cache."""
+    found_tokens: dict[str, int]
+    """The same by tier of the prefix cache."""
 
 
 async def read(address: str) -> Page:
@@ -71,4 +74,5 @@ def used(before: Page, after: Page) -> Used:
         part_ms={part: round(value, 4) for part, value in part_ms.items()},
         preemptions=int(total("preemptions_total")),
         cached_tokens=int(total("prefix_cache_hits_total")),
+        found_tokens={tier: int(total("prefix_cache_hits_total", f'tier="{tier}"')) for tier in TIERS},
     )

@@ -140,10 +140,15 @@ async def side_by_side(door: Door, concurrency: int) -> list[Times]:
     return times
 
 
+def gaps(times: Sequence[Times]) -> list[int]:
+    """Nanoseconds between messages of one stream, of all streams."""
+    found: list[int] = np.concatenate([np.diff(np.array(one.arrivals, dtype=np.int64)) for one in times]).tolist()
+    return found
+
+
 def summary(times: Sequence[Times], jobs: Sequence[workloads.Job], limits: Limits) -> Row:
     """The values of a row from the times of its requests."""
     ttft = [(one.arrivals[0] - one.due) / 1e6 for one in times]
-    gaps = np.concatenate([np.diff(np.array(one.arrivals, dtype=np.int64)) for one in times]) / 1e6
     mean_gaps = [(one.arrivals[-1] - one.arrivals[0]) / 1e6 / max(1, one.tokens - 1) for one in times]
     seconds = (max(one.arrivals[-1] for one in times) - min(one.due for one in times)) / 1e9
     num_in, num_out = workloads.totals(jobs)
@@ -151,7 +156,7 @@ def summary(times: Sequence[Times], jobs: Sequence[workloads.Job], limits: Limit
     good = sum(map(limits.kept, ttft, mean_gaps, e2e))
     return {
         "ttft_ms": percentiles(ttft),
-        "itl_ms": percentiles(gaps.tolist() or [0.0]),
+        "itl_ms": percentiles([gap / 1e6 for gap in gaps(times)] or [0.0]),
         "requests": len(jobs),
         "in_tokens": num_in,
         "out_tokens": num_out,
