@@ -41,7 +41,7 @@ class DecodeConfig:
     def shared_bytes(self, head_dim: int, num_seqs: int) -> int:
         """Dynamic shared memory of a launch."""
         stages = self.warps * self.stages * _stage_bytes(head_dim)
-        return stages + self.warps * 8 * self.query_tiles * 8 + (2 * self.warps + 2 + num_seqs + 1) * 4
+        return stages + self.warps * 8 * self.query_tiles * 8 + (2 * self.warps + num_seqs + 1) * 4
 
 
 def _stage_bytes(head_dim: int) -> int:
@@ -49,13 +49,11 @@ def _stage_bytes(head_dim: int) -> int:
 
 
 _FEW_SEQUENCES = 256
-_SHAPES = (  # units of a launch at least, then (warps, CTAs, fewest stages), best first
-    (2048, ((2, 4, 3),)),
-    (1024, ((1, 8, 2), (2, 4, 2))),
-    (256, ((2, 4, 3),)),
-    (0, ()),
-)
-_ANY_SHAPE = ((4, 2, 3), (4, 1, 2), (2, 1, 2))
+_MANY_UNITS = 256
+_MANY_UNITS_SHAPE = (2, 4, 3)
+"""Warps, CTAs, fewest stages."""
+_ANY_SHAPES = ((4, 2, 3), (4, 1, 2), (2, 1, 2))
+"""The same, best first."""
 
 
 @functools.cache
@@ -64,12 +62,13 @@ def decode_config(
 ) -> DecodeConfig:
     """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError.
 
-    The more units (sequence, KV head) there are, the fewer warps share one: a CTA's warps meet at every unit's end.
-    Measured on an H100 (docs/kernels/decode.md).
+    Of many units (sequence, KV head) fewer warps share one: a CTA's warps meet at every unit's end, unless the kernel
+    finds units so short that each warp takes its own. Measured on an H100 (docs/kernels/decode.md).
     """
-    sequences = _FEW_SEQUENCES if num_seqs <= _FEW_SEQUENCES else MAX_SEQUENCES
-    shapes = next(shapes for units, shapes in _SHAPES if num_seqs * num_kv_heads >= units)
-    for warps, ctas, fewest_stages in (*shapes, *_ANY_SHAPE):
+    # A power of two: few kernels to compile, and room for the prefix sums of no more sequences than there may be.
+    sequences = max(_FEW_SEQUENCES, 1 << (num_seqs - 1).bit_length())
+    shapes = (_MANY_UNITS_SHAPE, *_ANY_SHAPES) if num_seqs * num_kv_heads >= _MANY_UNITS else _ANY_SHAPES
+    for warps, ctas, fewest_stages in shapes:
         room = min(limits.shared_bytes, limits.processor_shared_bytes // ctas - _RESERVED_SHARED)
         stages = (room - (sequences + 128) * 4) // (warps * _stage_bytes(head_dim))
         if stages >= fewest_stages:

@@ -1,10 +1,12 @@
 // Decode attention over a paged KV cache (PagedAttention, arXiv:2309.06180, section 4.1), for one or a few query tokens per sequence.
 //
-// The work is a flat list of tiles: 16 tokens of one unit, a unit being (sequence, KV head, row tile). Every CTA takes an equal
-// contiguous share of the list, found on the device from context_lens, so one captured graph serves any lengths and no CTA waits
-// for a longer one. A unit cut by a share's edge leaves partial results; the CTA that arrives last combines them.
+// The work is a flat list of tiles: 16 tokens of one unit, a unit being (sequence, KV head, row tile). Every team takes an equal
+// contiguous share of the list, found on the device from context_lens, so one captured graph serves any lengths and no team waits
+// for a longer one. A long unit cut by a share's edge leaves partial results; the team that arrives last combines them. A short one
+// is never cut: it belongs to the share it begins in, for combining costs more than what the shares then differ by.
 //
-// Within a CTA the warps take the tiles of its share in turn, each with its own pipeline of cp.async stages, so the main loop has
+// A team is a CTA; or, where units are short and every warp gets one, a warp alone, so that none waits for another at a unit's end.
+// Within a team the warps take the tiles of its share in turn, each with its own pipeline of cp.async stages, so the main loop has
 // no barrier across warps; at the end of a unit's segment they merge through shared memory while the next tiles are in flight.
 //
 // The query heads of one KV head (times the query tokens of the sequence) are the N side of mma.m16n8k16, tokens the M side:
@@ -29,6 +31,8 @@ constexpr int CHUNKS = HEAD_DIM / 8;               // 16-byte pieces of a row
 constexpr int K_STEPS = HEAD_DIM / 16;
 constexpr int MERGE_PITCH = HEAD_DIM + 4;          // floats of a row of the merge buffer
 static_assert(ROWS * MERGE_PITCH * 4 <= STAGE_BYTES, "the merge buffer is one idle stage");
+constexpr int SHORT_UNIT = 16;                     // tiles of a unit that is not cut
+constexpr bool QUERIES_AHEAD = QUERY_TILES * K_STEPS <= 8;  // whether registers have room for the next unit's queries all along
 static_assert(STAGES >= 2, "a stage is filled while another is read");
 
 // A place in the flat list: which unit it lies in, and where that unit begins and ends.
@@ -46,29 +50,36 @@ DEVICE void seek(Unit& unit, int flat, const int* prefix, int heads) {
   unit.end = unit.begin + tiles;
 }
 
-// Tokens at the beginning of a sequence that another kernel has attended to.
-DEVICE int shared_tokens(const int* shared_lens, int seq, int context_len) {
-  return SHARED_PREFIX && shared_lens[seq] < context_len ? shared_lens[seq] : 0;
+// Whether an edge at `flat`, which lies in the unit, must move behind it.
+DEVICE bool would_cut_short(const Unit& unit, int flat) { return unit.begin < flat && unit.end - unit.begin <= SHORT_UNIT; }
+
+// How long a sequence is, as memory has it: to be loaded well before it is used.
+struct Length {
+  int context, shared;  // shared: tokens at the beginning that another kernel has attended to, unless it is all there are
+};
+
+DEVICE Length load_length(const int* context_lens, const int* shared_lens, int seq) {
+  return {context_lens[seq], SHARED_PREFIX ? shared_lens[seq] : 0};
 }
 
 // The first token this kernel reads of the sequence: that any query sees and that is not shared.
-DEVICE int first_visible(const int* shared_lens, int seq, int context_len, int query_len, int window) {
-  if (SHARED_PREFIX) return shared_tokens(shared_lens, seq, context_len);
-  return window > 0 ? max(0, context_len - query_len + 1 - window) : 0;
+DEVICE int first_visible(const Length& len, int query_len, int window) {
+  if (SHARED_PREFIX) return len.shared < len.context ? len.shared : 0;
+  return window > 0 ? max(0, len.context - query_len + 1 - window) : 0;
 }
 
 // Grid: [CTAs], at most as many as are resident at once is best; any number is correct. Block: [WARPS * 32].
-// Shared: WARPS * STAGES * STAGE_BYTES + WARPS * ROWS * 8 + (2 * WARPS + 2 + num_seqs + 1) * 4 bytes.
+// Shared: WARPS * STAGES * STAGE_BYTES + WARPS * ROWS * 8 + (2 * WARPS + num_seqs + 1) * 4 bytes.
 //   out             [num_seqs * query_len, heads, HEAD_DIM] DTYPE, out_stride elements from token to token; zeros where context_len = 0
 //   query           like out, query_stride
 //   kv              one layer of the pool, [blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM] DTYPE: block_stride elements from block to
 //                   block, value_offset from keys to values, the rest contiguous; slots beyond context_lens are never read
 //   block_tables    [num_seqs, table_stride] int32
 //   context_lens    [num_seqs] int32, tokens in the cache, the query tokens (the last query_len) included
-//   partial_out     [2 * CTAs, ROWS, HEAD_DIM] float32, scratch;  partial_stats [2 * CTAs, ROWS] (max, sum) float32, scratch
+//   partial_out     [2 * CTAs * WARPS, ROWS, HEAD_DIM] float32, scratch;  partial_stats the same without HEAD_DIM, (max, sum)
 //   arrivals        [num_seqs * num_kv_heads * row tiles] int32, zero before the first launch; every launch leaves it zero
 //   group           query heads per KV head;  window: tokens a query sees, itself included, 0 = all;  soft_cap: 0 = none
-//   min_share       fewest tiles a CTA takes, so that short contexts are not cut into crumbs
+//   min_share       fewest tiles a team takes, so that short contexts are not cut into crumbs
 //   shared_lens     [num_seqs] int32, multiples of 16: tokens at the beginning that shared_out is about; 0 or as many as the context: none
 //   shared_out      [num_seqs, heads, HEAD_DIM] float32, attention to those tokens alone
 //   shared_lse      [num_seqs, heads] float32, the base-2 logarithm of the sum of their exponentials, 2^score
@@ -92,29 +103,36 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   float2* merge_stats = (float2*)(shared + WARPS * STAGES * STAGE_BYTES);  // [WARPS][ROWS]
   int* idle_stage = (int*)(merge_stats + WARPS * ROWS);                    // [WARPS] byte offset of the stage a warp leaves to the merge
   int* scan = idle_stage + WARPS;                                          // [WARPS]
-  int* is_last = scan + WARPS;                                             // [2], the second is padding
-  int* prefix = is_last + 2;                                               // [num_seqs + 1]
+  int* is_last = scan;                                                     // [WARPS], afterwards: whether a team arrived last
+  int* prefix = scan + WARPS;                                              // [num_seqs + 1]
 
-  // Tiles of every sequence, summed up. Each thread takes a run of neighbours.
+  // Tiles of every sequence, summed up: each thread takes a run of neighbours, of odd length for the banks of shared memory.
   {
-    const int run = ceil_div(num_seqs, THREADS);
+    constexpr int BATCH = 8;  // loads in flight
+    for (int base = tid; base < num_seqs; base += BATCH * THREADS) {
+      Length len[BATCH];
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b)
+        len[b] = base + b * THREADS < num_seqs ? load_length(context_lens, shared_lens, base + b * THREADS) : Length{0, 0};
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b) {
+        if (base + b * THREADS >= num_seqs) break;
+        len[b].context = max(len[b].context, 0);
+        prefix[base + b * THREADS + 1] = ceil_div(len[b].context, TILE) - first_visible(len[b], query_len, window) / TILE;
+      }
+    }
+    if (tid == 0) prefix[0] = 0;
+    __syncthreads();
+    const int run = ceil_div(num_seqs, THREADS) | 1;
     const int first = min(tid * run, num_seqs), last = min(first + run, num_seqs);
     int sum = 0;
-    for (int s = first; s < last; ++s) {
-      int len = max(context_lens[s], 0);
-      sum += ceil_div(len, TILE) - first_visible(shared_lens, s, len, query_len, window) / TILE;
-    }
+    for (int s = first; s < last; ++s) sum += prefix[s + 1];
     int upto = warp_inclusive_scan(sum, lane);
     if (lane == 31) scan[warp] = upto;
     __syncthreads();
     int running = upto - sum;
     for (int w = 0; w < warp; ++w) running += scan[w];
-    if (tid == 0) prefix[0] = 0;
-    for (int s = first; s < last; ++s) {
-      int len = max(context_lens[s], 0);
-      running += ceil_div(len, TILE) - first_visible(shared_lens, s, len, query_len, window) / TILE;
-      prefix[s + 1] = running;
-    }
+    for (int s = first; s < last; ++s) prefix[s + 1] = running += prefix[s + 1];
     __syncthreads();
   }
 
@@ -127,11 +145,21 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     }
   }
 
+  // From here on a warp of a team of one meets no other: barriers are the team's.
   const int total = prefix[num_seqs] * heads;
-  const int share = max(ceil_div(total, (int)gridDim.x), min_share);
-  const i64 share_begin = (i64)blockIdx.x * share;
+  const int num_warps = gridDim.x * WARPS, units = num_seqs * heads;
+  const bool alone = WARPS > 1 && units >= num_warps && total <= (i64)units * SHORT_UNIT;
+  const int team_warps = alone ? 1 : WARPS, team_threads = team_warps * 32;
+  const int first_warp = alone ? warp : 0, member = warp - first_warp, team_tid = member * 32 + lane;
+  const int team = alone ? (int)blockIdx.x * WARPS + warp : (int)blockIdx.x;
+  auto meet = [&]() {
+    if (alone) __syncwarp(); else __syncthreads();
+  };
+
+  const int share = max(ceil_div(total, num_warps / team_warps), min_share);
+  const i64 share_begin = (i64)team * share;
   if (share_begin >= total) return;
-  const int begin = (int)share_begin, end = min(begin + share, total);
+  int begin = (int)share_begin, end = min(begin + share, total);
 
   Unit unit;
   {
@@ -143,24 +171,35 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     unit.seq = low;
   }
   seek(unit, begin, prefix, heads);
+  if (end < total) {
+    Unit other = unit;
+    seek(other, end, prefix, heads);
+    if (would_cut_short(other, end)) end = other.end;
+  }
+  if (would_cut_short(unit, begin)) begin = unit.end;
+  if (begin >= end) return;
+  seek(unit, begin, prefix, heads);
 
   // Producer: `pending` is this warp's next tile to load; its block ids are fetched one step before they are used.
   Unit next = unit;
-  int next_flat = begin + warp;
+  int next_flat = begin + member;
   int next_token = 0, next_first = 0, next_len = 0, next_block = 0, next_kv_head = 0;
   bool pending = false;
   int next_seq_len = 0;
-  auto refresh = [&]() {  // what depends on the unit only
-    next_seq_len = context_lens[next.seq];
-    next_first = first_visible(shared_lens, next.seq, next_seq_len, query_len, window);
+  auto refresh = [&](bool same_seq) {  // what depends on the unit only
     next_kv_head = next.head / row_tiles;
+    if (same_seq) return;
+    const Length len = load_length(context_lens, shared_lens, next.seq);
+    next_seq_len = len.context;
+    next_first = first_visible(len, query_len, window);
   };
   auto fetch = [&]() {
     pending = next_flat < end;
     if (!pending) return;
     if (next_flat >= next.end) {
+      const int seq = next.seq;
       seek(next, next_flat, prefix, heads);
-      refresh();
+      refresh(next.seq == seq);
     }
     next_len = next_seq_len;
     next_token = (next_first / TILE + next_flat - next.begin) * TILE;
@@ -171,7 +210,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
       int token = next_token + lane % TILE;
       next_block = token >= next_first && token < next_len ? table[token / BLOCK_SIZE] : 0;
     }
-    next_flat += WARPS;
+    next_flat += team_warps;
   };
   auto load = [&](int stage) {
     if (pending) {
@@ -197,14 +236,36 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     copy_async_commit();  // also when empty: one group per step keeps the wait's count right
   };
 
-  refresh();
+  // B fragments of a unit's Q^T: row g, dims 16 k + 2t, and + 8.
+  auto load_queries = [&](const Unit& of, u32 (&to)[QUERY_TILES][K_STEPS][2]) {
+    const int first_head = of.head / row_tiles * group, first_row = of.head % row_tiles * ROWS;
+#pragma unroll
+    for (int n = 0; n < QUERY_TILES; ++n) {
+      const int row = first_row + n * 8 + g;
+      const DTYPE* source =
+          query + (i64)(of.seq * query_len + row / group) * query_stride + (i64)(first_head + row % group) * HEAD_DIM;
+#pragma unroll
+      for (int k = 0; k < K_STEPS; ++k) {
+        to[n][k][0] = row < num_rows ? *(const u32*)(source + k * 16 + 2 * t) : 0u;
+        to[n][k][1] = row < num_rows ? *(const u32*)(source + k * 16 + 2 * t + 8) : 0u;
+      }
+    }
+  };
+
+  // What a segment begins with is loaded while the one before it is read, so that no load stands between them. Queries too, or, where
+  // there are no registers for that, before the merge.
+  refresh(false);
   fetch();
+  Unit coming = unit;
+  Length coming_len = load_length(context_lens, shared_lens, coming.seq);
+  u32 q[QUERY_TILES][K_STEPS][2], coming_q[QUERY_TILES][K_STEPS][2];
+  load_queries(coming, QUERIES_AHEAD ? coming_q : q);
   for (int stage = 0; stage < STAGES - 1; ++stage) {
     load(stage);
     fetch();
   }
 
-  int flat = begin + warp;     // this warp's next tile to read
+  int flat = begin + member;   // this warp's next tile to read
   int stage = 0;               // its stage
   int idle = STAGES - 1;       // the stage read last, not yet refilled
   const float scale_log2 = soft_cap > 0.0f ? scale / soft_cap : scale * LOG2_E;
@@ -223,26 +284,25 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   };
 
   for (int segment = begin; segment < end;) {
-    if (segment >= unit.end) seek(unit, segment, prefix, heads);
+    unit = coming;
     const int segment_end = min(unit.end, end);
-    const int context_len = context_lens[unit.seq];
-    const int first_token = first_visible(shared_lens, unit.seq, context_len, query_len, window);
+    const int context_len = coming_len.context;
+    const int first_token = first_visible(coming_len, query_len, window);
     const int kv_head = unit.head / row_tiles;
     const int row_base = (unit.head % row_tiles) * ROWS;
     const int rows = min(ROWS, num_rows - row_base);
-
-    u32 q[QUERY_TILES][K_STEPS][2];  // B fragments of Q^T: row g, dims 16 k + 2t, and + 8
+    if (QUERIES_AHEAD) {
 #pragma unroll
-    for (int n = 0; n < QUERY_TILES; ++n) {
-      const int row = row_base + n * 8 + g;
-      const DTYPE* source = query + (i64)(unit.seq * query_len + row / group) * query_stride +
-                            (i64)(kv_head * group + row % group) * HEAD_DIM;
+      for (int n = 0; n < QUERY_TILES; ++n)
 #pragma unroll
-      for (int k = 0; k < K_STEPS; ++k) {
-        q[n][k][0] = row < num_rows ? *(const u32*)(source + k * 16 + 2 * t) : 0u;
-        q[n][k][1] = row < num_rows ? *(const u32*)(source + k * 16 + 2 * t + 8) : 0u;
-      }
+        for (int k = 0; k < K_STEPS; ++k) q[n][k][0] = coming_q[n][k][0], q[n][k][1] = coming_q[n][k][1];
     }
+    if (segment_end < end) {
+      seek(coming, segment_end, prefix, heads);
+      coming_len = load_length(context_lens, shared_lens, coming.seq);
+      if (QUERIES_AHEAD) load_queries(coming, coming_q);
+    }
+
     int visible_end[QUERY_TILES][2];  // of rows 2t and 2t + 1
 #pragma unroll
     for (int n = 0; n < QUERY_TILES; ++n)
@@ -259,7 +319,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
       for (int m = 0; m < K_STEPS; ++m) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0.0f;
     }
 
-    for (; flat < segment_end; flat += WARPS) {
+    for (; flat < segment_end; flat += team_warps) {
       copy_async_wait<STAGES - 2>();
       __syncwarp();  // every lane's pieces of this stage are there, and every lane is done with the idle one
       load(idle);
@@ -346,7 +406,9 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
 
-    // Merge the warps: each writes its O and (max, sum) to its idle stage, then all threads add them up.
+    if (!QUERIES_AHEAD && segment_end < end) load_queries(coming, q);
+
+    // Merge the team's warps: each writes its O and (max, sum) to its idle stage, then all threads add them up.
     __syncwarp();  // the idle stage's last reads are done
     float* own = (float*)(stages + idle * STAGE_BYTES);
 #pragma unroll
@@ -368,22 +430,24 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
         }
       }
     if (lane == 0) idle_stage[warp] = (int)((unsigned char*)own - shared);
-    __syncthreads();
+    meet();
 
     const bool whole = unit.begin >= begin && unit.end <= end;
-    const int slot = 2 * blockIdx.x + (unit.begin > begin);  // a share cuts at most the unit it begins in and the one it ends in
-    for (int i = tid; i < rows * (HEAD_DIM / 4); i += THREADS) {
+    const int slot = 2 * team + (unit.begin > share_begin);  // a share cuts at most the unit it begins in and the one it ends in
+    for (int i = team_tid; i < rows * (HEAD_DIM / 4); i += team_threads) {
       const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
       float top = NEGATIVE_INFINITY, sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) top = fmaxf(top, merge_stats[w * ROWS + row].x);
+      for (int w = 0; w < WARPS; ++w)
+        if (w < team_warps) top = fmaxf(top, merge_stats[(first_warp + w) * ROWS + row].x);
       const float reference = top == NEGATIVE_INFINITY ? 0.0f : top;
       float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) {
-        const float2 stats = merge_stats[w * ROWS + row];
+        if (w >= team_warps) break;
+        const float2 stats = merge_stats[(first_warp + w) * ROWS + row];
         const float weight = exp2_fast(stats.x - reference);
-        const float4 x = *(const float4*)((const float*)(shared + idle_stage[w]) + row * MERGE_PITCH + column);
+        const float4 x = *(const float4*)((const float*)(shared + idle_stage[first_warp + w]) + row * MERGE_PITCH + column);
         sum += weight * stats.y;
         acc.x += weight * x.x, acc.y += weight * x.y, acc.z += weight * x.z, acc.w += weight * x.w;
       }
@@ -402,30 +466,30 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     }
     if (!whole) {
       __threadfence();  // the partial results before the arrival
-      __syncthreads();
-      const int first_cta = unit.begin / share, last_cta = (unit.end - 1) / share;
-      if (tid == 0) {
+      meet();
+      const int first_team = unit.begin / share, last_team = (unit.end - 1) / share;
+      if (team_tid == 0) {
         int* arrived = arrivals + unit.seq * heads + unit.head;
-        const bool last = atomicAdd(arrived, 1) == last_cta - first_cta;
+        const bool last = atomicAdd(arrived, 1) == last_team - first_team;
         if (last) *arrived = 0;  // for the next launch
-        *is_last = last;
+        is_last[first_warp] = last;
         __threadfence();
       }
-      __syncthreads();
-      if (*is_last) {
-        for (int i = tid; i < rows * (HEAD_DIM / 4); i += THREADS) {
+      meet();
+      if (is_last[first_warp]) {
+        for (int i = team_tid; i < rows * (HEAD_DIM / 4); i += team_threads) {
           const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
           float top = NEGATIVE_INFINITY, sum = 0.0f;
           float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
           constexpr int BATCH = 8;  // loads in flight
-          for (int c = first_cta; c <= last_cta; c += BATCH) {
+          for (int c = first_team; c <= last_team; c += BATCH) {
             float2 stats[BATCH];
             float4 x[BATCH];
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) {
-              const int cta = min(c + b, last_cta);
-              const int part = 2 * cta + (unit.begin > cta * share);
-              stats[b].x = c + b <= last_cta ? load_l2(&partial_stats[part * ROWS + row].x) : NEGATIVE_INFINITY;
+              const int from = min(c + b, last_team);
+              const int part = 2 * from + (unit.begin > from * share);
+              stats[b].x = c + b <= last_team ? load_l2(&partial_stats[part * ROWS + row].x) : NEGATIVE_INFINITY;
               stats[b].y = load_l2(&partial_stats[part * ROWS + row].y);
               x[b] = load_l2((const float4*)(partial_out + ((i64)part * ROWS + row) * HEAD_DIM + column));
             }
@@ -453,7 +517,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
         }
       }
     } else {
-      __syncthreads();  // the merge buffers are stages again
+      meet();  // the merge buffers are stages again
     }
     segment = segment_end;
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,6 +117,68 @@ def test_the_result_does_not_depend_on_how_many_processors_share_the_work(
     emulator.num_processors = num_processors
     kernel_compile.limits.cache_clear()
     case = make_case([900, 3, 200], heads=4, kv_heads=1)
+    assert relative_error(decode(case), expected(case)) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize(
+    ("query_len", "heads", "kv_heads", "head_dim", "block_size", "sliding_window", "soft_cap"),
+    [
+        (1, 4, 2, 64, 16, None, None),
+        (1, 8, 2, 128, 16, None, 20.0),
+        (3, 8, 2, 128, 4, None, None),  # more queries than registers hold twice
+        (5, 4, 2, 64, 32, 100, None),
+        (1, 2, 2, 256, 16, None, None),
+    ],
+)
+def test_a_warp_alone_takes_a_short_unit_and_its_share_of_a_long_one(
+    emulator: EmulatorBackend,
+    query_len: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> None:
+    emulator.num_processors = 1
+    kernel_compile.limits.cache_clear()
+    lengths = [85, 5, 0, 600, 256, 257, 16, 17, 85, 0, 90]
+    case = make_case(
+        lengths,
+        new_lens=[query_len] * len(lengths),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+    )
+    out = decode(case, query_len, sliding_window, soft_cap)
+    assert relative_error(out, expected(case, sliding_window, soft_cap)) < TOLERANCE[BF16]
+
+
+def test_a_warp_alone_adds_what_its_sequences_share(emulator: EmulatorBackend) -> None:
+    emulator.num_processors = 1
+    kernel_compile.limits.cache_clear()
+    case, shared = share_prefix(make_case([31, 70, 0, 65, 500, 90], new_lens=[1] * 6), [1, 3, 4], 64)
+    assert relative_error(decode(case, shared=shared), expected(case)) < TOLERANCE[BF16]
+
+
+def test_short_contexts_give_the_same_bits_whatever_else_is_in_the_batch(emulator: EmulatorBackend) -> None:
+    outs = []
+    for num_processors in (1, 2, 3):
+        emulator.num_processors = num_processors
+        kernel_compile.limits.cache_clear()
+        case = make_case([85, 1, 256, 40, 100, 16, 17, 3, 33, 250, 77, 5], kv_heads=2)
+        outs.append(decode(case))
+    case = replace(case, query=case.query[2:], block_tables=case.block_tables[2:], context_lens=case.context_lens[2:])
+    emulator.num_processors = 2
+    kernel_compile.limits.cache_clear()
+    assert torch.equal(outs[1], outs[0])
+    assert torch.equal(outs[2], outs[0])
+    assert torch.equal(decode(case), outs[0][2:])
+
+
+def test_many_short_sequences_are_summed_up_right(device: torch.device) -> None:
+    case = make_case([1 + 7 * n % 40 for n in range(300)], heads=2, kv_heads=1, device=device)
     assert relative_error(decode(case), expected(case)) < TOLERANCE[BF16]
 
 
