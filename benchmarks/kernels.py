@@ -90,7 +90,7 @@ def attention_inputs(batch: int, new: int, context: int) -> list[tuple[torch.Ten
     """Input sets (query, kv_layer, block_tables, context_lens, query_start), blocks placed at random."""
     set_bytes = batch * context * KV_HEADS * HEAD_DIM * 2 * 2
     count = max(1, min(64, round(COLD_BYTES / set_bytes)))
-    blocks = batch * context // BLOCK
+    blocks = batch * -(-context // BLOCK)
     sets = []
     for _ in range(count):
         pool = torch.randn((blocks, 1, 2, KV_HEADS, BLOCK, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
@@ -448,6 +448,12 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def decode_size(text: str) -> tuple[int, int]:
+    """ "480x85" as (batch, context). Raises ValueError."""
+    batch, context = text.split("x")
+    return int(batch), int(context)
+
+
 def main() -> None:
     """Runs the rows asked for; writes JSON if told where."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -456,6 +462,14 @@ def main() -> None:
         "--only", choices=("decode", "prefill", "linear", "other", "swap", "sweep", "prefill-sweep"), action="append"
     )
     parser.add_argument("--prefill", choices=PREFILL_KERNELS, help="time this prefill kernel only")
+    parser.add_argument(
+        "--decode",
+        type=decode_size,
+        nargs="+",
+        default=list(DECODE),
+        metavar="BATCHxCONTEXT",
+        help="decode rows to time",
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -470,7 +484,7 @@ def main() -> None:
             recorder.add(row)
 
     if "decode" in wanted:
-        for batch, context in DECODE:
+        for batch, context in arguments.decode:
             note([decode_row(batch, context)])
     if "prefill" in wanted:
         for row in prefill_rows(arguments.prefill):
