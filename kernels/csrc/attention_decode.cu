@@ -212,9 +212,13 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     }
     next_flat += team_warps;
   };
+  // Where the address that a copy goes to is a sum with a part that is the same in all lanes, such as where shared memory begins,
+  // ptxas 13 gives it and the copy's policy registers that the H100 refuses (illegal instruction). So it must not know any such part.
+  const int zero = zero_in_every_lane();
+  unsigned char* copied_to = (unsigned char*)((u64)stages | (u64)zero);
   auto load = [&](int stage) {
     if (pending) {
-      unsigned char* keys = stages + stage * STAGE_BYTES;
+      unsigned char* keys = copied_to + stage * STAGE_BYTES;
       const i64 head_offset = (i64)next_kv_head * (BLOCK_SIZE * HEAD_DIM);
       const DTYPE* tile = kv + (i64)next_block * block_stride + head_offset + (next_token % BLOCK_SIZE) * HEAD_DIM;
 #pragma unroll
@@ -260,14 +264,15 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   Length coming_len = load_length(context_lens, shared_lens, coming.seq);
   u32 q[QUERY_TILES][K_STEPS][2], coming_q[QUERY_TILES][K_STEPS][2];
   load_queries(coming, QUERIES_AHEAD ? coming_q : q);
+#pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
     load(stage);
     fetch();
   }
 
-  int flat = begin + member;   // this warp's next tile to read
-  int stage = 0;               // its stage
-  int idle = STAGES - 1;       // the stage read last, not yet refilled
+  int flat = begin + member;     // this warp's next tile to read
+  int stage = zero;              // its stage
+  int idle = STAGES - 1 + zero;  // the stage read last, not yet refilled
   const float scale_log2 = soft_cap > 0.0f ? scale / soft_cap : scale * LOG2_E;
   const float cap_log2 = soft_cap * LOG2_E;
 

@@ -141,6 +141,13 @@ DEVICE void mma<float16>(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// 0, which the compiler does not know.
+DEVICE int zero_in_every_lane() {
+  int zero;
+  asm("{ .reg .u32 after; mov.u32 after, %%lanemask_gt; mov.u32 %0, %%lanemask_lt; and.b32 %0, %0, after; }" : "=r"(zero));
+  return zero;
+}
+
 // Asynchronous 16-byte copy to shared memory; writes zeros and reads nothing where !valid.
 DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"

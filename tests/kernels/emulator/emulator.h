@@ -454,6 +454,7 @@ inline void land(const Copy& copy) {
 inline int unit(const Copy& copy) { return int(((unsigned char*)copy.to - cta->shared_memory) / 16); }
 }  // namespace emulator
 inline void copy_async_16(void* to, const void* from, bool valid) { emulator::copy_async(to, from, 16, valid); }
+inline int zero_in_every_lane() { return 0; }
 inline void copy_async_16_once(void* to, const void* from, bool valid) { copy_async_16(to, from, valid); }
 inline void copy_async_4(void* to, const void* from, bool valid) { emulator::copy_async(to, from, 4, valid); }
 inline void copy_async_commit() {
