@@ -479,14 +479,17 @@ class Scheduler:
 
     def _commit(self, draft: Draft, now: int) -> StepPlan | None:
         """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next."""
+        draft.decoding = [] if draft.decodes_sit_out else self.decoding
+        computes = bool(draft.decoding or draft.beams or draft.chunk_slots)
         if self.blocks.tier.is_on:
+            if computes:
+                self.blocks.clean()
             kept = self.blocks.tier.flush()
             if kept:
                 draft.add_swap_out(kept)
                 draft.cache_blocks_out = len(kept)
         num_out, num_in = len(draft.swap_out), len(draft.swap_in)
-        draft.decoding = [] if draft.decodes_sit_out else self.decoding
-        if not (draft.decoding or draft.beams or draft.chunk_slots or num_out or num_in):
+        if not (computes or num_out or num_in):
             self.rows.undo_release(draft)
             return None
         if self._beams_in_set or draft.beams:
