@@ -37,10 +37,11 @@ from scheduler.decode_calendar import DecodeCalendar
 from scheduler.draft import Draft, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.fairness import TenantTokens
-from scheduler.light_tenants import PlanAhead, heavy_budget
+from scheduler.light_tenants import heavy_budget
 from scheduler.line import Line, rank
 from scheduler.parked_kv import ParkedKv
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
+from scheduler.plan_ahead import PlanAhead
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
 from scheduler.prefix_cache import extend_chain, start_chain
 from scheduler.prefix_keys import lookup_keys, output_keys, prompt_keys
@@ -121,6 +122,7 @@ class Scheduler:
         self.in_flight: deque[Draft] = deque()
         self.ahead = PlanAhead()
         self.held_until: int | None = None  # a plan that could be made now is to be made then; nanoseconds
+        self._is_full = False  # somebody who waited is not in the last plan: nor would be who comes now
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
         # Figures.
         self.preemptions_total = {"swap": 0, "recompute": 0}
@@ -184,6 +186,7 @@ class Scheduler:
         self.groups[group] = None
         self.tenants.enter(group)
         self.census.enter(group)
+        self.ahead.came(group.accepted_at)
         self.assigned_sequences += len(group.live)
         (self.waiting if group.started_at is None else self.preempted).enter(group)
 
@@ -271,11 +274,11 @@ class Scheduler:
     def schedule(self, now: int) -> StepPlan | None:
         """The next plan. None: enough plans are in flight, there is nothing to compute now, or it is too early
         (`held_until`)."""
-        self.held_until = None
+        was_held, self.held_until = self.held_until is not None, None
         if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self.parked.leaving):
             return None
         self.tenants.look(now)
-        if self.tenants.is_guarded and self.in_flight:
+        if self.in_flight:
             self.held_until = self._hold_until(now)
             if self.held_until is not None:
                 return None
@@ -290,7 +293,7 @@ class Scheduler:
             if self._has_order:
                 self._displace(draft)
             if self._may_sit_out() and self._plan_light_prompts(draft, now):
-                return self._commit(draft, now)
+                return self._commit(draft, now, is_late=was_held)
             self._keep_running(draft, now)
             self.rows.release(draft)
             self._continue_prefills(draft, now)
@@ -299,7 +302,7 @@ class Scheduler:
                     self._admit_waiting(draft, now)  # who passes them
                     self._resume_preempted(draft, now)
                 self._admit_waiting(draft, now)
-            plan = self._commit(draft, now)
+            plan = self._commit(draft, now, is_late=was_held)
             # Whoever yielded in a step without other work may start again in the next: once per running group at most.
             if plan is not None or not draft.has_preempted:
                 return plan
@@ -412,9 +415,14 @@ class Scheduler:
         return min(waiting, room) + sum(sequence.num_tokens - sequence.computed for sequence in self.prefilling)
 
     def _hold_until(self, now: int) -> int | None:
-        """When the plan behind those in flight should be made, because a light tenant's request may still come and be
-        in it; None: now."""
-        if self.ahead.due <= now or self._light_prompts():
+        """When the plan behind those in flight should be made, because somebody may still come and be in it; None: now.
+        A light tenant's request can be in it although others wait."""
+        is_guarded = self.tenants.is_guarded
+        if self.ahead.due <= now or not (is_guarded or (self.ahead.expects(now) and not self._is_full)):
+            return None
+        if not is_guarded:
+            return self.ahead.due
+        if self._light_prompts():
             return None
         return None if self.waiting and self.tenants.is_light(self._first(self.waiting)) else self.ahead.due
 
@@ -477,8 +485,9 @@ class Scheduler:
             if not self.rows.has_room(group) or not self._start(group, draft, now):
                 return
 
-    def _commit(self, draft: Draft, now: int) -> StepPlan | None:
-        """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next."""
+    def _commit(self, draft: Draft, now: int, *, is_late: bool) -> StepPlan | None:
+        """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next.
+        `is_late`: it was held back until now."""
         draft.decoding = [] if draft.decodes_sit_out else self.decoding
         computes = bool(draft.decoding or draft.beams or draft.chunk_slots)
         if self.blocks.tier.is_on:
@@ -509,10 +518,11 @@ class Scheduler:
             self.swap_in_blocks_total += num_in
         self.in_flight.append(draft)
         step_ns = 0.0
-        if self.tenants.is_guarded:
+        self._is_full = bool(self.waiting or self.preempted)
+        if self.tenants.is_guarded or self.ahead.expects(now):
             decodes, chunks = len(draft.decoding) + len(draft.beams), sum(draft.chunk_tokens)
             step_ns = self.costs.step_time.ns(decodes, chunks)
-        self.ahead.planned(int(step_ns), now)
+        self.ahead.planned(int(step_ns), now, is_late=is_late)
         if self.tenants.is_charged and not draft.decodes_sit_out:
             self.tenants.charge_decodes(draft.decoding + draft.beams if draft.beams else draft.decoding)
         return draft.plan(self.epoch)
@@ -1058,7 +1068,8 @@ class Scheduler:
         check_result(flight, rows, result)
         self.in_flight.popleft()
         self.last_applied = flight.step
-        self.ahead.applied(now)
+        timings = result.timings
+        self.ahead.applied(now, timings.forward_ns + timings.sample_ns, timings.idle_ns)
         self._learn(flight, result)
         if result.nonfinite_rows or result.out_of_memory_slots:
             self._drop_failed_rows(flight, rows, result, now)

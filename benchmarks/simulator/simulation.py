@@ -276,7 +276,9 @@ class Simulation:
             tally = self.outcome.workers[index]
             tally.most_plans_in_flight = max(tally.most_plans_in_flight, in_flight)
             result, duration, load = worker.execute(plan)
-            end = max(now + delay, self._free_at[index]) + duration
+            idle = max(0, now + delay - self._free_at[index])
+            result = replace(result, timings=replace(result.timings, idle_ns=idle))
+            end = self._free_at[index] + idle + duration
             self._free_at[index] = end
             self._made += 1
             num_rows = load.decode_tokens + load.num_chunks

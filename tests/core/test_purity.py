@@ -35,6 +35,7 @@ CORE = {
     "parking",
     "pins",
     "placement",
+    "plan_ahead",
     "policy",
     "preemption",
     "prefix_cache",
