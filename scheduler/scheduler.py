@@ -40,8 +40,8 @@ from scheduler.fairness import TenantTokens
 from scheduler.light_tenants import heavy_budget
 from scheduler.line import Line, rank
 from scheduler.parked_kv import ParkedKv
-from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.plan_ahead import PlanAhead
+from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
 from scheduler.prefix_cache import extend_chain, start_chain
 from scheduler.prefix_keys import lookup_keys, output_keys, prompt_keys
@@ -274,7 +274,7 @@ class Scheduler:
     def schedule(self, now: int) -> StepPlan | None:
         """The next plan. None: enough plans are in flight, there is nothing to compute now, or it is too early
         (`held_until`)."""
-        was_held, self.held_until = self.held_until is not None, None
+        due, self.held_until = now if self.held_until is None else min(now, self.held_until), None
         if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self.parked.leaving):
             return None
         self.tenants.look(now)
@@ -293,7 +293,7 @@ class Scheduler:
             if self._has_order:
                 self._displace(draft)
             if self._may_sit_out() and self._plan_light_prompts(draft, now):
-                return self._commit(draft, now, is_late=was_held)
+                return self._commit(draft, now, due)
             self._keep_running(draft, now)
             self.rows.release(draft)
             self._continue_prefills(draft, now)
@@ -302,7 +302,7 @@ class Scheduler:
                     self._admit_waiting(draft, now)  # who passes them
                     self._resume_preempted(draft, now)
                 self._admit_waiting(draft, now)
-            plan = self._commit(draft, now, is_late=was_held)
+            plan = self._commit(draft, now, due)
             # Whoever yielded in a step without other work may start again in the next: once per running group at most.
             if plan is not None or not draft.has_preempted:
                 return plan
@@ -485,9 +485,9 @@ class Scheduler:
             if not self.rows.has_room(group) or not self._start(group, draft, now):
                 return
 
-    def _commit(self, draft: Draft, now: int, *, is_late: bool) -> StepPlan | None:
+    def _commit(self, draft: Draft, now: int, due: int) -> StepPlan | None:
         """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next.
-        `is_late`: it was held back until now."""
+        `due`: when it was to be made."""
         draft.decoding = [] if draft.decodes_sit_out else self.decoding
         computes = bool(draft.decoding or draft.beams or draft.chunk_slots)
         if self.blocks.tier.is_on:
@@ -522,7 +522,7 @@ class Scheduler:
         if self.tenants.is_guarded or self.ahead.expects(now):
             decodes, chunks = len(draft.decoding) + len(draft.beams), sum(draft.chunk_tokens)
             step_ns = self.costs.step_time.ns(decodes, chunks)
-        self.ahead.planned(int(step_ns), now, is_late=is_late)
+        self.ahead.planned(int(step_ns), now, due, has_chunks=bool(draft.chunk_slots))
         if self.tenants.is_charged and not draft.decodes_sit_out:
             self.tenants.charge_decodes(draft.decoding + draft.beams if draft.beams else draft.decoding)
         return draft.plan(self.epoch)
@@ -1068,8 +1068,7 @@ class Scheduler:
         check_result(flight, rows, result)
         self.in_flight.popleft()
         self.last_applied = flight.step
-        timings = result.timings
-        self.ahead.applied(now, timings.forward_ns + timings.sample_ns, timings.idle_ns)
+        self.ahead.applied(now, result.timings)
         self._learn(flight, result)
         if result.nonfinite_rows or result.out_of_memory_slots:
             self._drop_failed_rows(flight, rows, result, now)

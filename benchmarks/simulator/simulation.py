@@ -276,8 +276,9 @@ class Simulation:
             tally = self.outcome.workers[index]
             tally.most_plans_in_flight = max(tally.most_plans_in_flight, in_flight)
             result, duration, load = worker.execute(plan)
-            idle = max(0, now + delay - self._free_at[index])
-            result = replace(result, timings=replace(result.timings, idle_ns=idle))
+            ahead = self._free_at[index] - now - delay
+            idle = max(0, -ahead)
+            result = replace(result, timings=replace(result.timings, idle_ns=idle, early_ns=max(0, ahead)))
             end = self._free_at[index] + idle + duration
             self._free_at[index] = end
             self._made += 1

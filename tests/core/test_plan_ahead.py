@@ -8,48 +8,79 @@ import pytest
 
 from scheduler.dispatcher import SchedulerConfig
 from scheduler.plan_ahead import EXPECTED_NS, FIRST_LEAD_NS, LEAST_LEAD_NS, PlanAhead
+from scheduler.step_plan import StepTimings
 from tests.core.factories import OneWorker
 
 MS = 1_000_000
 STEP_NS = 20 * MS
 
 
-def steps(ahead: PlanAhead, count: int, idle_ns: int = 0, *, are_late: bool = True) -> None:
+def steps(ahead: PlanAhead, count: int, *, has_chunks: bool = False, **timings: int) -> None:
+    """Steps of 20 ms; the plan of each is made when the one before it begins."""
     for _ in range(count):
-        ahead.planned(STEP_NS, 0, is_late=are_late)
-        ahead.applied(0, STEP_NS, idle_ns)
+        ahead.planned(STEP_NS, 0, 0, has_chunks=has_chunks)
+        ahead.planned(STEP_NS, 0, 0, has_chunks=has_chunks)
+        for _ in range(2):
+            ahead.applied(0, StepTimings(forward_ns=STEP_NS, **timings))
 
 
-def test_a_plan_that_the_device_waited_for_makes_the_lead_longer_by_that_wait() -> None:
+def test_the_lead_becomes_what_plans_need_and_a_little_more() -> None:
+    for early_ms in (14, 18):
+        ahead = PlanAhead()
+        steps(ahead, 500, early_ns=early_ms * MS)
+        needed = STEP_NS - early_ms * MS
+        assert needed * 0.99 < ahead.lead_ns[False] < needed * 1.25
+        assert ahead.lead_ns[True] == FIRST_LEAD_NS, "nothing was behind chunks"
+
+
+def test_a_plan_that_the_device_waited_for_makes_it_longer_by_a_quarter_at_most() -> None:
     ahead = PlanAhead()
-    steps(ahead, 1, idle_ns=2 * MS)
-    assert ahead.lead_ns == FIRST_LEAD_NS + 2 * MS
     steps(ahead, 1, idle_ns=1000 * MS)
-    assert ahead.lead_ns == FIRST_LEAD_NS + 2 * MS + STEP_NS, "a stall counts as a step at most"
+    assert ahead.lead_ns[False] == FIRST_LEAD_NS * 5 // 4
 
 
-def test_plans_in_time_make_it_shorter_down_to_a_least_one() -> None:
+def test_it_has_a_least_value() -> None:
     ahead = PlanAhead()
-    steps(ahead, 1)
-    assert FIRST_LEAD_NS * 0.99 < ahead.lead_ns < FIRST_LEAD_NS
-    steps(ahead, 2000)
-    assert ahead.lead_ns == LEAST_LEAD_NS
+    steps(ahead, 2000, early_ns=STEP_NS)
+    assert ahead.lead_ns[False] == LEAST_LEAD_NS
 
 
-def test_a_wait_for_a_plan_that_was_not_late_says_nothing() -> None:
+def test_behind_a_step_with_chunks_it_is_another_one() -> None:
     ahead = PlanAhead()
-    steps(ahead, 10, idle_ns=50 * MS, are_late=False)
-    assert ahead.lead_ns == FIRST_LEAD_NS
+    steps(ahead, 1, has_chunks=True, idle_ns=5 * MS)
+    assert ahead.lead_ns == {False: FIRST_LEAD_NS, True: FIRST_LEAD_NS * 5 // 4}
+    assert ahead.due == -ahead.lead_ns[True]
 
 
-def test_the_lead_is_an_eighth_of_the_last_step_at_least() -> None:
+def test_a_plan_behind_nothing_or_behind_a_step_of_unknown_time_says_nothing() -> None:
     ahead = PlanAhead()
-    ahead.planned(80 * MS, 0)
-    assert ahead.due == 70 * MS
-    ahead.planned(8 * MS, 1 * MS)
+    for step_ns in (STEP_NS, 0):
+        ahead.planned(step_ns, 0, 0)
+        ahead.applied(0, StepTimings(idle_ns=50 * MS))
+    ahead.planned(0, 0, 0)
+    ahead.planned(STEP_NS, 0, 0)
+    for _ in range(2):
+        ahead.applied(0, StepTimings(idle_ns=50 * MS))
+    assert ahead.lead_ns == {False: FIRST_LEAD_NS, True: FIRST_LEAD_NS}
+
+
+def test_what_a_timer_is_late_by_counts_as_needed() -> None:
+    ahead = PlanAhead()
+    ahead.planned(STEP_NS, 0, 0)
+    ahead.planned(STEP_NS, 18 * MS, 16 * MS)
+    for _ in range(2):
+        ahead.applied(0, StepTimings(forward_ns=STEP_NS, early_ns=500_000))
+    assert ahead.lead_ns[False] == 4 * MS - 500_000
+
+
+def test_the_end_of_what_is_in_flight_is_counted_anew_from_a_result() -> None:
+    ahead = PlanAhead()
+    ahead.planned(80 * MS, 0, 0)
+    assert ahead.due == 80 * MS - FIRST_LEAD_NS
+    ahead.planned(8 * MS, 1 * MS, 1 * MS)
     assert ahead.due == 88 * MS - FIRST_LEAD_NS
-    ahead.applied(90 * MS, 80 * MS, 0)
-    assert ahead.due == 98 * MS - FIRST_LEAD_NS, "counted anew from a result"
+    ahead.applied(90 * MS, StepTimings(forward_ns=80 * MS))
+    assert ahead.due == 98 * MS - FIRST_LEAD_NS
 
 
 def learned(**settings: int) -> OneWorker:
