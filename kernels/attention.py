@@ -67,7 +67,8 @@ def decode_config(
     The more units (sequence, KV head) there are, the fewer warps share one: a CTA's warps meet at every unit's end.
     Measured on an H100 (docs/kernels/decode.md).
     """
-    sequences = _FEW_SEQUENCES if num_seqs <= _FEW_SEQUENCES else MAX_SEQUENCES
+    # A power of two: few kernels to compile, and room for the prefix sums of no more sequences than there may be.
+    sequences = max(_FEW_SEQUENCES, 1 << (num_seqs - 1).bit_length())
     shapes = next(shapes for units, shapes in _SHAPES if num_seqs * num_kv_heads >= units)
     for warps, ctas, fewest_stages in (*shapes, *_ANY_SHAPE):
         room = min(limits.shared_bytes, limits.processor_shared_bytes // ctas - _RESERVED_SHARED)

@@ -86,9 +86,22 @@ def test_decode_fits_registers_and_shared_memory(
         assert_no_spills(cubin)
         registers = cubin.resources["paged_attention_decode"].registers
         assert config.ctas * config.warps * 32 * registers <= REGISTERS_OF_A_PROCESSOR
-    shared = config.shared_bytes(head_dim, attention.MAX_SEQUENCES if num_seqs > 256 else 256)
+    shared = config.shared_bytes(head_dim, max(num_seqs, 256))
     assert shared <= LIMITS[arch].shared_bytes
     assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
+
+
+@pytest.mark.parametrize("num_seqs", [1, 257, 480, 513, 1024, 1025, attention.MAX_SEQUENCES])
+def test_prefix_sums_of_every_number_of_sequences_fit_shared_memory(arch: str, num_seqs: int) -> None:
+    config = attention.decode_config(128, 4, LIMITS[arch], num_seqs, 8)
+    shared = config.shared_bytes(128, num_seqs)
+    assert shared <= LIMITS[arch].shared_bytes
+    assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
+
+
+def test_a_step_of_480_rows_leaves_four_pairs_of_warps_on_an_h100() -> None:
+    config = attention.decode_config(128, 4, LIMITS["sm_90a"], 480, 8)
+    assert (config.warps, config.stages, config.ctas) == (2, 3, 4)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 32, 64, 128, 256])
