@@ -18,7 +18,8 @@ and that token is dropped.
 A steady decode step touches only the sequences that need a block or end in it; the decode calendar knows them.
 
 A beam search needs its result before its next step can be planned: its beams are in the decode set for one step at a
-time, all of them or none, and never hold up anybody else.
+time, all of them or none. Others wait for that result only where it computes more tokens per second in total
+(gathering.py).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from scheduler.decode_calendar import DecodeCalendar
 from scheduler.draft import Draft, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.fairness import TenantTokens
+from scheduler.gathering import Gathering, awaited_beams
 from scheduler.light_tenants import heavy_budget
 from scheduler.line import Line, rank
 from scheduler.parked_kv import ParkedKv
@@ -121,6 +123,8 @@ class Scheduler:
         self.last_applied = 0  # last result applied
         self.in_flight: deque[Draft] = deque()
         self.ahead = PlanAhead()
+        self.gathering = Gathering()
+        self._result_at: int | None = None  # the newest one came; None: schedule() has been asked since
         self.held_until: int | None = None  # a plan that could be made now is to be made then; nanoseconds
         self._is_full = False  # somebody who waited is not in the last plan: nor would be who comes now
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
@@ -275,10 +279,13 @@ class Scheduler:
         """The next plan. None: enough plans are in flight, there is nothing to compute now, or it is too early
         (`held_until`)."""
         due, self.held_until = now if self.held_until is None else min(now, self.held_until), None
+        result_at, self._result_at = self._result_at, None
         if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self.parked.leaving):
             return None
         self.tenants.look(now)
         if self.in_flight:
+            if self.census.searches and self._waits_for_beams():
+                return None
             self.held_until = self._hold_until(now)
             if self.held_until is not None:
                 return None
@@ -288,6 +295,7 @@ class Scheduler:
             )
         while True:
             draft = Draft(self.last_step + 1)
+            draft.idle_since = None if self.in_flight else result_at
             if self.parked.leaving:
                 self.parked.swap_out(draft)
             if self._has_order:
@@ -340,7 +348,8 @@ class Scheduler:
         if self.moved_beams:
             self._move_beams(draft)
         decodes = len(self.decoding) + len(draft.beams)
-        draft.left = draft.left_for_heavy = self._prefill_budget(decodes)
+        waited = draft.idle_since is not None
+        draft.left = draft.left_for_heavy = self._prefill_budget(decodes, waited=waited)
         if self.tenants.is_guarded:
             draft.left_for_heavy = heavy_budget(draft.left, self._backlog(), decodes, self.costs.step_time)
 
@@ -397,13 +406,36 @@ class Scheduler:
         sequence.computed += 1
         draft.beams.append(sequence)
 
-    def _prefill_budget(self, decodes: int) -> int:
+    def _waits_for_beams(self) -> bool:
+        """Whether the next plan is left until the next result, so that the beams that wait for it are in it too.
+        Prompts wait as well: their chunks cost less in that step than in one of their own."""
+        awaited = awaited_beams(self.in_flight, self.running)
+        others, ready = len(self.decoding) + len(self.joining), sum(len(group.beams) for group in self.moved_beams)
+        backlog = self._backlog()
+        if not awaited or not others + ready + backlog:
+            return False
+        now, later, all_of_them = others + ready, others + awaited, others + ready + awaited
+        chunk_now = min(backlog, self._prefill_budget(now))
+        chunk_later = min(backlog - chunk_now, self._prefill_budget(later))
+        ahead = (now, chunk_now), (later, chunk_later)
+        together = all_of_them, min(backlog, self._prefill_budget(all_of_them, waited=True))
+        step_time, gathering, target = self.costs.step_time, self.gathering, self.config.target_itl_ns
+        if target and others and step_time.ns(*together) + gathering.wait_ns > TARGET_SHARE * target:
+            return False
+        if gathering.pays(ahead, together, step_time):
+            return True
+        if others:  # searches alone cannot be taken apart again, so they are not gathered for a try
+            gathering.forget()
+        return False
+
+    def _prefill_budget(self, decodes: int, *, waited: bool = False) -> int:
         """Tokens that a step may compute beside a decode set of `decodes`: what the budget leaves, and what the target
-        for the time between two tokens leaves."""
+        for the time between two tokens leaves, of which the wait for a result is a part."""
         target = self.config.target_itl_ns
         left = self.token_budget - decodes
         if target and (self.prefilling or self.preempted or self.waiting):
-            return self.costs.step_time.chunk_budget(left, int(TARGET_SHARE * target), decodes)
+            within = TARGET_SHARE * target - (self.gathering.wait_ns if waited else 0)
+            return self.costs.step_time.chunk_budget(left, int(within), decodes)
         return left
 
     def _backlog(self) -> int:
@@ -1068,8 +1100,11 @@ class Scheduler:
         check_result(flight, rows, result)
         self.in_flight.popleft()
         self.last_applied = flight.step
-        self.ahead.applied(now, result.timings)
+        self._result_at, timings = now, result.timings
+        self.ahead.applied(now, timings)
         self._learn(flight, result)
+        if flight.idle_since is not None:
+            self.gathering.observe(now - flight.idle_since - timings.step_ns, timings.step_ns)
         if result.nonfinite_rows or result.out_of_memory_slots:
             self._drop_failed_rows(flight, rows, result, now)
         position_of: dict[int, int] | None = None  # of a row among the accepted ones; None: all are

@@ -52,6 +52,7 @@ class Completion:
     n: int
     cached_tokens: int
     preemptions: int
+    beam_width: int = 1
     tenant: str = ""
     too_late: bool = False  # its deadline passed before its last token
 
@@ -340,6 +341,7 @@ class Simulation:
                     n=request.n,
                     cached_tokens=group.cached_tokens,
                     preemptions=group.preemptions,
+                    beam_width=request.beam_width,
                     tenant=request.tenant,
                     too_late=any(ended_by_deadline(sequence) for sequence in group.sequences),
                 )

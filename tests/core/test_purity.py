@@ -25,6 +25,7 @@ CORE = {
     "draft",
     "events",
     "fairness",
+    "gathering",
     "host_tier",
     "hypotheses",
     "inspection",
