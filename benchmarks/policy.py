@@ -8,6 +8,8 @@
                                              benchmarks/results/preemption_speeds.json
     python -m benchmarks.policy host_tier    conversations that come back: benchmarks/results/host_tier.json
     python -m benchmarks.policy gathering    beams that wait for results: benchmarks/results/gathering.json
+    python -m benchmarks.policy gathering_online   the same beside other requests:
+                                             benchmarks/results/gathering_online.json
     python -m benchmarks.policy all
 
 Simulated: no number here was measured on a GPU. Every load has a fixed seed, so a run can be repeated to the digit.
@@ -379,6 +381,7 @@ class PlansAhead(Scheduler):
         return False
 
 
+POLICIES: dict[str, type[Scheduler]] = {"ahead": PlansAhead, "gathered": Scheduler}
 ROWS, GROUP = 72, 4
 """As `benchmarks.policy_measured` has them: all rows of a load, and those of one request that belong together."""
 KINDS: tuple[tuple[str, ...], ...] = (
@@ -414,10 +417,50 @@ def gathering(
         for kinds in loads:
             load = [one for at_ns in (0, AGAIN_NS) for one in in_groups(kinds, tokens, at_ns)]
             row: Result = {"profile": profile.name, "wait_ms": wait_ms, "kinds": list(kinds)}
-            for name, policy in (("ahead", PlansAhead), ("gathered", Scheduler)):
+            for name, policy in POLICIES.items():
                 row[name] = decoding(profile, load, policy)
             rows.append(row)
     return {"load": f"{ROWS} rows at once, groups of {GROUP}, prompts found, {tokens} tokens each", "rows": rows}
+
+
+def gathering_online(
+    loads: Sequence[tuple[float, float]] = ((10, 0.2), (16, 0.1)),
+    waits_ms: Sequence[float] = (1.0, 2.0),
+    targets_ms: Sequence[int] = (0, 10),
+) -> Result:
+    """The same where prompts come all the time: ShareGPT-like requests, of which a share are searches."""
+    rows = []
+    for rate, share in loads:
+        searches = np.random.default_rng(13).random(round(2 * rate * 40)) < share
+        arrivals = [
+            replace(one, beam_width=GROUP if is_search else 1)
+            for one, is_search in zip(SHAREGPT_LIKE.arrivals(rate, 40.0), searches, strict=False)
+        ]
+        for wait_ms in waits_ms:
+            profile = replace(H100, link_delay_ns=round(wait_ms * 1e6 / 2))
+            for target_ms in targets_ms:
+                settings = config(profile, arrivals, target_itl_ns=target_ms * 1_000_000)
+                row: Result = {"rate": rate, "searches": share, "wait_ms": wait_ms, "target_itl_ms": target_ms}
+                for name, policy in POLICIES.items():
+                    simulation = Simulation(
+                        [profile], arrivals, config=settings, make_scheduler=policy, keeps_gaps=True
+                    )
+                    row[name] = beside_searches(simulation)
+                rows.append(row)
+    return {"profile": H100.name, "load": "sharegpt-like, 40 s of Poisson arrivals, seed 0", "rows": rows}
+
+
+def beside_searches(simulation: Simulation) -> Result:
+    """What streams and searches get; a search is told all at once."""
+    outcome = simulation.run()
+    greedy = [done for done in outcome.completions if kind_of(done) == "greedy"]
+    searches = [done for done in outcome.completions if kind_of(done) == "beams"]
+    return {
+        "steps": outcome.workers[0].steps,
+        "beams_ms_per_token": percentiles([round(done.normalized_ns) for done in searches]),
+        "greedy_itl_ms": percentiles([gap for gap in outcome.token_gaps if gap]),
+        "greedy_ttft_ms": percentiles([done.first_token_ns for done in greedy]),
+    }
 
 
 def kind_of(done: Completion) -> str:
@@ -449,6 +492,7 @@ EXPERIMENTS: dict[str, Callable[[], Result]] = {
     "preemption_speeds": preemption_speeds,
     "host_tier": host_tier,
     "gathering": gathering,
+    "gathering_online": gathering_online,
 }
 
 
