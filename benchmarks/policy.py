@@ -427,14 +427,15 @@ def gathering_online(
     loads: Sequence[tuple[float, float]] = ((10, 0.2), (16, 0.1)),
     waits_ms: Sequence[float] = (1.0, 2.0),
     targets_ms: Sequence[int] = (0, 10),
+    seconds: float = 40.0,
 ) -> Result:
     """The same where prompts come all the time: ShareGPT-like requests, of which a share are searches."""
     rows = []
     for rate, share in loads:
-        searches = np.random.default_rng(13).random(round(2 * rate * 40)) < share
+        searches = np.random.default_rng(13).random(round(2 * rate * seconds)) < share
         arrivals = [
             replace(one, beam_width=GROUP if is_search else 1)
-            for one, is_search in zip(SHAREGPT_LIKE.arrivals(rate, 40.0), searches, strict=False)
+            for one, is_search in zip(SHAREGPT_LIKE.arrivals(rate, seconds), searches, strict=False)
         ]
         for wait_ms in waits_ms:
             profile = replace(H100, link_delay_ns=round(wait_ms * 1e6 / 2))
@@ -447,7 +448,7 @@ def gathering_online(
                     )
                     row[name] = beside_searches(simulation)
                 rows.append(row)
-    return {"profile": H100.name, "load": "sharegpt-like, 40 s of Poisson arrivals, seed 0", "rows": rows}
+    return {"profile": H100.name, "load": f"sharegpt-like, {seconds:g} s of Poisson arrivals, seed 0", "rows": rows}
 
 
 def beside_searches(simulation: Simulation) -> Result:

@@ -164,7 +164,7 @@ class Simulation:
         if worker_id in self.links:
             self.lose(worker_id)
         self.dispatcher.add_worker(worker_id, capacity, rates, self.epoch, self.now)
-        step_ns = self.random.choice([0, 5_000, 50_000])  # where steps are dear, it pays to wait for beams
+        step_ns = (0, 5_000, 50_000)[self.epoch % 3]  # where steps are dear, it pays to wait for beams
         self.links[worker_id] = Link(SimulatedWorker(capacity, self.epoch, step_ns))
         self.collect(StepOutput())
 

@@ -59,6 +59,12 @@ def test_beams_take_one_step_per_token_and_not_two_where_that_pays_in_total() ->
     assert late["gathered"]["ms_per_token"] == pytest.approx(late["ahead"]["ms_per_token"], rel=0.01)
 
 
+def test_gathering_keeps_to_a_target_for_the_streams_beside_searches() -> None:
+    (row,) = policy.gathering_online(loads=((16, 0.1),), waits_ms=(1.0,), targets_ms=(10,), seconds=10.0)["rows"]
+    assert row["gathered"]["beams_ms_per_token"]["p50"] < 0.75 * row["ahead"]["beams_ms_per_token"]["p50"]
+    assert row["gathered"]["greedy_itl_ms"]["p99"] <= 1.02 * 10
+
+
 def test_conversations_find_in_the_arena_what_the_pool_lost_unless_the_link_is_slow() -> None:
     off, on, slow_off, slow_on = policy.host_tier(counts=(80,))["rows"]
     assert on["found_in_arena"] > 0.4
