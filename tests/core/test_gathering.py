@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from scheduler import plan_ahead
 from scheduler.dispatcher import FinishReason, SchedulerConfig
 from scheduler.gathering import FORGETTING, Gathering
 from scheduler.sequence import SequenceGroup
@@ -74,6 +75,12 @@ def test_a_wait_that_nothing_measures_any_more_is_tried_again() -> None:
 
 
 # ---- on a worker
+
+
+@pytest.fixture(autouse=True)
+def _plans_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they wait for beams, and not shortly before the worker needs them."""
+    monkeypatch.setattr(plan_ahead, "EXPECTED_NS", 0)
 
 
 class Machine(OneWorker):
