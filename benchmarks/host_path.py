@@ -96,18 +96,22 @@ class StandInDevice:
         self.batch = Batch(Row.of)
         self.free_at = 0
 
-    def launch(self, plan: StepPlan) -> StandInStep:
+    def launch(self, plan: StepPlan, _waited_ns: int = 0) -> StandInStep:
         """Queues a step and returns."""
         load = self.batch.execute(plan)
         step_ns = self.step_time(load)
         now = time.perf_counter_ns()
         begin = max(now, self.free_at)
-        idle_ns = begin - self.free_at if self.free_at else 0
+        idle_ns, early_ns = (begin - self.free_at if self.free_at else 0), max(0, self.free_at - now)
         self.free_at = begin + step_ns
         self.progress.last_step = plan.step
         self.progress.advance()
         timings = StepTimings(
-            idle_ns=idle_ns, forward_ns=step_ns, chunk_tokens=load.chunk_tokens, decode_tokens=load.decode_tokens
+            idle_ns=idle_ns,
+            forward_ns=step_ns,
+            chunk_tokens=load.chunk_tokens,
+            decode_tokens=load.decode_tokens,
+            early_ns=early_ns,
         )
         return StandInStep(plan, timings, num_rows=self.batch.num_sampling, done_at=self.free_at)
 

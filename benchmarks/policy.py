@@ -7,6 +7,9 @@
     python -m benchmarks.policy preemption_speeds   the same on a machine of other speeds:
                                              benchmarks/results/preemption_speeds.json
     python -m benchmarks.policy host_tier    conversations that come back: benchmarks/results/host_tier.json
+    python -m benchmarks.policy gathering    beams that wait for results: benchmarks/results/gathering.json
+    python -m benchmarks.policy gathering_online   the same beside other requests:
+                                             benchmarks/results/gathering_online.json
     python -m benchmarks.policy all
 
 Simulated: no number here was measured on a GPU. Every load has a fixed seed, so a run can be repeated to the digit.
@@ -27,12 +30,13 @@ import numpy as np
 
 from benchmarks.planning import commit
 from benchmarks.simulator.profiles import A100_OPT_13B_LEAN, GIB, H200_LLAMA_8B, WorkerProfile
-from benchmarks.simulator.simulation import Arrival, Outcome, Simulation
+from benchmarks.simulator.simulation import Arrival, Completion, Outcome, Simulation
 from benchmarks.simulator.traces import SHAREGPT_LIKE, Load
 from benchmarks.simulator.worker import STOP, TOKEN
 from pagewire.bench import workloads
 from pagewire.bench.workloads import Lengths
 from scheduler.policy import PreemptionMode, SchedulerConfig
+from scheduler.scheduler import Scheduler
 
 RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
@@ -370,6 +374,117 @@ def host_tier(counts: Sequence[int] = (40, 80, 160), links: Sequence[float] = (1
     return {"profile": H200.name, "load": "conversations of 8 turns at 8 turns/s, seed 11", "rows": rows}
 
 
+class PlansAhead(Scheduler):
+    """Never waits for a result while there is anything to plan."""
+
+    def _waits_for_beams(self) -> bool:
+        return False
+
+
+POLICIES: dict[str, type[Scheduler]] = {"ahead": PlansAhead, "gathered": Scheduler}
+ROWS, GROUP = 72, 4
+"""As `benchmarks.policy_measured` has them: all rows of a load, and those of one request that belong together."""
+KINDS: tuple[tuple[str, ...], ...] = (
+    ("greedy",),
+    ("samples",),
+    ("beams",),
+    ("greedy", "samples", "beams"),
+    ("greedy", "beams"),
+)
+AGAIN_NS = 60_000_000_000
+"""When the same load comes again, so that its prompts are found."""
+
+
+def in_groups(kinds: Sequence[str], tokens: int, at_ns: int) -> list[Arrival]:
+    """Every kind its share of the rows, all at once: prompts of 512 tokens."""
+    widths: dict[str, dict[str, Any]] = {"greedy": {}, "samples": {"n": GROUP}, "beams": {"beam_width": GROUP}}
+    generator = np.random.default_rng(12)
+    return [
+        Arrival(at_ns, generator.integers(10, 31_000, 512).tolist(), tokens, **widths[kind])
+        for kind in kinds
+        for _ in range(ROWS // len(kinds) // (1 if kind == "greedy" else GROUP))
+    ]
+
+
+def gathering(
+    waits_ms: Sequence[float] = (0.2, 1.0, 1.5, 2.0, 4.0), loads: Sequence[Sequence[str]] = KINDS, tokens: int = 256
+) -> Result:
+    """What `benchmarks.policy_measured --experiment groups` measures, by the time from a result to the step that was
+    planned after it: plans that are always made ahead, and those that wait for beams where that pays."""
+    rows = []
+    for wait_ms in waits_ms:
+        profile = replace(H100, link_delay_ns=round(wait_ms * 1e6 / 2))
+        for kinds in loads:
+            load = [one for at_ns in (0, AGAIN_NS) for one in in_groups(kinds, tokens, at_ns)]
+            row: Result = {"profile": profile.name, "wait_ms": wait_ms, "kinds": list(kinds)}
+            for name, policy in POLICIES.items():
+                row[name] = decoding(profile, load, policy)
+            rows.append(row)
+    return {"load": f"{ROWS} rows at once, groups of {GROUP}, prompts found, {tokens} tokens each", "rows": rows}
+
+
+def gathering_online(
+    loads: Sequence[tuple[float, float]] = ((10, 0.2), (16, 0.1)),
+    waits_ms: Sequence[float] = (1.0, 2.0),
+    targets_ms: Sequence[int] = (0, 10),
+    seconds: float = 40.0,
+) -> Result:
+    """The same where prompts come all the time: ShareGPT-like requests, of which a share are searches."""
+    rows = []
+    for rate, share in loads:
+        searches = np.random.default_rng(13).random(round(2 * rate * seconds)) < share
+        arrivals = [
+            replace(one, beam_width=GROUP if is_search else 1)
+            for one, is_search in zip(SHAREGPT_LIKE.arrivals(rate, seconds), searches, strict=False)
+        ]
+        for wait_ms in waits_ms:
+            profile = replace(H100, link_delay_ns=round(wait_ms * 1e6 / 2))
+            for target_ms in targets_ms:
+                settings = config(profile, arrivals, target_itl_ns=target_ms * 1_000_000)
+                row: Result = {"rate": rate, "searches": share, "wait_ms": wait_ms, "target_itl_ms": target_ms}
+                for name, policy in POLICIES.items():
+                    simulation = Simulation(
+                        [profile], arrivals, config=settings, make_scheduler=policy, keeps_gaps=True
+                    )
+                    row[name] = beside_searches(simulation)
+                rows.append(row)
+    return {"profile": H100.name, "load": f"sharegpt-like, {seconds:g} s of Poisson arrivals, seed 0", "rows": rows}
+
+
+def beside_searches(simulation: Simulation) -> Result:
+    """What streams and searches get; a search is told all at once."""
+    outcome = simulation.run()
+    greedy = [done for done in outcome.completions if kind_of(done) == "greedy"]
+    searches = [done for done in outcome.completions if kind_of(done) == "beams"]
+    return {
+        "steps": outcome.workers[0].steps,
+        "beams_ms_per_token": percentiles([round(done.normalized_ns) for done in searches]),
+        "greedy_itl_ms": percentiles([gap for gap in outcome.token_gaps if gap]),
+        "greedy_ttft_ms": percentiles([done.first_token_ns for done in greedy]),
+    }
+
+
+def kind_of(done: Completion) -> str:
+    return "beams" if done.beam_width > 1 else "samples" if done.n > 1 else "greedy"
+
+
+def decoding(profile: WorkerProfile, load: Sequence[Arrival], policy: type[Scheduler]) -> Result:
+    """The second time of a load that comes twice: per token of all and of each kind, and of all rows together."""
+    settings = replace(config(profile, load), prefix_cache=True)
+    outcome = Simulation([profile], load, config=settings, make_scheduler=policy).run()
+    again = [done for done in outcome.completions if done.arrived == AGAIN_NS]
+    ended: dict[str, int] = {}
+    for done in again:
+        ended[kind_of(done)] = max(ended.get(kind_of(done), 0), done.finished - AGAIN_NS)
+    tokens, last = again[0].output_tokens, max(ended.values())
+    rows = sum(max(done.n, done.beam_width) for done in again)
+    return {
+        "ms_per_token": round(last / tokens / 1e6, 2),
+        "ms_per_token_of": {kind: round(ns / tokens / 1e6, 2) for kind, ns in sorted(ended.items())},
+        "row_tok_s": round(rows * tokens / (last * 1e-9)),
+    }
+
+
 EXPERIMENTS: dict[str, Callable[[], Result]] = {
     "chunking": chunking,
     "fairness": fairness,
@@ -377,6 +492,8 @@ EXPERIMENTS: dict[str, Callable[[], Result]] = {
     "preemption": preemption,
     "preemption_speeds": preemption_speeds,
     "host_tier": host_tier,
+    "gathering": gathering,
+    "gathering_online": gathering_online,
 }
 
 

@@ -1,8 +1,8 @@
 """What the scheduler's policies do with a real worker: `python -m benchmarks.policy_measured OUT_FOLDER`.
 
     tenants         a light tenant's first tokens: alone, beside one that sends 20 times as much, in one queue with it
-    conversations   turns that come back when the pool has given up their blocks, with and without the host tier; and a
-                    load that overfills the pool and never comes back: what the host tier costs
+    conversations   turns that come back when the pool has given up their blocks, with and without the host tier
+    one_off         requests that never come back, in a full pool, with and without the host tier: what it costs them
     groups          as many rows as greedy requests, as samples of one prompt, and as beams
     parking         how long Park takes, and the first token after Continue beside that of computing everything again
 
@@ -208,7 +208,9 @@ async def conversations(bench: Bench) -> Row:
 
 
 async def one_off(bench: Bench) -> Row:
-    """ShareGPT-like requests at 30/s, none like another."""
+    """ShareGPT-like requests at 30/s, none like another. Others' blocks fill the pool before."""
+    async with AsyncClient(bench.runner.gateways[0]) as client:
+        await fill(bench, client)
     return await serve.measure(
         bench.runner,
         "session",
@@ -350,13 +352,24 @@ async def all_tenants(bench: Bench, recorder: Recorder) -> None:
         await record(bench, recorder, head, partial(tenants, bench, rate, how))
 
 
-async def all_conversations(bench: Bench, recorder: Recorder) -> None:
-    """Both loads without and with the host tier, which is what each scheduler begins with."""
-    for on in (False, True):
+async def with_and_without_tier(
+    bench: Bench, recorder: Recorder, load: Callable[[Bench], Awaitable[Row]], turns: int = 1
+) -> None:
+    """A load in turns without and with the host tier, each time with a new scheduler."""
+    for on in (False, True) * turns:
         await bench.runner.replan(host_prefix_cache=on)
-        for name, load in (("conversations", conversations), ("one-off requests", one_off)):
-            await record(bench, recorder, {"load": name, "host_prefix_cache": on}, partial(load, bench))
+        await record(bench, recorder, {"host_prefix_cache": on}, partial(load, bench))
     await bench.runner.replan(host_prefix_cache=None)
+
+
+async def all_conversations(bench: Bench, recorder: Recorder) -> None:
+    """Once each."""
+    await with_and_without_tier(bench, recorder, conversations)
+
+
+async def all_one_off(bench: Bench, recorder: Recorder) -> None:
+    """Three turns: what it costs is about as much as chance."""
+    await with_and_without_tier(bench, recorder, one_off, turns=3)
 
 
 async def all_groups(bench: Bench, recorder: Recorder) -> None:
@@ -375,6 +388,7 @@ async def all_parking(bench: Bench, recorder: Recorder) -> None:
 EXPERIMENTS = {
     "tenants": all_tenants,
     "conversations": all_conversations,
+    "one_off": all_one_off,
     "groups": all_groups,
     "parking": all_parking,
 }

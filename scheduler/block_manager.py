@@ -19,11 +19,15 @@ from scheduler.host_tier import HostTier
 from scheduler.prefix_cache import PrefixCache
 from scheduler.step_plan import BlockMoves
 
+MOST_CLEAN = 256
+"""Blocks, free or copied out, that the next plans find: as many as two steps of 2048 tokens take. A quarter of the
+arena at most, which holds them although the pool does."""
+
 
 class BlockManager:
     """Block tables over a KV pool, a host arena and a prefix cache. Callers check `num_free` before they take."""
 
-    __slots__ = ("block_size", "cache", "host", "pool", "tier")
+    __slots__ = ("block_size", "cache", "host", "most_clean", "pool", "tier")
 
     def __init__(self, *, num_blocks: int, host_blocks: int, block_size: int, host_cache: bool = False) -> None:
         if block_size < 1:
@@ -33,6 +37,7 @@ class BlockManager:
         self.host = BlockPool(host_blocks)
         self.cache = PrefixCache()
         self.tier = HostTier(self.host, is_on=host_cache and host_blocks > 0)
+        self.most_clean = min(MOST_CLEAN, host_blocks // 4)
 
     @property
     def num_free(self) -> int:
@@ -183,6 +188,14 @@ class BlockManager:
     def register(self, blocks: Iterable[tuple[int, bytes]]) -> None:
         """Makes used, full blocks findable by their keys."""
         self.cache.register(blocks)
+
+    def clean(self) -> None:
+        """Copies out, by the plan that is being made, what the next plans will take, so that their steps need not wait
+        for copies. Nothing is taken or freed in the pool."""
+        count = self.most_clean - self.pool.num_free - self.cache.num_clean
+        while count > 0 and (dirty := self.cache.next_to_clean()) and self.tier.keep(*dirty):
+            self.cache.cleaned(dirty[0])
+            count -= 1
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """Makes blocks unfindable, because their contents are not what their keys say."""

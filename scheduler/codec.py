@@ -197,6 +197,7 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
             sample_ns=said.sample_ns,
             chunk_tokens=said.chunk_tokens,
             decode_tokens=said.decode_tokens,
+            early_ns=said.early_ns,
         )
     return StepResult(
         epoch=message.epoch,

@@ -547,6 +547,7 @@ class Dispatcher:
         for worker in queueing:
             surplus = worker.assigned_sequences - ceil(share * worker.max_rows)
             if surplus > 0:
+                self._woken[worker.worker_id] = None  # whoever was first in its line may have left
                 self._unassigned.update(dict.fromkeys(worker.give_up_waiting(surplus)))
                 self._placement.note_lighter(worker)
 

@@ -46,6 +46,7 @@ class Draft:
     has_preempted: bool = False
     serves_light_tenants: bool = False  # a prompt of one is in it, so those of heavy tenants wait for the next step
     decodes_sit_out: bool = False  # the decode set waits for the next step
+    idle_since: int | None = None  # the result that it follows came then, and the worker has had nothing since
     release_slots: list[int] = field(default_factory=list)
     swap_out: BlockMoves = NO_MOVES
     swap_in: BlockMoves = NO_MOVES

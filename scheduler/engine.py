@@ -744,7 +744,7 @@ class Engine:
         metrics.swap_ns["in"] += timings.swap_in_ns
         metrics.step_time["forward"].observe(timings.forward_ns / NS_PER_S)
         metrics.step_time["sample"].observe(timings.sample_ns / NS_PER_S)
-        worked = timings.swap_out_ns + timings.swap_in_ns + timings.copy_ns + timings.forward_ns + timings.sample_ns
+        worked = timings.step_ns
         link.busy_ns += worked
         link.idle_ns += timings.idle_ns
         if sent_at is not None:

@@ -1,10 +1,14 @@
-"""The second tier of the prefix cache: full blocks that the KV pool gave up, kept in the host arena.
+"""The second tier of the prefix cache: full blocks that the KV pool gives up, kept in the host arena.
 
-    KV pool:  used ──▶ parked (findable) ──evicted──▶ reused
-                                             │ copy out, in the plan that reuses the block
+    KV pool:  used ──▶ parked (findable) ──soon the next to go──▶ clean (findable) ──evicted──▶ reused
+                                             │ copy out, beside the step
     host arena:                              ▼
                           kept (findable) ──hit──▶ copied in, and gone from here
                                 └──▶ given up, the one kept for longest first, when a swap or a newer block needs room
+
+A step that writes to a block must wait for its copy out, which can begin only when the step before is over. So blocks
+are copied a plan or more before they are reused, and are in both tiers until then. One that is needed sooner is copied
+by the plan that reuses it.
 
 A plan copies out before it copies in. So a host block that a plan reads must not be written by the same plan: what was
 read is on hold until the plan has been made. Copies for the cache are bounded per plan, so that they cannot crowd out
@@ -35,7 +39,7 @@ class HostTier:
         self._block_of: OrderedDict[bytes, int] = OrderedDict()  # kept for longest first
         self._sources: list[int] = []  # KV blocks that the plan copies out
         self._destinations: list[int] = []  # host blocks that it copies them to
-        self._new: set[bytes] = set()  # keys of those; the last ones in _block_of
+        self._new: set[bytes] = set()  # keys of those, and of those kept once more; the last ones in _block_of
         self._on_hold: list[int] = []  # host blocks that it reads: free once it has been made
 
     def __len__(self) -> int:
@@ -46,17 +50,24 @@ class HostTier:
         """Host blocks that make_room could free for a swap."""
         return self.host.num_free + len(self._block_of) - len(self._new)
 
-    def keep(self, block: int, key: bytes) -> None:
-        """The KV pool gives up a block: it is copied out, if there is room and the plan has not copied enough."""
-        if not self.is_worth_it or key in self._block_of or len(self._sources) >= MOST_PER_PLAN:
-            return
+    def keep(self, block: int, key: bytes) -> bool:
+        """A block of the KV pool is copied out, if it has not been, there is room and the plan has not copied enough.
+        False: it is not kept."""
+        if key in self._block_of:
+            self._block_of.move_to_end(key)
+            self._new.add(key)
+            return True
+        if not self.is_worth_it or len(self._sources) >= MOST_PER_PLAN:
+            return False
         if not self.host.num_free:
             self._give_up_oldest()
-        if self.host.num_free:
-            kept = self._block_of[key] = self.host.take()
-            self._sources.append(block)
-            self._destinations.append(kept)
-            self._new.add(key)
+        if not self.host.num_free:
+            return False
+        kept = self._block_of[key] = self.host.take()
+        self._sources.append(block)
+        self._destinations.append(kept)
+        self._new.add(key)
+        return True
 
     def find(self, keys: list[bytes]) -> list[bytes]:
         """The longest beginning of `keys` that is kept here. Nothing changes; `take` takes them."""
@@ -96,18 +107,18 @@ class HostTier:
 
     def flush(self) -> BlockMoves:
         """The plan is being handed out: its copies out, after which what it reads is free."""
+        self._new.clear()
         if not (self._sources or self._on_hold):
             return NO_MOVES
         moves = BlockMoves(self._sources, self._destinations)
         self._sources, self._destinations = [], []
-        self._new.clear()
         for block in self._on_hold:
             self.host.put_back(block)
         self._on_hold.clear()
         return moves
 
     def _give_up_oldest(self) -> bool:
-        """Frees the block kept for longest. False: there is none but those that the plan is copying out."""
+        """Frees the block kept for longest. False: there is none but those that the plan keeps."""
         if len(self._block_of) <= len(self._new):
             return False
         _, block = self._block_of.popitem(last=False)

@@ -3,15 +3,14 @@
 A light tenant's request comes at any moment. However early it stands in line, it waits for the step that runs, and for
 the one that has been planned behind it. So while a light tenant is there, or was lately,
 
-    heavy_budget   the heavy tenants' prompts are spread over steps, instead of filling one whenever a row is free
-    PlanAhead      the next step is planned shortly before the worker needs it, not as soon as it might be
+    heavy_budget         the heavy tenants' prompts are spread over steps, instead of filling one whenever a row is free
+    scheduler.PlanAhead  the next step is planned shortly before the worker needs it, although others wait
 
 Neither takes anything from the heavy tenants over time: the same prompts are computed, in chunks of even size.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection
 
 from scheduler.step_time import LEAST_CHUNK, StepTime
@@ -36,12 +35,6 @@ STRETCH = 2.0
 CHEAP = 1.5
 """And as many of their tokens are always taken as make it so many times as long: cut further, the same prompts would
 make more such steps, and every step with a chunk costs more than its tokens."""
-
-LEAD_NS = 2_000_000
-"""A plan is made so long before the worker needs it, at least: what planning, encoding and sending take, and a timer's
-lateness."""
-LEAD_SHARE = 8
-"""And at least that part of the step before it, because its time is an estimate."""
 
 
 class Demand:
@@ -106,32 +99,3 @@ def heavy_budget(left: int, backlog: int, decodes: int, step_time: StepTime) -> 
         return min(left, max(LEAST_CHUNK, spread))
     cheap, most = (step_time.chunk_budget(left, round(factor * alone), decodes) for factor in (CHEAP, STRETCH))
     return min(left, max(LEAST_CHUNK, cheap, min(spread, most)))
-
-
-class PlanAhead:
-    """When the worker will have done what is in flight, and when the next plan is to be made. Nanoseconds.
-
-    Copies are not foreseen: then the plan is made early, and nobody waits for it."""
-
-    __slots__ = ("_done_at", "_last_ns", "_planned")
-
-    def __init__(self) -> None:
-        self._planned: deque[int] = deque()  # predicted times of the steps in flight
-        self._done_at = 0
-        self._last_ns = 0
-
-    def planned(self, step_ns: int, now: int) -> None:
-        """A plan has been made, for a step that is predicted to take `step_ns`; 0: unknown."""
-        self._last_ns = step_ns
-        self._planned.append(step_ns)
-        self._done_at = max(now, self._done_at) + step_ns
-
-    def applied(self, now: int) -> None:
-        """The result of the oldest plan in flight is in: the next one has begun."""
-        self._planned.popleft()
-        self._done_at = now + sum(self._planned)
-
-    @property
-    def due(self) -> int:
-        """When the next plan is to be made."""
-        return self._done_at - max(LEAD_NS, self._last_ns // LEAD_SHARE)

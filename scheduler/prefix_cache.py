@@ -48,21 +48,26 @@ def extend_chain(chain: _Hash, tokens: Sequence[int], block_size: int) -> list[b
 
 
 class PrefixCache:
-    """Key to block and back, and the unreferenced blocks in the order in which they will be given up. Those with a
-    pinned key are set aside and not given up."""
+    """Key to block and back, and the unreferenced blocks in the order in which they will be given up: first those that
+    are clean, which means that the host tier has a copy. Those with a pinned key are set aside and not given up."""
 
-    __slots__ = ("_block_of", "_key_of", "_pinned", "_set_aside", "_unreferenced")
+    __slots__ = ("_block_of", "_clean", "_key_of", "_pinned", "_set_aside", "_unreferenced")
 
     def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._unreferenced: OrderedDict[int, None] = OrderedDict()
+        self._unreferenced: OrderedDict[int, None] = OrderedDict()  # but those that are clean
+        self._clean: OrderedDict[int, None] = OrderedDict()  # unreferenced for longer than all others
         self._pinned: set[bytes] = set()  # whether there are blocks of them or not
         self._set_aside: dict[int, None] = {}  # unreferenced blocks with a pinned key
 
     @property
     def num_unreferenced(self) -> int:
-        return len(self._unreferenced)
+        return len(self._unreferenced) + len(self._clean)
+
+    @property
+    def num_clean(self) -> int:
+        return len(self._clean)
 
     def __contains__(self, block: int) -> bool:
         return block in self._key_of
@@ -103,14 +108,24 @@ class PrefixCache:
         if block in self._set_aside:
             del self._set_aside[block]
             return True
-        return self._unreferenced.pop(block, self) is not self
+        return self._clean.pop(block, self) is not self or self._unreferenced.pop(block, self) is not self
 
     def is_parked(self, block: int) -> bool:
-        return block in self._unreferenced
+        return block in self._unreferenced or block in self._clean
+
+    def next_to_clean(self) -> tuple[int, bytes] | None:
+        """The block, with its key, that will be given up first after those that are clean; None: all are."""
+        block = next(iter(self._unreferenced), None)
+        return None if block is None else (block, self._key_of[block])
+
+    def cleaned(self, block: int) -> None:
+        """The host tier has a copy of `next_to_clean`."""
+        del self._unreferenced[block]
+        self._clean[block] = None
 
     def evict(self) -> tuple[int, bytes]:
         """Gives up the block that has been unreferenced for longest, and its key; KeyError when there is none."""
-        block, _ = self._unreferenced.popitem(last=False)
+        block, _ = (self._clean or self._unreferenced).popitem(last=False)
         key = self._key_of.pop(block)
         del self._block_of[key]
         return block, key
@@ -124,8 +139,8 @@ class PrefixCache:
         self._pinned.update(keys)
         for key in keys:
             block = self._block_of.get(key)
-            if block is not None and block in self._unreferenced:
-                del self._unreferenced[block]
+            if block is not None and self.is_parked(block):
+                self.revive(block)
                 self._set_aside[block] = None
 
     def unpin(self, keys: Iterable[bytes]) -> None:
@@ -156,11 +171,13 @@ class PrefixCache:
     @property
     def parked(self) -> list[int]:
         """The unreferenced blocks, next victim first, those that are set aside last."""
-        return [*self._unreferenced, *self._set_aside]
+        return [*self._clean, *self._unreferenced, *self._set_aside]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless both indexes say the same."""
         assert {block: key for key, block in self._block_of.items()} == self._key_of, "the two indexes differ"
-        assert self._unreferenced.keys() <= self._key_of.keys(), "an unreferenced block is not registered"
-        assert not self._unreferenced.keys() & self._set_aside.keys(), "a block is set aside and to be given up"
+        given_up = self._unreferenced.keys() | self._clean.keys()
+        assert given_up <= self._key_of.keys(), "an unreferenced block is not registered"
+        assert not given_up & self._set_aside.keys(), "a block is set aside and to be given up"
+        assert not self._unreferenced.keys() & self._clean.keys(), "a block is clean and is not"
         assert all(self._key_of[block] in self._pinned for block in self._set_aside), "a block is set aside unpinned"

@@ -18,7 +18,8 @@ and that token is dropped.
 A steady decode step touches only the sequences that need a block or end in it; the decode calendar knows them.
 
 A beam search needs its result before its next step can be planned: its beams are in the decode set for one step at a
-time, all of them or none, and never hold up anybody else.
+time, all of them or none. Others wait for that result only where it computes more tokens per second in total
+(gathering.py).
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from scheduler.decode_calendar import DecodeCalendar
 from scheduler.draft import Draft, StepOutput
 from scheduler.events import Admitted, Event, Failed, Finished, StatusCode
 from scheduler.fairness import TenantTokens
-from scheduler.light_tenants import PlanAhead, heavy_budget
+from scheduler.gathering import Gathering, awaited_beams
+from scheduler.light_tenants import heavy_budget
 from scheduler.line import Line, rank
 from scheduler.parked_kv import ParkedKv
+from scheduler.plan_ahead import PlanAhead
 from scheduler.policy import SchedulerConfig, TransferRates, WorkerCapacity
 from scheduler.preemption import CostModel, Place, choose_to_displace, choose_victim
 from scheduler.prefix_cache import extend_chain, start_chain
@@ -120,7 +123,10 @@ class Scheduler:
         self.last_applied = 0  # last result applied
         self.in_flight: deque[Draft] = deque()
         self.ahead = PlanAhead()
+        self.gathering = Gathering()
+        self._result_at: int | None = None  # the newest one came; None: schedule() has been asked since
         self.held_until: int | None = None  # a plan that could be made now is to be made then; nanoseconds
+        self._is_full = False  # somebody who waited is not in the last plan: nor would be who comes now
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
         # Figures.
         self.preemptions_total = {"swap": 0, "recompute": 0}
@@ -184,6 +190,7 @@ class Scheduler:
         self.groups[group] = None
         self.tenants.enter(group)
         self.census.enter(group)
+        self.ahead.came(group.accepted_at)
         self.assigned_sequences += len(group.live)
         (self.waiting if group.started_at is None else self.preempted).enter(group)
 
@@ -271,11 +278,14 @@ class Scheduler:
     def schedule(self, now: int) -> StepPlan | None:
         """The next plan. None: enough plans are in flight, there is nothing to compute now, or it is too early
         (`held_until`)."""
-        self.held_until = None
+        due, self.held_until = now if self.held_until is None else min(now, self.held_until), None
+        result_at, self._result_at = self._result_at, None
         if len(self.in_flight) >= self.config.max_plans_in_flight or not (self.groups or self.parked.leaving):
             return None
         self.tenants.look(now)
-        if self.tenants.is_guarded and self.in_flight:
+        if self.in_flight:
+            if self.census.searches and self._waits_for_beams():
+                return None
             self.held_until = self._hold_until(now)
             if self.held_until is not None:
                 return None
@@ -285,12 +295,13 @@ class Scheduler:
             )
         while True:
             draft = Draft(self.last_step + 1)
+            draft.idle_since = None if self.in_flight else result_at
             if self.parked.leaving:
                 self.parked.swap_out(draft)
             if self._has_order:
                 self._displace(draft)
             if self._may_sit_out() and self._plan_light_prompts(draft, now):
-                return self._commit(draft, now)
+                return self._commit(draft, now, due)
             self._keep_running(draft, now)
             self.rows.release(draft)
             self._continue_prefills(draft, now)
@@ -299,7 +310,7 @@ class Scheduler:
                     self._admit_waiting(draft, now)  # who passes them
                     self._resume_preempted(draft, now)
                 self._admit_waiting(draft, now)
-            plan = self._commit(draft, now)
+            plan = self._commit(draft, now, due)
             # Whoever yielded in a step without other work may start again in the next: once per running group at most.
             if plan is not None or not draft.has_preempted:
                 return plan
@@ -337,7 +348,8 @@ class Scheduler:
         if self.moved_beams:
             self._move_beams(draft)
         decodes = len(self.decoding) + len(draft.beams)
-        draft.left = draft.left_for_heavy = self._prefill_budget(decodes)
+        waited = draft.idle_since is not None
+        draft.left = draft.left_for_heavy = self._prefill_budget(decodes, waited=waited)
         if self.tenants.is_guarded:
             draft.left_for_heavy = heavy_budget(draft.left, self._backlog(), decodes, self.costs.step_time)
 
@@ -394,13 +406,36 @@ class Scheduler:
         sequence.computed += 1
         draft.beams.append(sequence)
 
-    def _prefill_budget(self, decodes: int) -> int:
+    def _waits_for_beams(self) -> bool:
+        """Whether the next plan is left until the next result, so that the beams that wait for it are in it too.
+        Prompts wait as well: their chunks cost less in that step than in one of their own."""
+        awaited = awaited_beams(self.in_flight, self.running)
+        others, ready = len(self.decoding) + len(self.joining), sum(len(group.beams) for group in self.moved_beams)
+        backlog = self._backlog()
+        if not awaited or not others + ready + backlog:
+            return False
+        now, later, all_of_them = others + ready, others + awaited, others + ready + awaited
+        chunk_now = min(backlog, self._prefill_budget(now))
+        chunk_later = min(backlog - chunk_now, self._prefill_budget(later))
+        ahead = (now, chunk_now), (later, chunk_later)
+        together = all_of_them, min(backlog, self._prefill_budget(all_of_them, waited=True))
+        step_time, gathering, target = self.costs.step_time, self.gathering, self.config.target_itl_ns
+        if target and others and step_time.ns(*together) + gathering.wait_ns > TARGET_SHARE * target:
+            return False
+        if gathering.pays(ahead, together, step_time):
+            return True
+        if others:  # searches alone cannot be taken apart again, so they are not gathered for a try
+            gathering.forget()
+        return False
+
+    def _prefill_budget(self, decodes: int, *, waited: bool = False) -> int:
         """Tokens that a step may compute beside a decode set of `decodes`: what the budget leaves, and what the target
-        for the time between two tokens leaves."""
+        for the time between two tokens leaves, of which the wait for a result is a part."""
         target = self.config.target_itl_ns
         left = self.token_budget - decodes
         if target and (self.prefilling or self.preempted or self.waiting):
-            return self.costs.step_time.chunk_budget(left, int(TARGET_SHARE * target), decodes)
+            within = TARGET_SHARE * target - (self.gathering.wait_ns if waited else 0)
+            return self.costs.step_time.chunk_budget(left, int(within), decodes)
         return left
 
     def _backlog(self) -> int:
@@ -412,9 +447,14 @@ class Scheduler:
         return min(waiting, room) + sum(sequence.num_tokens - sequence.computed for sequence in self.prefilling)
 
     def _hold_until(self, now: int) -> int | None:
-        """When the plan behind those in flight should be made, because a light tenant's request may still come and be
-        in it; None: now."""
-        if self.ahead.due <= now or self._light_prompts():
+        """When the plan behind those in flight should be made, because somebody may still come and be in it; None: now.
+        A light tenant's request can be in it although others wait."""
+        is_guarded = self.tenants.is_guarded
+        if self.ahead.due <= now or not (is_guarded or (self.ahead.expects(now) and not self._is_full)):
+            return None
+        if not is_guarded:
+            return self.ahead.due
+        if self._light_prompts():
             return None
         return None if self.waiting and self.tenants.is_light(self._first(self.waiting)) else self.ahead.due
 
@@ -477,16 +517,20 @@ class Scheduler:
             if not self.rows.has_room(group) or not self._start(group, draft, now):
                 return
 
-    def _commit(self, draft: Draft, now: int) -> StepPlan | None:
-        """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next."""
+    def _commit(self, draft: Draft, now: int, due: int) -> StepPlan | None:
+        """Turns the draft into a plan in flight. A draft without work is dropped; releases then wait for the next.
+        `due`: when it was to be made."""
+        draft.decoding = [] if draft.decodes_sit_out else self.decoding
+        computes = bool(draft.decoding or draft.beams or draft.chunk_slots)
         if self.blocks.tier.is_on:
+            if computes:
+                self.blocks.clean()
             kept = self.blocks.tier.flush()
             if kept:
                 draft.add_swap_out(kept)
                 draft.cache_blocks_out = len(kept)
         num_out, num_in = len(draft.swap_out), len(draft.swap_in)
-        draft.decoding = [] if draft.decodes_sit_out else self.decoding
-        if not (draft.decoding or draft.beams or draft.chunk_slots or num_out or num_in):
+        if not (computes or num_out or num_in):
             self.rows.undo_release(draft)
             return None
         if self._beams_in_set or draft.beams:
@@ -506,10 +550,11 @@ class Scheduler:
             self.swap_in_blocks_total += num_in
         self.in_flight.append(draft)
         step_ns = 0.0
-        if self.tenants.is_guarded:
+        self._is_full = bool(self.waiting or self.preempted)
+        if self.tenants.is_guarded or self.ahead.expects(now):
             decodes, chunks = len(draft.decoding) + len(draft.beams), sum(draft.chunk_tokens)
             step_ns = self.costs.step_time.ns(decodes, chunks)
-        self.ahead.planned(int(step_ns), now)
+        self.ahead.planned(int(step_ns), now, due, has_chunks=bool(draft.chunk_slots))
         if self.tenants.is_charged and not draft.decodes_sit_out:
             self.tenants.charge_decodes(draft.decoding + draft.beams if draft.beams else draft.decoding)
         return draft.plan(self.epoch)
@@ -1055,8 +1100,11 @@ class Scheduler:
         check_result(flight, rows, result)
         self.in_flight.popleft()
         self.last_applied = flight.step
-        self.ahead.applied(now)
+        self._result_at, timings = now, result.timings
+        self.ahead.applied(now, timings)
         self._learn(flight, result)
+        if flight.idle_since is not None:
+            self.gathering.observe(now - flight.idle_since - timings.step_ns, timings.step_ns)
         if result.nonfinite_rows or result.out_of_memory_slots:
             self._drop_failed_rows(flight, rows, result, now)
         position_of: dict[int, int] | None = None  # of a row among the accepted ones; None: all are

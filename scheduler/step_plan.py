@@ -118,6 +118,12 @@ class StepTimings:
     sample_ns: int = 0
     chunk_tokens: int = 0  # tokens computed by chunks in this step
     decode_tokens: int = 0  # tokens computed by the decode set in this step
+    early_ns: int = 0  # before the device was free for this plan, its work for it was ready; 0: it was not, or unknown
+
+    @property
+    def step_ns(self) -> int:
+        """From the step's begin to its end."""
+        return self.swap_out_ns + self.swap_in_ns + self.copy_ns + self.forward_ns + self.sample_ns
 
 
 NO_TIMINGS = StepTimings()

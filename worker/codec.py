@@ -70,6 +70,7 @@ def result_to_wire(result: StepResult) -> worker_pb2.StepResult:
             sample_ns=timings.sample_ns,
             chunk_tokens=timings.chunk_tokens,
             decode_tokens=timings.decode_tokens,
+            early_ns=timings.early_ns,
         ),
         out_of_memory_slots=result.out_of_memory_slots,
     )

@@ -8,6 +8,7 @@ step answers is copied to the host behind it, and `LaunchedStep.result` waits fo
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,6 +82,18 @@ class _StepMarks:
     after_forward: Any
     """With a replayed graph the end of sampling."""
     end: Any
+    host_before: _HostTime
+    """When the host saw the end of the step before."""
+    host_end: _HostTime
+    launched_ns: int
+    """When the host had handed over all work, by its clock."""
+
+
+@dataclass
+class _HostTime:
+    """By the host's clock; 0: not yet, or never."""
+
+    ns: int = 0
 
 
 @dataclass
@@ -108,6 +121,7 @@ class LaunchedStep:
         with self._lock:
             if self._result is None:
                 self.runtime.wait(self.marks.end)
+                self.marks.host_end.ns = time.perf_counter_ns()
                 self._result = self._read()
                 self.on_finish()
             return self._result
@@ -234,6 +248,7 @@ class Executor:
             )
         )
         self._last_end: Any = None
+        self._host_end = _HostTime()
 
     def reset(self) -> None:
         """Drops every sequence: a new epoch begins with an empty batch."""
@@ -241,6 +256,7 @@ class Executor:
         self.progress.session += 1
         self.progress.last_step = 0
         self._last_end = None
+        self._host_end = _HostTime()
 
     def measure_swaps(self) -> tuple[int, int]:
         """Bytes per second out and in. Overwrites KV blocks, so it comes before the first plan."""
@@ -252,8 +268,9 @@ class Executor:
         return self.launch(plan).result()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Applies a plan in the order of `worker.proto`. PlanError: the plan contradicts the batch."""
+    def launch(self, plan: StepPlan, waited_ns: int = 0) -> LaunchedStep:
+        """Applies a plan in the order of `worker.proto`. PlanError: the plan contradicts the batch. `waited_ns`: for so
+        long it has been there."""
         upload = Upload(self.runtime)
         work = self._work_through(plan, upload)
         upload.send()
@@ -271,14 +288,23 @@ class Executor:
         pieces = [replace(piece, rows=self._read_back(piece.rows)) for piece in step.prompt_pieces]
         encoded = None if step.encoded is None else self.runtime.read_back(step.encoded)
         end = self.runtime.mark()
-        marks = _StepMarks(self._last_end, start, before_forward, step.after_forward or end, end)
-        self._last_end = end
+        marks = _StepMarks(
+            before=self._last_end,
+            start=start,
+            before_forward=before_forward,
+            after_forward=step.after_forward or end,
+            end=end,
+            host_before=self._host_end,
+            host_end=_HostTime(),
+            launched_ns=time.perf_counter_ns(),
+        )
+        self._last_end, self._host_end = end, marks.host_end
         session = self.progress.session
         return LaunchedStep(
             plan=plan,
             runtime=self.runtime,
             marks=marks,
-            timings=lambda: self._timings(marks, swaps, work),
+            timings=lambda: self._timings(marks, swaps, work, waited_ns),
             encoded=encoded,
             logprob_rows=step.sampling.logprob_rows,
             num_top=step.sampling.num_top,
@@ -465,7 +491,7 @@ class Executor:
         copy = self.runtime.read_back
         return TokenLogprobRows(copy(rows.logprobs), copy(rows.ranks), copy(rows.top_ids), copy(rows.top_logprobs))
 
-    def _timings(self, marks: _StepMarks, swaps: SwapMarks, work: _StepWork) -> StepTimings:
+    def _timings(self, marks: _StepMarks, swaps: SwapMarks, work: _StepWork, waited_ns: int) -> StepTimings:
         elapsed = self.runtime.elapsed_ns
         moved = self.swapper.times(swaps, work.moves, self.swap_rates)
         return StepTimings(
@@ -477,6 +503,7 @@ class Executor:
             sample_ns=elapsed(marks.after_forward, marks.end),
             chunk_tokens=work.layout.num_tokens - work.layout.num_decode,
             decode_tokens=work.layout.num_decode,
+            early_ns=max(0, marks.host_before.ns - marks.launched_ns) if self.runtime.runs_ahead else waited_ns,
         )
 
 

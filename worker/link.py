@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -114,7 +115,8 @@ class _Session:
     def __init__(self, link: SchedulerLink) -> None:
         self.link = link
         self.executor = link.executor
-        self.inbox: queue.Queue[StepPlan | SessionLostError] = queue.Queue(MAX_QUEUED_PLANS)
+        self.inbox: queue.Queue[tuple[StepPlan, int] | SessionLostError] = queue.Queue(MAX_QUEUED_PLANS)
+        """Plans, and when they came, by the host's clock."""
         self.outbox: queue.Queue[Outgoing] = queue.Queue(MAX_QUEUED_MESSAGES)
         self.ended = threading.Event()
         self.channel = grpc.insecure_channel(link.address, options=client_options(internal=True))
@@ -156,9 +158,10 @@ class _Session:
         """Executes plans until the stream ends, which raises SessionLostError."""
         gate: PlanGate[LaunchedStep] = PlanGate(self.welcome.epoch)
         while True:
-            message = self.inbox.get()
-            if isinstance(message, SessionLostError):
-                raise message
+            received = self.inbox.get()
+            if isinstance(received, SessionLostError):
+                raise received
+            message, came_ns = received
             if self.ended.is_set():
                 continue  # nobody waits for its result; the end is behind it in the inbox
             try:
@@ -169,7 +172,7 @@ class _Session:
                 if verdict is Verdict.EXECUTE:
                     if self.link.traces is not None:
                         self.link.traces.launching(message)
-                    gate.record(message, self.executor.launch(message))
+                    gate.record(message, self.executor.launch(message, time.perf_counter_ns() - came_ns))
             except Exception as error:  # whatever it was, rows and KV blocks may be half changed
                 self.link.on_failure(error)
             assert gate.last_answer is not None
@@ -214,7 +217,7 @@ class _Session:
                 if response.WhichOneof("message") != "step_plan":
                     end = SessionLostError("the scheduler sent something that is no plan")
                     break
-                self.inbox.put_nowait(plan_from_wire(response.step_plan))
+                self.inbox.put_nowait((plan_from_wire(response.step_plan), time.perf_counter_ns()))
         except grpc.RpcError as error:
             end = SessionLostError(f"{error.code().name}: {error.details()}")
         except queue.Full:

@@ -123,6 +123,8 @@ class StepTimings:
     sample_ns: int = 0
     chunk_tokens: int = 0
     decode_tokens: int = 0
+    early_ns: int = 0
+    """Before the device was free, its work for this step was ready. 0: it was not, or that is unknown."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Completion:
     n: int
     cached_tokens: int
     preemptions: int
+    beam_width: int = 1
     tenant: str = ""
     too_late: bool = False  # its deadline passed before its last token
 
@@ -276,7 +277,10 @@ class Simulation:
             tally = self.outcome.workers[index]
             tally.most_plans_in_flight = max(tally.most_plans_in_flight, in_flight)
             result, duration, load = worker.execute(plan)
-            end = max(now + delay, self._free_at[index]) + duration
+            ahead = self._free_at[index] - now - delay
+            idle = max(0, -ahead)
+            result = replace(result, timings=replace(result.timings, idle_ns=idle, early_ns=max(0, ahead)))
+            end = self._free_at[index] + idle + duration
             self._free_at[index] = end
             self._made += 1
             num_rows = load.decode_tokens + load.num_chunks
@@ -337,6 +341,7 @@ class Simulation:
                     n=request.n,
                     cached_tokens=group.cached_tokens,
                     preemptions=group.preemptions,
+                    beam_width=request.beam_width,
                     tenant=request.tenant,
                     too_late=any(ended_by_deadline(sequence) for sequence in group.sequences),
                 )

@@ -354,9 +354,12 @@ class _WhatIf:
             worker = self.workers[worker_id]
             load = worker.batch.execute(plan)
             step_ns = worker.costs.step_ns(load)
-            worker.free_at = max(now, worker.free_at) + round(step_ns) + self.link_ns
+            idle, early = max(0, now - worker.free_at), max(0, worker.free_at - now)
+            worker.free_at += idle + round(step_ns) + self.link_ns
             swap_out, swap_in = (round(worker.costs.swap_ns * len(moves)) for moves in (plan.swap_out, plan.swap_in))
             timings = StepTimings(
+                idle_ns=idle,
+                early_ns=early,
                 swap_out_ns=swap_out,
                 swap_in_ns=swap_in,
                 forward_ns=max(0, round(step_ns) - swap_out - swap_in),

@@ -30,12 +30,15 @@ def test_every_experiment_runs_and_its_rows_agree_with_the_scheduler(
         ("beside", True),
         ("one queue", True),
     ]
-    off, _, on, _ = rows("conversations")
+    off, on = rows("conversations")
     assert off["scheduler"]["found_tokens"]["host"] == 0
     assert off["turns"] == on["turns"] > 0
     # What the clients were told is what the scheduler counted.
     for row in (off, on):
         assert row["cached_tokens"] == sum(row["scheduler"]["found_tokens"].values()) > 0
+    one_off = rows("one_off")
+    assert [row["host_prefix_cache"] for row in one_off] == [False, True] * 3
+    assert not any(sum(row["scheduler"]["found_tokens"].values()) for row in one_off), "a request came back"
     greedy, samples, beams, mixed = rows("groups")
     assert greedy["rows"] == samples["rows"] == beams["rows"] == 12
     assert samples["most_blocks"] < greedy["most_blocks"]

@@ -102,6 +102,7 @@ def test_a_search_is_preempted_and_resumed_as_a_whole(mode: Any, in_flight: bool
         one.step()
     if in_flight:
         one.plan()
+        one.dispatcher.schedulers[0].gathering.wait_ns = 1e9  # nobody waits for the search
     urgent = one.submit("urgent", n=2, priority=1, payload=group.request.payload)
     one.plan()
     away = SequenceStatus.SWAPPED if mode == "swap" else SequenceStatus.PREEMPTED

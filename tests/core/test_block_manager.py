@@ -265,6 +265,7 @@ class Blocks(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.manager = BlockManager(num_blocks=10, host_blocks=6, block_size=2, host_cache=True)
+        self.manager.most_clean = 8  # so that there is nearly always something to copy
         self.kv: dict[int, tuple[int, ...]] = {}
         self.arena: dict[int, tuple[int, ...]] = {}
         self.tables: list[BlockTable] = []
@@ -415,6 +416,15 @@ class Blocks(RuleBasedStateMachine):
         assert len(set(moves.destinations)) == len(moves)
         for source, destination in zip(moves.sources, moves.destinations, strict=True):
             self.kv[destination] = self.arena[source]
+
+    @precondition(lambda self: self.manager.cache.next_to_clean())
+    @rule()
+    def clean(self) -> None:
+        """Blocks that nobody refers to are copied out before they are needed."""
+        free, parked = self.manager.num_free, self.manager.cache.parked
+        self.manager.clean()
+        self.copy_out()
+        assert (self.manager.num_free, self.manager.cache.parked) == (free, parked), "cleaning has given up a block"
 
     @precondition(lambda self: self.cached)
     @rule(data=st.data())

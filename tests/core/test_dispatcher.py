@@ -133,6 +133,23 @@ def test_a_worker_that_joins_later_takes_its_share_of_those_who_wait() -> None:
     dispatcher.check_integrity()
 
 
+def test_a_worker_whose_line_was_shortened_is_asked_for_a_plan_because_another_may_be_first_in_it_now() -> None:
+    dispatcher = Dispatcher(SchedulerConfig(watermark=0.0, prefix_cache=False))
+    dispatcher.add_worker("first", CAPACITY, TransferRates(), 1, 0)
+    dispatcher.submit(make_request("running", [1] * 36, max_tokens=1), 0)
+    assert dispatcher.schedule("first", 0) is not None
+    for name, length in (("too long for now", 40), ("short", 5), ("last", 5)):
+        dispatcher.submit(make_request(name, [1] * length), 0)
+    dispatcher.take_woken()
+    assert dispatcher.schedule("first", 1) is None
+    dispatcher.add_worker("second", CAPACITY, TransferRates(), 2, 2)
+    assert worker_of(dispatcher, "too long for now") == "second"
+    assert "first" in dispatcher.take_woken()
+    plan = dispatcher.schedule("first", 2)
+    assert plan is not None
+    assert [new.request.request_id for new in plan.new_sequences] == ["short"]
+
+
 def test_an_epoch_must_grow() -> None:
     dispatcher = two_workers()
     with pytest.raises(ValueError, match="epoch 2 is not above 2"):

@@ -73,6 +73,19 @@ def test_a_swap_takes_the_room_of_kept_blocks() -> None:
     assert tier.find([key(3)]) == [key(3)]
 
 
+def test_a_block_kept_once_more_is_not_copied_again_and_is_the_last_to_be_given_up() -> None:
+    tier = HostTier(BlockPool(2), is_on=True)
+    assert tier.keep(10, key(0))
+    assert tier.keep(11, key(1))
+    tier.flush()
+    assert tier.keep(10, key(0))
+    assert tier.flush() == NO_MOVES
+    assert tier.keep(12, key(2))
+    assert tier.flush() == BlockMoves([12], [1])
+    assert tier.find([key(0)]) == [key(0)]
+    assert tier.find([key(1)]) == []
+
+
 # ---- the tier under the scheduler
 
 
@@ -97,6 +110,38 @@ def test_a_prefix_that_was_pushed_out_is_copied_back_and_not_computed_again() ->
     assert again.sequences[0].output == undisturbed_output(again.request, 0)[0]
     worker = service.dispatcher.loads().workers[0]
     assert (worker.prefix_cache_hit_tokens_total, worker.prefix_cache_host_hit_tokens_total) == (0, 12)
+
+
+def taken(plan: StepPlan) -> set[int]:
+    """Blocks that a plan adds to tables."""
+    return {*plan.append_blocks, *(block for new in plan.new_sequences for block in new.blocks)}
+
+
+def test_blocks_are_copied_out_before_a_step_needs_them_and_only_once() -> None:
+    service = OneWorker(ON, host_blocks=32)  # eight clean ones
+    service.submit("first", list(range(10, 38)), max_tokens=1)
+    service.run_until_idle()  # seven blocks stay findable; nine are free
+    service.submit("second", [9] * 30, max_tokens=8, tenant="other")
+    copied: list[int] = []
+    for plan in service.run_until_idle():
+        assert not taken(plan) & set(plan.swap_out.sources), "a step waits for the copy of a block that it writes to"
+        copied += plan.swap_out.sources
+    assert sorted(copied) == list(range(7))
+    again = service.submit("again", list(range(10, 31)), max_tokens=1)  # in the pool as before
+    assert not any(plan.swap_in for plan in service.run_until_idle())
+    assert again.cached_tokens == 20
+    push_out(service)
+    again = service.submit("once more", list(range(10, 31)), max_tokens=1)
+    assert len(service.plan().swap_in) == 5
+    service.run_until_idle()
+    assert again.cached_tokens == 20
+
+
+def test_a_plan_that_computes_nothing_copies_nothing_ahead() -> None:
+    service = OneWorker(ON, host_blocks=64)
+    service.submit("first", list(range(10, 38)), max_tokens=1)
+    assert not any(plan.swap_out for plan in service.run_until_idle())
+    assert service.maybe_plan() is None
 
 
 def test_a_first_part_in_the_pool_and_the_rest_in_the_arena_make_one_prefix() -> None:

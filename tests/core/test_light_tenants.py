@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.dispatcher import SchedulerConfig
-from scheduler.light_tenants import GUARD_NS, HALF_LIFE_NS, LEAD_NS, LIGHT, LOOK_NS, Demand, heavy_budget
+from scheduler.light_tenants import GUARD_NS, HALF_LIFE_NS, LIGHT, LOOK_NS, Demand, heavy_budget
+from scheduler.plan_ahead import FIRST_LEAD_NS
 from scheduler.step_time import LEAST_CHUNK, StepTime
 from tests.core.factories import OneWorker
 from tests.core.simulated_worker import undisturbed_output
@@ -128,8 +129,7 @@ def test_a_plan_waits_for_a_light_tenants_request_until_the_worker_needs_it() ->
     assert service.maybe_plan() is None
     due = service.dispatcher.next_expiry()
     assert due is not None
-    assert abs(due - begun - (20 * MS - 2.5 * MS)) < 0.1 * MS, "an eighth of the step before its end"
-    assert 2.5 * MS > LEAD_NS
+    assert abs(due - begun - (20 * MS - FIRST_LEAD_NS)) < 0.1 * MS
     service.dispatcher.take_woken()
     service.dispatcher.expire(due - 1)
     assert not service.dispatcher.has_woken
@@ -162,7 +162,7 @@ def test_a_result_is_followed_by_a_plan_whatever_was_predicted() -> None:
     service.run_until_idle()
 
 
-def test_plans_are_made_as_early_as_can_be_where_no_light_tenant_is() -> None:
+def test_plans_are_made_as_early_as_can_be_where_no_light_tenant_is_and_nobody_has_come_for_a_second() -> None:
     for tenant in (None, "heavy"):
         service = beside_a_flood(tenant)
         service.plan()

@@ -164,7 +164,8 @@ class Simulation:
         if worker_id in self.links:
             self.lose(worker_id)
         self.dispatcher.add_worker(worker_id, capacity, rates, self.epoch, self.now)
-        self.links[worker_id] = Link(SimulatedWorker(capacity, self.epoch))
+        step_ns = (0, 5_000, 50_000)[self.epoch % 3]  # where steps are dear, it pays to wait for beams
+        self.links[worker_id] = Link(SimulatedWorker(capacity, self.epoch, step_ns))
         self.collect(StepOutput())
 
     def lose(self, worker_id: str) -> None:
@@ -323,6 +324,10 @@ class Simulation:
         self.dispatcher.check_integrity()
         self.collect(StepOutput())
         if plan is None:
+            scheduler = self.dispatcher._schedulers[worker_id]
+            may_plan = 0 < len(scheduler.in_flight) < self.config.max_plans_in_flight and scheduler.held_until is None
+            if may_plan and (scheduler.decoding or scheduler.moved_beams):
+                self.statistics["plans that waited for beams"] += 1
             self.idle.add(worker_id)
             return False
         assert worker_id not in self.idle, f"nobody would have asked {worker_id} for a plan"
@@ -561,6 +566,7 @@ def test_every_scenario_ends_with_the_one_right_output_and_all_blocks_free(part:
         "stopped by text",
         "answers of beam searches",
         "preempted beam searches",
+        "plans that waited for beams",
         "lost workers",
         "NONFINITE_LOGITS",
         "OUT_OF_MEMORY",

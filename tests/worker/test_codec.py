@@ -125,7 +125,7 @@ def test_every_field_of_a_result_is_sent() -> None:
             logprobs=[logprobs],
             prompt_logprobs=[step.PromptLogprobs(3, 1, [logprobs])],
             nonfinite_rows=[0],
-            timings=step.StepTimings(1, 2, 3, 4, 5, 6, 7, 8),
+            timings=step.StepTimings(1, 2, 3, 4, 5, 6, 7, 8, 9),
             out_of_memory_slots=[6],
         )
     )
@@ -147,6 +147,7 @@ def test_every_field_of_a_result_is_sent() -> None:
             sample_ns=6,
             chunk_tokens=7,
             decode_tokens=8,
+            early_ns=9,
         ),
         out_of_memory_slots=[6],
     )

@@ -476,6 +476,24 @@ def test_the_next_step_may_be_launched_before_a_result_is_read() -> None:
     assert executor.progress.last_step == 4
 
 
+def test_a_step_says_how_early_its_plan_was() -> None:
+    executor, steps = start(ToyModel())
+    running(steps)
+    assert executor.launch(StepPlan(epoch=1, step=3), waited_ns=5).result().timings.early_ns == 5, "it was in the inbox"
+
+
+def test_on_a_device_that_runs_behind_the_host_a_plan_is_early_if_it_was_launched_before_the_step_before_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor, steps = start(ToyModel())
+    steps.run(new_sequences=[new(0, PROMPT, [0, 1, 2, 3])], chunk_slots=[0], chunk_tokens=[10])
+    monkeypatch.setattr(type(executor.runtime), "runs_ahead", True)
+    ahead = [executor.launch(StepPlan(epoch=1, step=2, decode_add=[0])), executor.launch(StepPlan(epoch=1, step=3))]
+    assert [step.result() for step in ahead][1].timings.early_ns > 0
+    late = executor.launch(StepPlan(epoch=1, step=4)).result()
+    assert late.timings.early_ns == 0
+
+
 def test_a_step_that_ends_after_its_epoch_is_not_progress_of_the_next() -> None:
     executor, steps = start(ToyModel())
     steps.run(new_sequences=[new(0, PROMPT, [0, 1, 2])], chunk_slots=[0], chunk_tokens=[10])

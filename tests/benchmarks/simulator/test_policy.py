@@ -48,6 +48,23 @@ def test_a_late_percentile_of_few_requests_is_chance_and_the_same_chance_for_swa
     assert row["auto"]["out_tok_s"] > 0.97 * max(row["swap"]["out_tok_s"], row["recompute"]["out_tok_s"])
 
 
+def test_beams_take_one_step_per_token_and_not_two_where_that_pays_in_total() -> None:
+    both_kinds = ("greedy", "beams")
+    greedy, beams, both = policy.gathering(waits_ms=(1.0,), loads=(("greedy",), ("beams",), both_kinds))["rows"]
+    assert greedy["ahead"] == greedy["gathered"]
+    assert beams["ahead"]["ms_per_token"] > 1.7 * greedy["ahead"]["ms_per_token"]
+    assert beams["gathered"]["ms_per_token"] < 1.15 * greedy["ahead"]["ms_per_token"]
+    assert both["gathered"]["row_tok_s"] > 1.2 * both["ahead"]["row_tok_s"]
+    (late,) = policy.gathering(waits_ms=(4.0,), loads=(both_kinds,))["rows"]
+    assert late["gathered"]["ms_per_token"] == pytest.approx(late["ahead"]["ms_per_token"], rel=0.01)
+
+
+def test_gathering_keeps_to_a_target_for_the_streams_beside_searches() -> None:
+    (row,) = policy.gathering_online(loads=((16, 0.1),), waits_ms=(1.0,), targets_ms=(10,), seconds=10.0)["rows"]
+    assert row["gathered"]["beams_ms_per_token"]["p50"] < 0.75 * row["ahead"]["beams_ms_per_token"]["p50"]
+    assert row["gathered"]["greedy_itl_ms"]["p99"] <= 1.02 * 10
+
+
 def test_conversations_find_in_the_arena_what_the_pool_lost_unless_the_link_is_slow() -> None:
     off, on, slow_off, slow_on = policy.host_tier(counts=(80,))["rows"]
     assert on["found_in_arena"] > 0.4
