@@ -449,14 +449,14 @@ class Scheduler:
     def _hold_until(self, now: int) -> int | None:
         """When the plan behind those in flight should be made, because somebody may still come and be in it; None: now.
         A light tenant's request can be in it although others wait."""
-        is_guarded = self.tenants.is_guarded
-        if self.ahead.due <= now or not (is_guarded or (self.ahead.expects(now) and not self._is_full)):
+        due = self.ahead.due
+        if due <= now:
             return None
-        if not is_guarded:
-            return self.ahead.due
-        if self._light_prompts():
+        if not self.tenants.is_guarded:
+            return due if self.ahead.expects(now) and not self._is_full else None
+        if self._light_prompts() or (self.waiting and self.tenants.is_light(self._first(self.waiting))):
             return None
-        return None if self.waiting and self.tenants.is_light(self._first(self.waiting)) else self.ahead.due
+        return due
 
     def _left_for(self, group: SequenceGroup, draft: Draft) -> int:
         """Chunk tokens of the step that a group may have."""
