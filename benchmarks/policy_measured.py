@@ -410,6 +410,11 @@ async def record(bench: Bench, recorder: Recorder, head: Row, measure: Callable[
             "idle_s": round(used.idle_s, 3),
             "preemptions": used.preemptions,
             "found_tokens": used.found_tokens,
+            "learned_ms": {
+                f"{name.removeprefix('pagewire_').removesuffix('_seconds')} {labels}": round(value * 1e3, 3)
+                for (name, labels), value in after.items()
+                if name in ("pagewire_plan_lead_seconds", "pagewire_gathering_wait_seconds")
+            },
         }
     recorder.add(row)
     print(row, flush=True)

@@ -42,6 +42,8 @@ def worker_loads(scheduler: Scheduler) -> WorkerLoads:
         host_blocks_cached=len(blocks.tier),
         host_blocks_used=scheduler.capacity.host_blocks - host_free,
         kv_waste_ratio=kv_waste_ratio(scheduler),
+        plan_lead_ns={"decodes": scheduler.ahead.lead_ns[False], "chunks": scheduler.ahead.lead_ns[True]},
+        gathering_wait_ns=round(scheduler.gathering.wait_ns),
         preemptions_total=dict(scheduler.preemptions_total),
         preemption_cost_predicted_ns=dict(scheduler.predicted_ns),
         preemption_cost_actual_ns=dict(scheduler.actual_ns),

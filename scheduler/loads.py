@@ -26,6 +26,8 @@ class WorkerLoads(NamedTuple):
     host_blocks_cached: int  # of the free ones, those that hold a reusable prefix
     host_blocks_used: int
     kv_waste_ratio: float  # allocated slots that hold no token / allocated slots
+    plan_lead_ns: dict[str, int]  # of late plans, behind a step of "decodes" or with "chunks"
+    gathering_wait_ns: int  # for a result before beams are planned
     preemptions_total: dict[str, int]  # by mode: swap, recompute
     preemption_cost_predicted_ns: dict[str, int]  # by mode
     preemption_cost_actual_ns: dict[str, int]  # by mode

@@ -218,6 +218,16 @@ def _gauges(loads: Loads) -> Iterator[Metric]:
     waste = GaugeMetricFamily(
         "pagewire_kv_waste_ratio", "Allocated slots that hold no token over allocated slots.", labels=["worker"]
     )
+    lead = GaugeMetricFamily(
+        "pagewire_plan_lead_seconds",
+        "How long before a worker needs it a plan is made, while requests keep coming; by the step before it.",
+        labels=["worker", "behind"],
+    )
+    wait = GaugeMetricFamily(
+        "pagewire_gathering_wait_seconds",
+        "For how long a worker is idle when a plan waits for the result of the step before it, to have its beams too.",
+        labels=["worker"],
+    )
     for worker in loads.workers:
         name = worker.worker_id
         total = worker.kv_blocks_free + worker.kv_blocks_used
@@ -230,4 +240,7 @@ def _gauges(loads: Loads) -> Iterator[Metric]:
         blocks.add_metric([name, "host_free"], worker.host_blocks_free - worker.host_blocks_cached)
         epoch.add_metric([name], worker.epoch)
         waste.add_metric([name], worker.kv_waste_ratio)
-    yield from (usage, blocks, epoch, waste)
+        for behind, lead_ns in worker.plan_lead_ns.items():
+            lead.add_metric([name, behind], lead_ns / NS_PER_S)
+        wait.add_metric([name], worker.gathering_wait_ns / NS_PER_S)
+    yield from (usage, blocks, epoch, waste, lead, wait)

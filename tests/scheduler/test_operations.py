@@ -233,6 +233,9 @@ async def test_metrics_have_the_documented_names_and_count_what_happened() -> No
             f'pagewire_worker_epoch{{worker="w1"}} {floatToGoString(worker.welcome.epoch)}',
             "pagewire_stale_results_total 0.0",
             'pagewire_kv_waste_ratio{worker="w1"} 0.0',
+            'pagewire_plan_lead_seconds{behind="decodes",worker="w1"} ',
+            'pagewire_plan_lead_seconds{behind="chunks",worker="w1"} ',
+            'pagewire_gathering_wait_seconds{worker="w1"} ',
         ):
             assert line in page, line
 
