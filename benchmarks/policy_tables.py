@@ -54,9 +54,7 @@ def tenants(rows: Sequence[Content]) -> str:
         lines.append(
             [
                 f"{row['light_per_s']:g} + {row['heavy_per_s']:g}/s, {row['how']}",
-                f"{light['p50']:.1f}",
-                f"{light['p95']:.1f}",
-                f"{light['p99']:.1f}",
+                *_late(light),
                 f"{light['p99'] / alone:.2f}",
                 f"{heavy['p99']:.1f}" if heavy else "-",
                 f"{row['itl_ms']['p99']:.1f}",
@@ -80,13 +78,11 @@ def conversations(rows: Sequence[Content]) -> str:
     """First tokens of turns, and the shares of their prompts' tokens that were found."""
     lines = []
     for row in rows:
-        ttft, found = row["ttft_ms"], row["scheduler"]["found_tokens"]
+        found = row["scheduler"]["found_tokens"]
         lines.append(
             [
                 _tier(row),
-                f"{ttft['p50']:.1f}",
-                f"{ttft['p95']:.1f}",
-                f"{ttft['p99']:.1f}",
+                *_late(row["ttft_ms"]),
                 f"{row['itl_ms']['p99']:.1f}",
                 *(f"{found[tier] / row['prompt_tokens']:.0%}" for tier in ("gpu", "host")),
             ]
@@ -146,6 +142,11 @@ def parking(rows: Sequence[Content]) -> str:
         for row in rows
     ]
     return PARKING + table(["tokens", "Park ms", "Continue ms", "new request ms"], lines)
+
+
+def _late(milliseconds: dict[str, float]) -> list[str]:
+    """Half of the requests, and the latest of them."""
+    return [f"{milliseconds[share]:.1f}" for share in ("p50", "p95", "p99")]
 
 
 def _tier(row: Content) -> str:

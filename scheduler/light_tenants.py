@@ -3,8 +3,8 @@
 A light tenant's request comes at any moment. However early it stands in line, it waits for the step that runs, and for
 the one that has been planned behind it. So while a light tenant is there, or was lately,
 
-    heavy_budget         the heavy tenants' prompts are spread over steps, instead of filling one whenever a row is free
-    scheduler.PlanAhead  the next step is planned shortly before the worker needs it, although others wait
+    heavy_budget   the heavy tenants' prompts are spread over steps, instead of filling one whenever a row is free
+    plan_ahead.py  the next step is planned shortly before the worker needs it, also while others wait
 
 Neither takes anything from the heavy tenants over time: the same prompts are computed, in chunks of even size.
 """

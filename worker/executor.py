@@ -75,25 +75,24 @@ class _PromptPiece:
 class _StepMarks:
     """Points in the device's work on one step."""
 
-    before: Any
-    """The end of the step before; None: there was none."""
+    before: _End | None
+    """Of the step before; None: there was none."""
     start: Any
     before_forward: Any
     after_forward: Any
     """With a replayed graph the end of sampling."""
-    end: Any
-    host_before: _HostTime
-    """When the host saw the end of the step before."""
-    host_end: _HostTime
+    end: _End
     launched_ns: int
     """When the host had handed over all work, by its clock."""
 
 
 @dataclass
-class _HostTime:
-    """By the host's clock; 0: not yet, or never."""
+class _End:
+    """The end of a step."""
 
-    ns: int = 0
+    mark: Any
+    seen_ns: int = 0
+    """When the host saw it, by its clock; 0: not yet."""
 
 
 @dataclass
@@ -120,8 +119,8 @@ class LaunchedStep:
         """The answer to the plan; computed once, then remembered."""
         with self._lock:
             if self._result is None:
-                self.runtime.wait(self.marks.end)
-                self.marks.host_end.ns = time.perf_counter_ns()
+                self.runtime.wait(self.marks.end.mark)
+                self.marks.end.seen_ns = time.perf_counter_ns()
                 self._result = self._read()
                 self.on_finish()
             return self._result
@@ -247,8 +246,7 @@ class Executor:
                 min(max_step_tokens, CHUNK_TOKENS[-1]),
             )
         )
-        self._last_end: Any = None
-        self._host_end = _HostTime()
+        self._last_end: _End | None = None
 
     def reset(self) -> None:
         """Drops every sequence: a new epoch begins with an empty batch."""
@@ -256,7 +254,6 @@ class Executor:
         self.progress.session += 1
         self.progress.last_step = 0
         self._last_end = None
-        self._host_end = _HostTime()
 
     def measure_swaps(self) -> tuple[int, int]:
         """Bytes per second out and in. Overwrites KV blocks, so it comes before the first plan."""
@@ -287,18 +284,10 @@ class Executor:
         logprobs = None if step.logprobs is None else self._read_back(step.logprobs)
         pieces = [replace(piece, rows=self._read_back(piece.rows)) for piece in step.prompt_pieces]
         encoded = None if step.encoded is None else self.runtime.read_back(step.encoded)
-        end = self.runtime.mark()
-        marks = _StepMarks(
-            before=self._last_end,
-            start=start,
-            before_forward=before_forward,
-            after_forward=step.after_forward or end,
-            end=end,
-            host_before=self._host_end,
-            host_end=_HostTime(),
-            launched_ns=time.perf_counter_ns(),
-        )
-        self._last_end, self._host_end = end, marks.host_end
+        end = _End(self.runtime.mark())
+        after_forward = step.after_forward or end.mark
+        marks = _StepMarks(self._last_end, start, before_forward, after_forward, end, time.perf_counter_ns())
+        self._last_end = end
         session = self.progress.session
         return LaunchedStep(
             plan=plan,
@@ -492,18 +481,20 @@ class Executor:
         return TokenLogprobRows(copy(rows.logprobs), copy(rows.ranks), copy(rows.top_ids), copy(rows.top_logprobs))
 
     def _timings(self, marks: _StepMarks, swaps: SwapMarks, work: _StepWork, waited_ns: int) -> StepTimings:
-        elapsed = self.runtime.elapsed_ns
+        elapsed, before, early_ns = self.runtime.elapsed_ns, marks.before, waited_ns
+        if self.runtime.runs_ahead:
+            early_ns = 0 if before is None else max(0, before.seen_ns - marks.launched_ns)
         moved = self.swapper.times(swaps, work.moves, self.swap_rates)
         return StepTimings(
-            idle_ns=0 if marks.before is None else elapsed(marks.before, marks.start),
+            idle_ns=0 if before is None else elapsed(before.mark, marks.start),
             swap_out_ns=moved.swap_out_ns,
             swap_in_ns=moved.swap_in_ns,
             copy_ns=moved.copy_ns,
             forward_ns=elapsed(marks.before_forward, marks.after_forward),
-            sample_ns=elapsed(marks.after_forward, marks.end),
+            sample_ns=elapsed(marks.after_forward, marks.end.mark),
             chunk_tokens=work.layout.num_tokens - work.layout.num_decode,
             decode_tokens=work.layout.num_decode,
-            early_ns=max(0, marks.host_before.ns - marks.launched_ns) if self.runtime.runs_ahead else waited_ns,
+            early_ns=early_ns,
         )
 
 
