@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import policy
+from scheduler import plan_ahead
 
 
 def test_a_target_keeps_the_gaps_between_tokens_and_still_serves_prompts() -> None:
@@ -16,10 +17,13 @@ def test_a_target_keeps_the_gaps_between_tokens_and_still_serves_prompts() -> No
     assert on["out_tok_s"] > 0.99 * off["out_tok_s"]
 
 
-def test_a_light_tenant_hardly_notices_one_that_sends_twenty_times_as_much() -> None:
+def test_a_light_tenant_hardly_notices_one_that_sends_twenty_times_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its lone value is that of plans made at once. That they are late for everybody makes a lone tenant faster, not one
+    # beside another slower (docs/decisions/0054-plans-are-late-while-requests-come.md).
+    monkeypatch.setattr(plan_ahead, "EXPECTED_NS", 0)
     knee, overload = policy.fairness([policy.AT_THE_KNEE, policy.OVERLOAD], num_seeds=1)["rows"]
     for row in (knee, overload):
-        assert row["p99_over_lone"] < 1.5, "one draw: the goal is 1.3 over the five of fairness.json"
+        assert row["p99_over_lone"] < 1.3
         assert row["light_ttft_ms_one_queue"]["p99"] > 20 * row["light_ttft_ms_beside"]["p99"]
         assert row["throughput_over_one_queue"] > 0.98
 
