@@ -150,8 +150,8 @@ def test_a_step_tells_attention_what_its_rows_share_until_too_few_are_left(
     assert kernels.lengths == [PREFIX] * (4 * spec.num_layers)
 
 
-def play(executor: Executor, rows: int = ROWS, prefix: int = PREFIX) -> list[list[float]]:
-    """Rows behind one prefix, and one row without: the log-probabilities of each step."""
+def play(executor: Executor, rows: int = ROWS, prefix: int = PREFIX) -> list[dict[int, tuple[int, float]]]:
+    """Rows behind one prefix, and one row without: the token and its log-probability by slot, of each step."""
     steps = Steps(executor)
     generator = np.random.default_rng(3)
     prompt = generator.integers(5, 40, prefix).tolist()
@@ -180,7 +180,12 @@ def play(executor: Executor, rows: int = ROWS, prefix: int = PREFIX) -> list[lis
     assert shared is None or (shared.slots.tolist(), shared.blocks) == (list(range(rows)), len(common))
     results = steps.finish()
     assert not any(result.nonfinite_rows for result in results)
-    return [[entry.logprob for entry in result.logprobs if entry] for result in results]
+    answered: list[dict[int, tuple[int, float]]] = []
+    for result in results:
+        entries = [entry.logprob for entry in result.logprobs if entry]
+        of = {1: [0], 3: [0, 1, rows]}.get(len(entries), range(rows + 1))
+        answered.append(dict(zip(of, zip(result.token_ids, entries, strict=True), strict=True)))
+    return answered
 
 
 def make(model: Path, device: torch.device, *, graphs: bool) -> Executor:  # noqa: F811
@@ -205,5 +210,12 @@ def test_reading_a_shared_prefix_once_gives_the_same_log_probabilities(
     monkeypatch.setattr(shared_prefix, "FEWEST_ROWS", 10**6)
     each = play(make(model, device, graphs=graphs))
     monkeypatch.setattr(shared_prefix, "FEWEST_ROWS", 16)
+    apart: set[int] = set()
     for ours, theirs in zip(play(once), each, strict=True):
-        assert ours == pytest.approx(theirs, abs=0.01)
+        assert ours.keys() == theirs.keys()
+        for slot in ours.keys() - apart:
+            (token, logprob), (other, expected) = ours[slot], theirs[slot]
+            assert logprob == pytest.approx(expected, abs=0.01)
+            if token != other:  # two that are as likely as each other: what follows is another text
+                apart.add(slot)
+    assert len(apart) < 3
