@@ -41,8 +41,12 @@ struct Unit {
 };
 
 // Moves `unit` forward to the one that holds `flat`. prefix[s] = tiles per head of the sequences before s; bounded by their number.
-DEVICE void seek(Unit& unit, int flat, const int* prefix, int heads) {
+DEVICE void seek_sequence(Unit& unit, int flat, const int* prefix, int heads) {
   while (flat >= prefix[unit.seq + 1] * heads) ++unit.seq;
+}
+
+DEVICE void seek(Unit& unit, int flat, const int* prefix, int heads) {
+  seek_sequence(unit, flat, prefix, heads);
   int tiles = prefix[unit.seq + 1] - prefix[unit.seq];
   int begin = prefix[unit.seq] * heads;
   unit.head = (flat - begin) / tiles;
@@ -106,33 +110,47 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   int* is_last = scan;                                                     // [WARPS], afterwards: whether a team arrived last
   int* prefix = scan + WARPS;                                              // [num_seqs + 1]
 
-  // Tiles of every sequence, summed up: each thread takes a run of neighbours, of odd length for the banks of shared memory.
+  // Tiles of every sequence, summed up. Where there are several for a thread it takes a run of neighbours, of odd length for the banks
+  // of shared memory, whose lengths all threads have loaded before, eight in flight each.
   {
-    constexpr int BATCH = 8;  // loads in flight
-    for (int base = tid; base < num_seqs; base += BATCH * THREADS) {
-      Length len[BATCH];
-#pragma unroll
-      for (int b = 0; b < BATCH; ++b)
-        len[b] = base + b * THREADS < num_seqs ? load_length(context_lens, shared_lens, base + b * THREADS) : Length{0, 0};
-#pragma unroll
-      for (int b = 0; b < BATCH; ++b) {
-        if (base + b * THREADS >= num_seqs) break;
-        len[b].context = max(len[b].context, 0);
-        prefix[base + b * THREADS + 1] = ceil_div(len[b].context, TILE) - first_visible(len[b], query_len, window) / TILE;
-      }
-    }
-    if (tid == 0) prefix[0] = 0;
-    __syncthreads();
-    const int run = ceil_div(num_seqs, THREADS) | 1;
+    auto tiles_of = [&](Length len) {
+      len.context = max(len.context, 0);
+      return ceil_div(len.context, TILE) - first_visible(len, query_len, window) / TILE;
+    };
+    const bool one_each = num_seqs <= THREADS;
+    const int run = one_each ? 1 : ceil_div(num_seqs, THREADS) | 1;
     const int first = min(tid * run, num_seqs), last = min(first + run, num_seqs);
     int sum = 0;
-    for (int s = first; s < last; ++s) sum += prefix[s + 1];
-    int upto = warp_inclusive_scan(sum, lane);
-    if (lane == 31) scan[warp] = upto;
-    __syncthreads();
-    int running = upto - sum;
-    for (int w = 0; w < warp; ++w) running += scan[w];
-    for (int s = first; s < last; ++s) prefix[s + 1] = running += prefix[s + 1];
+    if (one_each) {
+      if (first < last) sum = tiles_of(load_length(context_lens, shared_lens, first));
+    } else {
+      constexpr int BATCH = 8;
+      for (int base = tid; base < num_seqs; base += BATCH * THREADS) {
+        Length len[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b)
+          len[b] = base + b * THREADS < num_seqs ? load_length(context_lens, shared_lens, base + b * THREADS) : Length{0, 0};
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+          if (base + b * THREADS >= num_seqs) break;
+          prefix[base + b * THREADS + 1] = tiles_of(len[b]);
+        }
+      }
+      __syncthreads();
+      for (int s = first; s < last; ++s) sum += prefix[s + 1];
+    }
+    if (tid == 0) prefix[0] = 0;
+    int running = warp_inclusive_scan(sum, lane) - sum;
+    if (num_seqs > 32) {
+      if (lane == 31) scan[warp] = running + sum;
+      __syncthreads();
+      for (int w = 0; w < warp; ++w) running += scan[w];
+    }
+    if (one_each) {
+      if (first < last) prefix[first + 1] = running + sum;
+    } else {
+      for (int s = first; s < last; ++s) prefix[s + 1] = running += prefix[s + 1];
+    }
     __syncthreads();
   }
 
@@ -147,16 +165,16 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
 
   // From here on a warp of a team of one meets no other: barriers are the team's.
   const int total = prefix[num_seqs] * heads;
-  const int num_warps = gridDim.x * WARPS, units = num_seqs * heads;
-  const bool alone = WARPS > 1 && units >= num_warps && total <= (i64)units * SHORT_UNIT;
+  const int units = num_seqs * heads;
+  const bool alone = WARPS > 1 && units >= (int)gridDim.x * WARPS && total <= (i64)units * SHORT_UNIT;
   const int team_warps = alone ? 1 : WARPS, team_threads = team_warps * 32;
   const int first_warp = alone ? warp : 0, member = warp - first_warp, team_tid = member * 32 + lane;
-  const int team = alone ? (int)blockIdx.x * WARPS + warp : (int)blockIdx.x;
+  const int team = alone ? (int)blockIdx.x * WARPS + warp : (int)blockIdx.x, teams = alone ? gridDim.x * WARPS : gridDim.x;
   auto meet = [&]() {
     if (alone) __syncwarp(); else __syncthreads();
   };
 
-  const int share = max(ceil_div(total, num_warps / team_warps), min_share);
+  const int share = max(ceil_div(total, teams), min_share);
   const i64 share_begin = (i64)team * share;
   if (share_begin >= total) return;
   int begin = (int)share_begin, end = min(begin + share, total);
@@ -173,12 +191,17 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   seek(unit, begin, prefix, heads);
   if (end < total) {
     Unit other = unit;
-    seek(other, end, prefix, heads);
-    if (would_cut_short(other, end)) end = other.end;
+    seek_sequence(other, end, prefix, heads);
+    if (prefix[other.seq + 1] - prefix[other.seq] <= SHORT_UNIT) {
+      seek(other, end, prefix, heads);
+      if (would_cut_short(other, end)) end = other.end;
+    }
   }
-  if (would_cut_short(unit, begin)) begin = unit.end;
-  if (begin >= end) return;
-  seek(unit, begin, prefix, heads);
+  if (would_cut_short(unit, begin)) {
+    begin = unit.end;
+    if (begin >= end) return;
+    seek(unit, begin, prefix, heads);
+  }
 
   // Producer: `pending` is this warp's next tile to load; its block ids are fetched one step before they are used.
   Unit next = unit;
@@ -263,11 +286,11 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   Unit coming = unit;
   Length coming_len = load_length(context_lens, shared_lens, coming.seq);
   u32 q[QUERY_TILES][K_STEPS][2], coming_q[QUERY_TILES][K_STEPS][2];
-  load_queries(coming, QUERIES_AHEAD ? coming_q : q);
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
     load(stage);
     fetch();
+    if (stage == 0) load_queries(coming, QUERIES_AHEAD ? coming_q : q);
   }
 
   int flat = begin + member;     // this warp's next tile to read
@@ -449,10 +472,11 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
       float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) {
-        if (w >= team_warps) break;
-        const float2 stats = merge_stats[(first_warp + w) * ROWS + row];
+        // No branch, so that all warps' parts are loaded at the same time.
+        const float2 stats = w < team_warps ? merge_stats[(first_warp + w) * ROWS + row] : make_float2(NEGATIVE_INFINITY, 0.0f);
         const float weight = exp2_fast(stats.x - reference);
-        const float4 x = *(const float4*)((const float*)(shared + idle_stage[first_warp + w]) + row * MERGE_PITCH + column);
+        const float* part = (const float*)(shared + (w < team_warps ? idle_stage[first_warp + w] : 0)) + row * MERGE_PITCH + column;
+        const float4 x = w < team_warps ? *(const float4*)part : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         sum += weight * stats.y;
         acc.x += weight * x.x, acc.y += weight * x.y, acc.z += weight * x.z, acc.w += weight * x.w;
       }
