@@ -54,7 +54,7 @@ same service with a device that takes exactly the time of weights, arithmetic an
 """
 H100_LOST = """What is missing to the limit, by kind of step: every step of a run is held against what weights,
 arithmetic and KV of that very step need. Kinds that take 3 % of a row's time or more; "lost" is the time beyond the
-limit, of the row's. The card's idle time is 0.2 to 1 % of every row.
+limit, of the row's. The card's idle time is 0.2 to 2 % of every row but the last.
 
 """
 H100_WHY = """
@@ -79,9 +79,7 @@ Why, from profiles of single steps (the kernels' times are in [linear.md](kernel
 H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here (6.9 ms for 22
 streams). Steps with up to 1,024 prompt tokens are graphs. First without a target from token to token, then with
 `--target-itl-ms 9` at 10 and 12 at 30 requests/s, which cuts prompts so that a step keeps to it
-([how](decisions/0048-steps-with-chunks-cost-what-their-size-costs.md)). The rows at a gateway and those with a target
-are from before [plans were late](decisions/0054-plans-are-late-while-requests-come.md): at the session the time to
-first token was 20.2 / 39.5 and 26.2 / 46.7 ms then.
+([how](decisions/0048-steps-with-chunks-cost-what-their-size-costs.md)).
 
 """
 H100_PRESSURE = """300 requests at 30/s, which hold about 2,000 blocks at once, on pools of 1,333, 1,000 and 500 blocks:
@@ -176,10 +174,8 @@ def render(results: dict[str, Content]) -> str:
         parts.append(source("h100/lost_time", results["h100/lost_time"]))
         parts.append(f"## transformers on one H100\n\n{peers(results)}")
         parts += [source(name, content) for name, content in _parts(results, "h100/peers")]
-        newest = ("h100/online_session", "h100/online")
-        together = {"rows": [row for name in newest for row in results.get(name, {"rows": []})["rows"]]}
-        parts.append(f"## Latency under load on one H100\n\n{H100_ONLINE}{online(together)}")
-        parts += [source(name, results[name]) for name in newest if name in results]
+        parts.append(f"## Latency under load on one H100\n\n{H100_ONLINE}{online(results['h100/online'])}")
+        parts.append(source("h100/online", results["h100/online"]))
         for rate, target in ((10.0, 9), (30.0, 12)):
             name = f"h100/online_target_{target}ms"
             parts.append(f"### With a target of {target} ms\n\n{online(results.get(name), rate)}")

@@ -272,7 +272,8 @@ class Executor:
         work = self._work_through(plan, upload)
         upload.send()
         start = self.runtime.mark()
-        swaps = self.swapper.move(work.moves)
+        copies_follow = work.held_blocks is not None and self.swapper.may_follow(work.moves, work.held_blocks[1])
+        swaps = SwapMarks() if copies_follow else self.swapper.move(work.moves)
         upload.apply()
         if work.held_blocks is not None:
             self.swapper.before_compute(*work.held_blocks)
@@ -285,6 +286,8 @@ class Executor:
         pieces = [replace(piece, rows=self._read_back(piece.rows)) for piece in step.prompt_pieces]
         encoded = None if step.encoded is None else self.runtime.read_back(step.encoded)
         end = _End(self.runtime.mark())
+        if copies_follow:
+            swaps = self.swapper.move(work.moves, behind=start)
         after_forward = step.after_forward or end.mark
         marks = _StepMarks(self._last_end, start, before_forward, after_forward, end, time.perf_counter_ns())
         self._last_end = end

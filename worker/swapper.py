@@ -103,14 +103,22 @@ class Swapper:
         runs = [(upload.put(run.sources), upload.put(run.destinations)) for run in independent_runs(copies)]
         return Moves(swap_out, swap_in, copies, runs)
 
-    def move(self, moves: Moves) -> SwapMarks:
-        """Swaps out, swaps in, copies: as if in that order, and as if the step before were over."""
+    def may_follow(self, moves: Moves, written: Blocks) -> bool:
+        """Whether a step that writes to these blocks may be enqueued before its copies, so that the device need not wait
+        while the host enqueues them: they only read, and other blocks."""
+        if self._lanes is None or not moves.swap_out.sources or moves.swap_in.sources or moves.copies.sources:
+            return False
+        return not np.isin(_ids(moves.swap_out.sources), written).any()
+
+    def move(self, moves: Moves, behind: Any = None) -> SwapMarks:
+        """Swaps out, swaps in, copies: as if in that order, and as if the step before were over. `behind`: the mark
+        after that step, where something has been enqueued since that the copies need not wait for."""
         if not (moves.swap_out.sources or moves.swap_in.sources or moves.copies.sources):
             return SwapMarks()
         pool = self.pool
         out_marks = in_marks = copy_marks = None
         if moves.swap_out.sources:
-            out_marks = self._swap(pool.device_blocks, pool.host_blocks, moves.swap_out, lane=0)
+            out_marks = self._swap(pool.device_blocks, pool.host_blocks, moves.swap_out, lane=0, behind=behind)
         fault_point("worker.step.mid_swap")
         if moves.swap_in.sources:
             in_marks = self._swap(pool.host_blocks, pool.device_blocks, moves.swap_in, lane=1)
@@ -183,7 +191,9 @@ class Swapper:
             rates.append(count * block_bytes * 1_000_000_000 // elapsed)
         return rates[0], rates[1]
 
-    def _swap(self, source: torch.Tensor, destination: torch.Tensor, moves: BlockMoves, lane: int) -> tuple[Any, Any]:
+    def _swap(
+        self, source: torch.Tensor, destination: torch.Tensor, moves: BlockMoves, lane: int, behind: Any = None
+    ) -> tuple[Any, Any]:
         """Copies between pool and arena; on a GPU on the stream of its direction (0: out, 1: in)."""
         if self._lanes is None:
             start = self.runtime.mark()
@@ -195,7 +205,10 @@ class Swapper:
         enqueue = self.order.copy_in if lane else self.order.copy_out
         ticket = enqueue(sources, destinations)
         # Behind all computation enqueued so far: it may still write what is copied out, or read what is overwritten.
-        own.stream.wait_stream(torch.cuda.current_stream(self.pool.device_blocks.device))
+        if behind is None:
+            own.stream.wait_stream(torch.cuda.current_stream(self.pool.device_blocks.device))
+        else:
+            own.stream.wait_event(behind)
         other.let_wait(own.stream, ticket)
         with torch.cuda.stream(own.stream):
             start = self.runtime.mark()

@@ -241,9 +241,14 @@ class StreamedSwaps:
         self.out, self.back = swapper._Lane(Stream()), swapper._Lane(Stream())  # type: ignore[arg-type]
         swaps._lanes = (self.out, self.back)
         self.current = cuda.current
-        monkeypatch.setattr(self.executor.runtime, "mark", Event)
+        self.marks: list[Event] = []
+        monkeypatch.setattr(self.executor.runtime, "mark", self.mark)
         monkeypatch.setattr(self.executor.runtime, "elapsed_ns", lambda start, end: 5)
         self.executor.swap_rates = (1_000_000_000, 1_000_000_000)
+
+    def mark(self) -> Event:
+        self.marks.append(Event())
+        return self.marks[-1]
 
     def waits(self) -> list[Any]:
         """What the computing stream was told to wait for since the last call."""
@@ -265,9 +270,14 @@ def test_a_forward_pass_waits_for_the_copies_whose_blocks_it_needs_and_no_others
     run(decode_add=[0, 1])
     assert swaps.waits() == []
     # Row 1 goes out; row 0 decodes on beside the copy.
+    swaps.marks.clear()
     result = run(release_slots=[1], swap_out=BlockMoves([4, 5], [7, 8]))
     (out_end,) = swaps.out.ends.values()
-    assert swaps.out.stream.waits == [swaps.current], "the copy waits for the forward pass before it"
+    begin, *_, end, _, last = swaps.marks
+    assert swaps.out.stream.waits == [begin], "the copy waits for the forward pass before it"
+    assert out_end is last, "and is enqueued behind the step's own"
+    assert swaps.executor._last_end is not None
+    assert swaps.executor._last_end.mark is end
     assert swaps.waits() == []
     assert result.timings.swap_out_ns == 2 * swaps.executor.pool.layout.block_bytes, "at the measured rate"
     run()
@@ -288,6 +298,22 @@ def test_a_forward_pass_waits_for_the_copies_whose_blocks_it_needs_and_no_others
     run(release_slots=[2], swap_out=BlockMoves([5], [7]))
     assert list(swaps.out.ends) == [2]
     assert not swaps.back.ends
+
+
+def test_a_copy_of_what_the_step_itself_overwrites_is_enqueued_before_it(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swaps = StreamedSwaps(cuda, monkeypatch)
+    swaps.steps.run(new_sequences=[new(0, PROMPT, [0, 1, 2])], chunk_slots=[0], chunk_tokens=[10])
+    swaps.steps.run(
+        release_slots=[0],
+        swap_out=BlockMoves([1, 2], [7, 8]),
+        new_sequences=[new(1, PROMPT[:6], [5, 2])],
+        chunk_slots=[1],
+        chunk_tokens=[6],
+    )
+    assert swaps.out.stream.waits == [swaps.current]
+    assert swaps.waits() == list(swaps.out.ends.values())
 
 
 def test_a_copy_within_the_pool_waits_for_the_copy_out_of_the_block_it_writes(
