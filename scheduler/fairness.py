@@ -105,6 +105,12 @@ class TenantTokens:
         for tenant, rows in self._rows.items():
             self._charge(tenant, OUTPUT_TOKEN * rows)
 
+    def note_step(self, prompt_tokens: int, decodes: int) -> None:
+        """A step of the only tenant there is has been planned. Nobody needs its counter; but whoever comes beside it
+        is light or not by what it has had."""
+        for tenant in self._served:
+            self.demand.charge(tenant, PROMPT_TOKEN * prompt_tokens + OUTPUT_TOKEN * decodes)
+
     def _charge(self, tenant: str, units: int) -> None:
         self._served[tenant] += units
         self.demand.charge(tenant, units)

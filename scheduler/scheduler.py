@@ -550,12 +550,14 @@ class Scheduler:
             self.swap_in_blocks_total += num_in
         self.in_flight.append(draft)
         step_ns = 0.0
+        decodes, chunks = len(draft.decoding) + len(draft.beams), sum(draft.chunk_tokens)
         self._is_full = bool(self.waiting or self.preempted)
         if self.tenants.is_guarded or self.ahead.expects(now):
-            decodes, chunks = len(draft.decoding) + len(draft.beams), sum(draft.chunk_tokens)
             step_ns = self.costs.step_time.ns(decodes, chunks)
         self.ahead.planned(int(step_ns), now, due, has_chunks=bool(draft.chunk_slots))
-        if self.tenants.is_charged and not draft.decodes_sit_out:
+        if not self.tenants.is_charged:
+            self.tenants.note_step(chunks - draft.recomputed_tokens, decodes)
+        elif not draft.decodes_sit_out:
             self.tenants.charge_decodes(draft.decoding + draft.beams if draft.beams else draft.decoding)
         return draft.plan(self.epoch)
 

@@ -191,6 +191,15 @@ def test_the_decode_set_sits_out_the_step_of_a_light_tenants_prompt() -> None:
         assert group.sequences[0].output == undisturbed_output(group.request, 0)[0]
 
 
+def test_the_first_request_of_a_light_tenant_has_its_step_to_itself_although_nobody_shared_the_worker_before() -> None:
+    service = beside_a_flood()
+    service.submit("first", [2] * 40, tenant="light")
+    plan = service.plan()
+    assert plan.decode_remove
+    assert plan.chunk_tokens == [40]
+    service.run_until_idle()
+
+
 def test_it_never_sits_out_two_steps_in_a_row() -> None:
     service = beside_a_flood("light")
     service.submit("long", [2] * 300, tenant="light")
