@@ -176,7 +176,7 @@ class Told:
         self.preemptions.update(outcome.preemptions)
 
 
-def fairness(cases: Sequence[TwoTenants] = TENANTS, num_seeds: int = 5) -> Result:
+def fairness(cases: Sequence[TwoTenants] = TENANTS, num_seeds: int = 20) -> Result:
     """A light tenant alone, beside one that sends 20 times as much, beside one whose prompts and memory cost nothing,
     and both in one queue as if they were one tenant. Some 100 light requests a load make a 99th percentile of chance:
     each load is drawn `num_seeds` times, and percentiles are of all together."""
@@ -470,7 +470,7 @@ def kind_of(done: Completion) -> str:
 
 def decoding(profile: WorkerProfile, load: Sequence[Arrival], policy: type[Scheduler]) -> Result:
     """The second time of a load that comes twice: per token of all and of each kind, and of all rows together."""
-    settings = replace(config(profile, load), prefix_cache=True)
+    settings = replace(config(profile, load), prefix_cache=True, host_prefix_cache=False)
     outcome = Simulation([profile], load, config=settings, make_scheduler=policy).run()
     again = [done for done in outcome.completions if done.arrived == AGAIN_NS]
     ended: dict[str, int] = {}

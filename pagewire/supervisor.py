@@ -87,7 +87,7 @@ class UpSettings(RoleSettings):
     prefix_cache: bool | None = None
     """Reuse the KV blocks of prompts that begin alike. Unset: on."""
     host_prefix_cache: bool | None = None
-    """Keep such blocks in host memory when the KV pool gives them up. Unset: off."""
+    """Keep such blocks in host memory when the KV pool gives them up. Unset: on."""
     record: Path | None = None
     """File to record the run in, prompts included, for `pagewire replay`. Unset: nothing is recorded."""
     record_dir: Path | None = None

@@ -38,9 +38,9 @@ class SchedulerSettings(RoleSettings):
     """How a sequence group leaves GPU memory when that is full: by the cheaper of two measured costs, or always one."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts for later prompts that begin alike, per tenant."""
-    host_prefix_cache: bool = False
+    host_prefix_cache: bool = True
     """Keep full blocks that the block pool gives up in the workers' host arenas, and copy them back when that is
-    cheaper than computing them. Off until its cost has been measured on a GPU."""
+    cheaper than computing them."""
     max_worker_losses: int = Field(default=3, ge=1)
     """Workers lost in a row while they ran a request, without progress, after which it fails. 3: two may be chance."""
     max_waiting: int = Field(default=1024, ge=1, le=1 << 20)

@@ -18,7 +18,7 @@ class SchedulerConfig:
     preemption_mode: PreemptionMode = "auto"
     max_preemptions: int = 16  # so often a group may be preempted; then it runs to its end
     prefix_cache: bool = True
-    host_prefix_cache: bool = False  # full blocks that the pool gives up go to the host arena, and come back from there
+    host_prefix_cache: bool = True  # full blocks that the pool gives up go to the host arena, and come back from there
     max_waiting: int = 1024  # requests that have not started; more are answered LATER
     watermark: float = 0.01  # fraction of the KV pool that admission leaves free
     retention_ns: int = 60_000_000_000  # how long a finished request can be found

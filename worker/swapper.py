@@ -104,8 +104,8 @@ class Swapper:
         return Moves(swap_out, swap_in, copies, runs)
 
     def may_follow(self, moves: Moves, written: Blocks) -> bool:
-        """Whether a step that writes to these blocks may be enqueued before its copies, so that the device need not wait
-        while the host enqueues them: they only read, and other blocks."""
+        """Whether a step that writes to these blocks may be enqueued before its copies: they only read, and other
+        blocks. Then the device need not wait while the host enqueues them."""
         if self._lanes is None or not moves.swap_out.sources or moves.swap_in.sources or moves.copies.sources:
             return False
         return not np.isin(_ids(moves.swap_out.sources), written).any()

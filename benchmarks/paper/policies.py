@@ -54,6 +54,7 @@ def simulate(
         max_num_seqs=profile.max_num_seqs,
         token_budget=profile.token_budget,
         prefix_cache=prefix_cache,
+        host_prefix_cache=False,  # the paper's has one tier
         preemption_mode=preemption_mode,
         max_waiting=len(arrivals) + 1,
         retention_ns=0,

@@ -120,7 +120,8 @@ def test_a_search_is_preempted_and_resumed_as_a_whole(mode: Any, in_flight: bool
 
 @pytest.mark.parametrize("host_blocks", [0, 3])
 def test_a_search_that_the_arena_has_no_room_for_is_recomputed(host_blocks: int) -> None:
-    one = OneWorker(SchedulerConfig(watermark=0.0, preemption_mode="swap"), max_slots=4, host_blocks=host_blocks)
+    config = SchedulerConfig(watermark=0.0, preemption_mode="swap", host_prefix_cache=False)
+    one = OneWorker(config, max_slots=4, host_blocks=host_blocks)
     group = search(one, n=3, beam_width=3, max_tokens=20)
     for _ in range(9):
         one.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import deque
+from dataclasses import replace
 
 import pytest
 
@@ -179,7 +180,7 @@ def test_a_prefix_that_is_cheaper_to_compute_is_not_copied() -> None:
 
 
 def test_without_the_setting_or_an_arena_nothing_is_copied() -> None:
-    for service in (OneWorker(SchedulerConfig(watermark=0.0)), OneWorker(ON, host_blocks=0)):
+    for service in (OneWorker(replace(ON, host_prefix_cache=False)), OneWorker(ON, host_blocks=0)):
         service.submit("first", list(range(10, 23)), max_tokens=1)
         service.run_until_idle()
         service.submit("large", [9] * 60, max_tokens=1)

@@ -8,11 +8,12 @@ from tests.core.factories import OneWorker
 from tests.core.simulated_worker import undisturbed_output
 
 PREFIX = [7] * 12
+POOL_ALONE = SchedulerConfig(watermark=0.0, host_prefix_cache=False)
 
 
 def with_pin() -> OneWorker:
     """A pool of 16 blocks in which a pinned prefix of 3 has been computed."""
-    service = OneWorker(SchedulerConfig(watermark=0.0))
+    service = OneWorker(POOL_ALONE)
     assert service.dispatcher.pin_prefix("", PREFIX) is None
     service.submit("first", [*PREFIX, 1], max_tokens=1)
     service.run_until_idle()
@@ -45,7 +46,7 @@ def test_what_is_not_pinned_does_not() -> None:
 
 
 def test_pinning_takes_effect_on_blocks_that_are_there_already() -> None:
-    service = OneWorker(SchedulerConfig(watermark=0.0))
+    service = OneWorker(POOL_ALONE)
     service.submit("first", [*PREFIX, 1], max_tokens=1)
     service.run_until_idle()
     assert service.dispatcher.pin_prefix("", PREFIX) is None
