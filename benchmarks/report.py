@@ -88,8 +88,8 @@ medians of a mode's rows, in brackets the least and the most. Means of streams a
 within one request (the time per output token); their 99th percentile is that of three streams, and moves by a third
 when steps take 2 % more or less ([simulated](scheduling.md#preemption-by-cost)). Rows of one card and one hour are
 more alike than those of two cards, so ranges that do not overlap here may do so elsewhere. On another day, with 1,000
-blocks and one row a mode ([counts](../benchmarks/results/h100/pressure_counts.json)), `auto` preempted 215 times, always
-by swapping, at 4,451 tokens/s; `swap` 225 times at 4,436, `recompute` 207 times at 4,370.
+blocks and one row a mode ([counts](../benchmarks/results/h100/pressure_counts.json)), `auto` preempted 215 times,
+always by swapping, at 4,451 tokens/s; `swap` 225 times at 4,436, `recompute` 207 times at 4,370.
 
 """
 PRESSURE_SHARES = ("p50", "p95", "p99")
