@@ -37,6 +37,24 @@ def test_decode_time_is_not_on_the_prompts_bill() -> None:
     assert learned.prefill_tokens_per_second == pytest.approx(40_000, rel=0.01)
 
 
+def test_what_decodes_alone_cost_is_known_although_every_step_was_full_of_prompts() -> None:
+    def took(decodes: int, chunk: int) -> int:
+        return 3_000_000 + 10_000 * decodes + 25_000 * chunk
+
+    learned = StepTime(prefill_tokens_per_second=40_000)
+    for decodes in (80, 82, 85, 81, 90, 84) * 20:
+        learned.observe(decodes, 2048 - decodes, took(decodes, 2048 - decodes))
+    # All steps are of one size, which hardly tells decodes and prompts apart; shorter ones, once they are made, do.
+    assert 0 < learned.ns(83, 0) < 1.5 * took(83, 0)
+    for _ in range(50):
+        chunk = learned.chunk_budget(1965, round(2 * learned.ns(83, 0)), 83)
+        assert chunk < 300
+        learned.observe(83, chunk, took(83, chunk))
+    assert learned.ns(83, 0) == pytest.approx(took(83, 0), rel=0.05)
+    learned.observe(83, 0, 4_500_000)
+    assert learned.ns(83, 0) == pytest.approx(4_500_000, rel=0.01), "what has been seen counts"
+
+
 def test_one_slow_step_changes_little() -> None:
     learned = taught(0)
     learned.observe(100, 500, 30_000_000_000)

@@ -31,7 +31,7 @@ def test_under_memory_pressure_everybody_gets_exactly_the_output_that_the_load_s
     assert answered == asked
     (scheduler,) = simulation.schedulers.values()
     assert scheduler.blocks.num_used == 0
-    assert scheduler.blocks.host.num_free == 64
+    assert scheduler.blocks.tier.num_available == 64
 
 
 def test_a_load_without_preemption_computes_every_token_once_and_two_rows_at_most_beyond_each_end() -> None:
