@@ -71,6 +71,7 @@ def test_other_requests_run_in_every_step_beside_a_search_that_runs_in_every_sec
     one = OneWorker()
     other = one.submit("other", max_tokens=30)
     group = search(one, request_id="search")
+    one.dispatcher.schedulers[0].gathering.wait_ns = 1e9  # nobody waits for the search
     slot = other.sequences[0].slot
     in_search = []
     while not group.is_finished:
