@@ -31,6 +31,8 @@ ARCHITECTURES = {
 
 SMALL_ARENA = 32
 """Tokens in a swap arena that is soon full, so that some groups are swapped and others recomputed."""
+MOST_ROUNDS = 5
+"""So often the requests are sent until the pool was too small for them."""
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -72,14 +74,17 @@ async def check_equality(
     if arena_tokens == SMALL_ARENA:
         arguments.append("--no-host-prefix-cache")  # what one plan keeps there, the same plan's swaps find no room for
     async with service.running(folder / "up", *arguments, device=device) as up, up.channel() as channel:
-        calls = [service.generate(channel, service.greedy(prompt, length)) for prompt, length in requests]
-        completions = await asyncio.gather(*calls)
-        for (prompt, _), completion, tokens in zip(requests, completions, expected, strict=True):
-            assert completion.token_ids == tokens, f"prompt of {len(prompt)} tokens"
-        load = await service.wait_until_idle(channel)
-        preemptions = {"swap": load.preemptions_swap, "recompute": load.preemptions_recompute}
-        for mode in modes:
-            assert preemptions[mode] > 0, f"the pool was not small enough to preempt by {mode}: {load}"
+        for _ in range(MOST_ROUNDS):  # on a busy machine requests come one after another, and few run at once
+            calls = [service.generate(channel, service.greedy(prompt, length)) for prompt, length in requests]
+            completions = await asyncio.gather(*calls)
+            for (prompt, _), completion, tokens in zip(requests, completions, expected, strict=True):
+                assert completion.token_ids == tokens, f"prompt of {len(prompt)} tokens"
+            load = await service.wait_until_idle(channel)
+            preemptions = {"swap": load.preemptions_swap, "recompute": load.preemptions_recompute}
+            if all(preemptions[mode] for mode in modes):
+                break
+        else:
+            pytest.fail(f"the pool was not small enough to preempt by {modes}: {load}")
         assert load.prefix_cache_hits > 0
 
 
