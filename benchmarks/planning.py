@@ -43,6 +43,8 @@ SEED = 0
 PROMPT = 161
 BUDGET = 2048
 RESULTS = Path(__file__).parent / "results" / "planning.json"
+LATER_NS = 2_000_000_000
+"""So long after the requests have come nobody else is expected, and plans are not held back."""
 
 
 def make_dispatcher(
@@ -141,7 +143,7 @@ def steady_decode(num_seqs: int, steps: int, *, crowded: bool = False) -> dict[s
     gc.collect()
     gc.freeze()
     while len(total) < steps:
-        plan = timed(schedule, partial(dispatcher.schedule, "w", step))
+        plan = timed(schedule, partial(dispatcher.schedule, "w", LATER_NS + step))
         data = timed(encode, partial(encode_plan, plan))
         decoding.difference_update(plan.release_slots)
         decoding.update(plan.decode_add)
@@ -155,7 +157,7 @@ def steady_decode(num_seqs: int, steps: int, *, crowded: bool = False) -> dict[s
         waiting.append((plan, rows))
         if len(waiting) == 2:
             result = answer(*waiting.pop(0), dice)
-            timed(apply, partial(dispatcher.apply, "w", result, step))
+            timed(apply, partial(dispatcher.apply, "w", result, LATER_NS + step))
             dispatcher.take_events()
         step += 1
         if len(decoding) < num_seqs or plan.decode_add or not apply:
