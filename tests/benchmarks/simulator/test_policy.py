@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import policy
@@ -26,6 +28,12 @@ def test_a_light_tenant_hardly_notices_one_that_sends_twenty_times_as_much(monke
         assert row["p99_over_lone"] < 1.3
         assert row["light_ttft_ms_one_queue"]["p99"] > 20 * row["light_ttft_ms_beside"]["p99"]
         assert row["throughput_over_one_queue"] > 0.98
+
+
+def test_every_recorded_load_keeps_a_light_tenant_within_the_goal() -> None:
+    recorded = json.loads((policy.RESULTS / "fairness.json").read_text())
+    assert len(recorded["rows"]) == len(policy.TENANTS)
+    assert max(row["p99_over_lone"] for row in recorded["rows"]) == recorded["worst_p99_over_lone"] < 1.3
 
 
 def test_deadlines_that_are_told_are_met_more_often_than_those_that_are_only_kept() -> None:
