@@ -108,6 +108,11 @@ steps are long whatever they hold: 74 to 105 ms without graphs for 1 as for 32 s
 why was not looked into. With graphs its warm-up ran out of memory, so that it captured them in the measured run.
 
 """
+PLANNING_SINCE = """
+With late plans and the second tier on, beside that commit in one hour on a machine that took 3.5 times as long for
+either: a
+steady step at 256 1.19 times as long (131 us against 110), crowded 1.08, an admission 0.99; at 1,024 454 us there.
+"""
 H100_TESTS = """`make test-gpu`: the kernels against their torch twins; models and whole services against transformers
 on the CPU, token for token in float32 while requests are swapped and recomputed, logits within bounds in bfloat16;
 replayed against eager steps; swap round trips bit by bit. The two that failed compared what follows two equally likely
@@ -489,7 +494,7 @@ def planning(content: Content | None) -> str:
             f".\nAdmission costs {other['now_over_base']:.2f} of what it costs at commit `{other['base']}`, in turns"
         )
     after += f". Load average {content['load_average']:g} on {content['machine'].split(', ')[1]}.\n"
-    return text + table(heading, lines) + after
+    return text + table(heading, lines) + after + PLANNING_SINCE
 
 
 def host_path(content: Content | None) -> str:
