@@ -79,7 +79,8 @@ Why, from profiles of single steps (the kernels' times are in [linear.md](kernel
 H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here (6.9 ms for 22
 streams). Steps with up to 1,024 prompt tokens are graphs. First without a target from token to token, then with
 `--target-itl-ms 9` at 10 and 12 at 30 requests/s, which cuts prompts so that a step keeps to it
-([how](decisions/0048-steps-with-chunks-cost-what-their-size-costs.md)).
+([how](decisions/0048-steps-with-chunks-cost-what-their-size-costs.md)). The rows with a target are from before
+[plans were late](decisions/0054-plans-are-late-while-requests-come.md).
 
 """
 H100_PRESSURE = """300 requests at 30/s, which hold about 2,000 blocks at once, on pools of 1,333, 1,000 and 500 blocks:

@@ -107,9 +107,13 @@ class StepTime:
     def _without_chunks(self) -> Coefficients:
         """Milliseconds: fixed, per unit of decode tokens, 0. While none was seen, what the other line leaves: under a
         load that fills every step none ever is."""
-        if not self._plain[0] and self._mixed[0]:
-            fixed, per_decode, _ = self._with_chunks()
-            return max(0.0, fixed), per_decode, 0.0
+        if self._plain[0] or not self._mixed[0]:
+            return self._seen_without_chunks()
+        fixed, per_decode, _ = self._with_chunks()
+        return max(0.0, fixed), per_decode, 0.0
+
+    def _seen_without_chunks(self) -> Coefficients:
+        """The same of steps without chunks alone: zeros while none was seen."""
         if self._plain_fit is None:
             self._plain_fit = fit(self._plain, (0.0, 0.0, 0.0))
         return self._plain_fit
@@ -118,7 +122,7 @@ class StepTime:
         """Milliseconds: fixed (perhaps negative: the line counts where chunks are large), per unit of decode tokens,
         per unit of chunk tokens. While few were seen, it is close to the other line."""
         if self._mixed_fit is None:
-            fixed, per_decode, _ = self._without_chunks() if self._plain[0] else (0.0, 0.0, 0.0)
+            fixed, per_decode, _ = self._seen_without_chunks()
             self._mixed_fit = fit(self._mixed, (fixed, per_decode, self._start))
         return self._mixed_fit
 
