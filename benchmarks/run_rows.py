@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--online-token-budget", type=int, default=2048)
     parser.add_argument("--online-target-itl-ms", type=float, help="of the scheduler in the online rows; default: none")
     parser.add_argument("--gateways", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="each with the whole model, on a GPU of its own")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--num-blocks", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0)
@@ -53,6 +54,7 @@ def main() -> None:
         token_budget=given.token_budget,
         online_token_budget=given.online_token_budget,
         online_target_itl_ms=given.online_target_itl_ms,
+        workers=given.workers,
         gateways=given.gateways if given.rate and "gateway" in given.at else 0,
     )
     requests = {rate: given.requests or (ONLINE[rate].requests if rate in ONLINE else 200) for rate in given.rate}

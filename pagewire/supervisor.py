@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pagewire.bundled import BUNDLED_MODEL, BUNDLED_NAME
-from pagewire.runtime import parent
+from pagewire.runtime import gpus, parent
 from pagewire.runtime.errors import StartError
 from pagewire.runtime.ready import MAX_LINE_BYTES
 from pagewire.runtime.settings import RoleSettings, flag_name
@@ -216,6 +216,7 @@ class Supervisor:
     ) -> None:
         self.settings = settings
         self.command = command
+        self._gpus = gpus.visible() if settings.num_workers > 1 and settings.device != "cpu" else []
         self.scheduler_address = f"unix:{folder / 'scheduler.sock'}"
         self.children = [Child("scheduler", 0, self._scheduler_arguments)]
         self.children += [Child("worker", index, self._worker_arguments) for index in range(settings.num_workers)]
@@ -339,7 +340,11 @@ class Supervisor:
                 # A group of its own: Ctrl-C reaches this process alone, which then stops the children in order.
                 process_group=0,
                 # The variable names the scheduler's page, whose flag has it; others would want the same port.
-                env={**_environment_without("PAGEWIRE_METRICS_PORT"), parent.VARIABLE: str(os.getpid())},
+                env={
+                    **_environment_without("PAGEWIRE_METRICS_PORT"),
+                    parent.VARIABLE: str(os.getpid()),
+                    **(gpus.share(child.index, self._gpus) if child.role == "worker" else {}),
+                },
             )
         finally:
             os.close(writing)

@@ -20,10 +20,11 @@ Page = dict[tuple[str, str], float]
 class Used:
     """Differences between two pages."""
 
+    workers: int
     idle_s: float
-    """Seconds that the device waited for plans."""
+    """Seconds that the device waited for plans, mean of the workers."""
     steps: int
-    """Plans made."""
+    """Plans made for a worker, mean of the workers."""
     part_ms: dict[str, float]
     """Mean milliseconds per step, by part."""
     preemptions: int
@@ -61,6 +62,7 @@ def used(before: Page, after: Page) -> Used:
         keys = [key for key in after if key[0] == f"pagewire_{name}" and label in key[1]]
         return sum(after[key] - before.get(key, 0.0) for key in keys)
 
+    workers = max(1, sum(name == "pagewire_worker_gpu_idle_seconds_total" for name, _ in after))
     steps = int(total("step_seconds_count", 'part="plan"'))
     part_ms = {
         part: 1e3
@@ -69,8 +71,9 @@ def used(before: Page, after: Page) -> Used:
         for part in PARTS
     }
     return Used(
-        idle_s=total("worker_gpu_idle_seconds_total"),
-        steps=steps,
+        workers=workers,
+        idle_s=total("worker_gpu_idle_seconds_total") / workers,
+        steps=steps // workers,
         part_ms={part: round(value, 4) for part, value in part_ms.items()},
         preemptions=int(total("preemptions_total")),
         cached_tokens=int(total("prefix_cache_hits_total")),

@@ -163,7 +163,8 @@ class Runner:
         if self._starts > MAX_RESTARTS:
             raise BenchError(f"the service was started {self._starts} times and does not stay up")
         self._starts += 1
-        self.say(f"starting scheduler, worker and {self._launch.gateways} gateways on {self._launch.model} ...")
+        launch = self._launch
+        self.say(f"starting scheduler, {launch.workers} workers and {launch.gateways} gateways on {launch.model} ...")
         service, begun = Service(self._launch, self._folder), time.monotonic()
         await asyncio.to_thread(service.start, max(1.0, min(START_LIMIT_S, self.left_s)))
         self.start_s = round(time.monotonic() - begun, 2)

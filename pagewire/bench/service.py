@@ -1,5 +1,5 @@
-"""Starts scheduler, worker and gateways as processes for a measurement, without a supervisor: what dies stays dead, and
-the row that was running says so."""
+"""Starts scheduler, workers and gateways as processes for a measurement, without a supervisor: what dies stays dead,
+and the row that was running says so."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pagewire.bench.results import ROOT
 from pagewire.bench.session import BenchError
-from pagewire.runtime import parent
+from pagewire.runtime import gpus, parent
 
 STOP_LIMIT_S = 10.0
 LOG_LINES = 3
@@ -51,6 +51,8 @@ class Launch:
     """Of the scheduler."""
     max_waiting: int = 8192
     """Above the largest workload, because the whole set is submitted at once."""
+    workers: int = 1
+    """Each with the whole model, on a GPU of its own where there are several."""
     gateways: int = 0
     http: bool = False
     """Whether gateways serve OpenAI-compatible HTTP too."""
@@ -80,7 +82,7 @@ class Service:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, limit_s: float) -> None:
-        """Starts everything and waits until the worker and the gateways are ready.
+        """Starts everything and waits until the workers and the gateways are ready.
 
         Raises:
             BenchError: a process could not start, or the limit passed. Nothing is left running then.
@@ -89,16 +91,17 @@ class Service:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._start_scheduler(deadline)
-            worker = self._spawn("worker", self._worker_command())
+            workers = self._spawn_workers()
             gateways = self._spawn_gateways()
-            self._wait("worker", worker, deadline)
+            for name, pipe in workers.items():
+                self._wait(name, pipe, deadline)
             self._wait_gateways(gateways, deadline)
         except BaseException:
             self.stop()
             raise
 
     def replace_scheduler(self, launch: Launch, limit_s: float) -> None:
-        """Starts scheduler and gateways anew, as `launch` says; the worker keeps its model and joins again. Raises as
+        """Starts scheduler and gateways anew, as `launch` says; the workers keep their model and join again. Raises as
         `start`."""
         deadline = time.monotonic() + limit_s
         self.launch = launch
@@ -156,6 +159,12 @@ class Service:
         pipe = self._spawn("scheduler", self._scheduler_command())
         self.metrics = self._wait("scheduler", pipe, deadline)["metrics"]
 
+    def _spawn_workers(self) -> dict[str, int]:
+        count = self.launch.workers
+        names = gpus.visible() if count > 1 and self.launch.device != "cpu" else []
+        shares = {"worker" if count == 1 else f"worker-{number}": gpus.share(number, names) for number in range(count)}
+        return {name: self._spawn(name, self._worker_command(), share) for name, share in shares.items()}
+
     def _spawn_gateways(self) -> dict[str, int]:
         names = [f"gateway-{index}" for index in range(self.launch.gateways)]
         return {name: self._spawn(name, self._gateway_command()) for name in names}
@@ -206,7 +215,7 @@ class Service:
         }
         return ["pagewire.cli", "gateway", *_flags(options)]
 
-    def _spawn(self, name: str, command: Sequence[str]) -> int:
+    def _spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
         """Starts a process; returns the descriptor on which it tells its readiness."""
         reading, writing = os.pipe()
         path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
@@ -219,7 +228,7 @@ class Service:
                     stderr=log,
                     pass_fds=(writing,),
                     process_group=0,
-                    env={**os.environ, "PYTHONPATH": path, parent.VARIABLE: str(os.getpid())},
+                    env={**os.environ, "PYTHONPATH": path, parent.VARIABLE: str(os.getpid()), **(environment or {})},
                 )
         finally:
             os.close(writing)

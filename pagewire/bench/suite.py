@@ -108,7 +108,8 @@ async def main(plan: Plan, launch: Launch, given: Given | None = None) -> bool:
 
 def header(launch: Launch, given: Given | None) -> dict[str, object]:
     """The head of both files."""
-    layout = f"1 scheduler, 1 worker and {launch.gateways} gateways as processes, gRPC over Unix sockets; client in one"
+    roles = f"1 scheduler, {_workers(launch.workers)} and {launch.gateways} gateways"
+    layout = f"{roles} as processes, gRPC over Unix sockets; client in one"
     model = launch.model.replace(f"{ROOT}/", "")
     modules = (launch.scheduler_module, launch.worker_module)
     settings = {name: value for name, value in vars(launch).items() if value not in (None, *modules)}
@@ -120,9 +121,14 @@ def header(launch: Launch, given: Given | None) -> dict[str, object]:
     )
 
 
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count} workers"
+
+
 def is_comparable(plan: Plan, launch: Launch, given: Given | None, head: dict[str, object]) -> bool:
     """Whether rows may stand beside the recorded ones: same requests, same model shape, same card."""
-    return given is None and plan.scale.is_full and Path(launch.model).name == CONFIG and GPU in str(head["gpu"])
+    alike = given is None and launch.workers == 1 and plan.scale.is_full and Path(launch.model).name == CONFIG
+    return alike and GPU in str(head["gpu"])
 
 
 def with_context(launch: Launch, plan: Plan) -> Launch:

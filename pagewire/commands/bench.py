@@ -30,6 +30,7 @@ NumBlocks = Annotated[int, typer.Option(min=0, help="Blocks of the KV pool. 0: f
 HostBlocks = Annotated[int | None, typer.Option(min=0, help="Blocks of the swap arena. Default: the worker's own.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once.")]
 TokenBudget = Annotated[int, typer.Option(min=1, help="Tokens that one step computes at most.")]
+Workers = Annotated[int, typer.Option(min=1, max=64, help="Workers to start, each with the whole model.")]
 Scale = Annotated[float, typer.Option(help="Share of the requests, for a smoke run. Decode rows keep their batch.")]
 LengthScale = Annotated[float, typer.Option(help="Share of all lengths, for a smoke run.")]
 Output = Annotated[Path | None, typer.Option(help="JSON file, written after every row.")]
@@ -67,6 +68,7 @@ def throughput(
     host_blocks: HostBlocks = None,
     max_num_seqs: MaxNumSeqs = 512,
     token_budget: TokenBudget = 8192,
+    workers: Workers = 1,
     scale: Scale = 1.0,
     length_scale: LengthScale = 1.0,
     output: Output = None,
@@ -96,6 +98,7 @@ def throughput(
         host_blocks=host_blocks,
         max_num_seqs=max_num_seqs,
         token_budget=token_budget,
+        workers=workers,
     )
     plan = suite.Plan(
         offline=tuple(names),
@@ -136,6 +139,7 @@ def serve(
     target_itl_ms: Annotated[
         float, typer.Option(min=0.0, help="Time between tokens that prefill should not exceed. 0: no limit.")
     ] = 0.0,
+    workers: Workers = 1,
     gateways: Annotated[int, typer.Option(min=1, max=64, help="Gateways to start.")] = 1,
     scale: Scale = 1.0,
     length_scale: LengthScale = 1.0,
@@ -174,6 +178,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         token_budget=token_budget,
         target_itl_ms=target_itl_ms,
+        workers=workers,
         gateways=0 if places == ["session"] else gateways,
         http=text,
         text=text,

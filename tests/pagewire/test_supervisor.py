@@ -127,6 +127,27 @@ def test_the_children_read_their_tables_of_the_configuration_file(start: Callabl
     assert all(psutil.Process(pid).environ()["PAGEWIRE_CONFIG"] == str(config) for pid in pids(ready))
 
 
+def test_each_worker_has_a_gpu_of_its_own_and_keeps_it_when_it_is_replaced(start: Callable[..., Up]) -> None:
+    def gpu(worker: int) -> str | None:
+        return psutil.Process(worker).environ().get("CUDA_VISIBLE_DEVICES")
+
+    up = start("--workers", "2", CUDA_VISIBLE_DEVICES="5,2")
+    before = up.wait_ready()
+    assert [gpu(pid) for pid in before["pids"]["workers"]] == ["5", "2"]
+    os.kill(before["pids"]["workers"][1], signal.SIGKILL)
+    wait_until(lambda: up.ready() != before)
+    assert gpu(up.ready()["pids"]["workers"][1]) == "2"
+    assert gpu(before["pids"]["scheduler"]) == "5,2"
+
+
+@pytest.mark.parametrize("flags", [["--workers", "2", "--device", "cpu"], ["--workers", "1"]], ids=["cpu", "alone"])
+def test_workers_on_the_cpu_and_one_alone_see_what_the_supervisor_sees(
+    start: Callable[..., Up], flags: list[str]
+) -> None:
+    workers = start(*flags, CUDA_VISIBLE_DEVICES="5,2").wait_ready()["pids"]["workers"]
+    assert {psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] for pid in workers} == {"5,2"}
+
+
 def test_a_long_temporary_folder_is_no_obstacle_to_the_socket_between_the_roles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
