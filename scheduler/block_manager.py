@@ -19,15 +19,17 @@ from scheduler.host_tier import HostTier
 from scheduler.prefix_cache import PrefixCache
 from scheduler.step_plan import BlockMoves
 
-MOST_CLEAN = 256
-"""Blocks, free or copied out, that the next plans find: as many as two steps of 2048 tokens take. A quarter of the
-arena at most, which holds them although the pool does."""
+LEAST_CLEAN = 256
+"""Blocks, free or copied out, that the next plans find: as many as two steps of 2048 tokens take."""
+PEAK_MEMORY = 0.99
+"""How much of the most blocks that a plan took is remembered at the next. Where 512 sequences began together, every
+sixteenth plan takes 512 blocks."""
 
 
 class BlockManager:
     """Block tables over a KV pool, a host arena and a prefix cache. Callers check `num_free` before they take."""
 
-    __slots__ = ("block_size", "cache", "host", "most_clean", "pool", "tier")
+    __slots__ = ("_peak", "_taken", "block_size", "cache", "host", "most_clean", "pool", "tier")
 
     def __init__(self, *, num_blocks: int, host_blocks: int, block_size: int, host_cache: bool = False) -> None:
         if block_size < 1:
@@ -37,7 +39,9 @@ class BlockManager:
         self.host = BlockPool(host_blocks)
         self.cache = PrefixCache()
         self.tier = HostTier(self.host, is_on=host_cache and host_blocks > 0)
-        self.most_clean = min(MOST_CLEAN, host_blocks // 4)
+        self.most_clean = host_blocks // 4  # the arena holds them although the pool does
+        self._taken = 0  # blocks that the plan being made has taken
+        self._peak = 0.0  # the most that one took lately
 
     @property
     def num_free(self) -> int:
@@ -190,12 +194,17 @@ class BlockManager:
         self.cache.register(blocks)
 
     def clean(self) -> None:
-        """Copies out, by the plan that is being made, what the next plans will take, so that their steps need not wait
-        for copies: many at a time, because a step with copies beside it costs a little more than one without. Nothing
-        is taken or freed in the pool."""
-        count = self.most_clean - self.pool.num_free - self.cache.num_clean
-        if 2 * count < self.most_clean:
+        """Copies out, by the plan that is being made, what the next two plans will take if they take as many as the
+        largest lately, so that their steps need not wait for copies: many at a time, because a step with copies beside
+        it costs a little more than one without. Nothing is taken or freed in the pool."""
+        taken, self._taken = self._taken, 0
+        self._peak = max(taken, self._peak * PEAK_MEMORY)
+        wanted = min(self.most_clean, max(LEAST_CLEAN, 2 * int(self._peak)))
+        missing = wanted - self.pool.num_free - self.cache.num_clean
+        if 2 * missing < wanted:
             return
+        # A step that computes as much as so many blocks hold takes longer than their copies.
+        count = min(missing, max(LEAST_CLEAN, taken) - self.tier.num_copies)
         while count > 0 and (dirty := self.cache.next_to_clean()) and self.tier.keep(*dirty):
             self.cache.cleaned(dirty[0])
             count -= 1
@@ -211,11 +220,13 @@ class BlockManager:
     # ---- with extend and forget, all that touches the free list of the KV pool
 
     def _take(self) -> int:
+        self._taken += 1
         if not self.pool.num_free and self.cache.num_unreferenced:
             self._evict()
         return self.pool.take()
 
     def _take_many(self, count: int) -> list[int]:
+        self._taken += count
         missing = count - self.pool.num_free
         if missing > 0:
             for _ in range(min(missing, self.cache.num_unreferenced)):
@@ -225,7 +236,7 @@ class BlockManager:
     def _evict(self) -> None:
         block, key = self.cache.evict()
         if self.tier.is_on:
-            self.tier.keep(block, key)
+            self.tier.evicted(block, key)
         self.pool.put_back(block)
 
     def _drop(self, blocks: Iterable[int]) -> None:

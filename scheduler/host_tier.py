@@ -7,12 +7,11 @@
                                 └──▶ given up, the one kept for longest first, when a swap or a newer block needs room
 
 A step that writes to a block must wait for its copy out, which can begin only when the step before is over. So blocks
-are copied a plan or more before they are reused, and are in both tiers until then. One that is needed sooner is copied
-by the plan that reuses it.
+are copied a plan or more before they are reused, and are in both tiers until then. One that is needed sooner may be
+copied by the plan that reuses it, as long as such waits are paid for by what comes back; else it is simply gone.
 
 A plan copies out before it copies in. So a host block that a plan reads must not be written by the same plan: what was
-read is on hold until the plan has been made. Copies for the cache are bounded per plan, so that they cannot crowd out
-the work; a block evicted beyond that is simply gone.
+read is on hold until the plan has been made.
 """
 
 from __future__ import annotations
@@ -22,21 +21,24 @@ from collections import OrderedDict
 from scheduler.block_pool import BlockPool
 from scheduler.step_plan import NO_MOVES, BlockMoves
 
-MOST_PER_PLAN = 256
-"""Blocks copied out per plan: twice what a step of 2048 tokens can push out. At 2 MiB each and 50 GB/s they take 10 ms,
-beside the step. Fewer leave holes in the chains, so that what was kept is not found."""
+MOST_CREDIT = 256
+"""Copies that steps may wait for before a kept block has come back: at 2 MiB each and 50 GB/s they take 10 ms."""
+CREDIT_PER_HIT = 4
+"""Such copies that a block which comes back pays for. Computing it again takes ten times as long as a copy or more,
+where blocks are kept at all fast links have been measured at."""
 
 
 class HostTier:
     """Keys of kept blocks, and the copies of the plan that is being made."""
 
-    __slots__ = ("_block_of", "_destinations", "_new", "_on_hold", "_sources", "host", "is_on", "is_worth_it")
+    __slots__ = ("_block_of", "_credit", "_destinations", "_new", "_on_hold", "_sources", "host", "is_on", "is_worth_it")
 
     def __init__(self, host: BlockPool, *, is_on: bool) -> None:
         self.host = host
         self.is_on = is_on
         self.is_worth_it = True  # said anew for every plan: keeping a block is cheaper than computing it again
         self._block_of: OrderedDict[bytes, int] = OrderedDict()  # kept for longest first
+        self._credit = MOST_CREDIT
         self._sources: list[int] = []  # KV blocks that the plan copies out
         self._destinations: list[int] = []  # host blocks that it copies them to
         self._new: set[bytes] = set()  # keys of those, and of those kept once more; the last ones in _block_of
@@ -51,13 +53,12 @@ class HostTier:
         return self.host.num_free + len(self._block_of) - len(self._new)
 
     def keep(self, block: int, key: bytes) -> bool:
-        """A block of the KV pool is copied out, if it has not been, there is room and the plan has not copied enough.
-        False: it is not kept."""
+        """A block of the KV pool is copied out, if it has not been and there is room. False: it is not kept."""
         if key in self._block_of:
             self._block_of.move_to_end(key)
             self._new.add(key)
             return True
-        if not self.is_worth_it or len(self._sources) >= MOST_PER_PLAN:
+        if not self.is_worth_it:
             return False
         if not self.host.num_free:
             self._give_up_oldest()
@@ -68,6 +69,18 @@ class HostTier:
         self._destinations.append(kept)
         self._new.add(key)
         return True
+
+    def evicted(self, block: int, key: bytes) -> None:
+        """The plan that is being made reuses a block of the KV pool. If it is not kept yet, the step has to wait for
+        its copy."""
+        is_kept = key in self._block_of
+        if (is_kept or self._credit) and self.keep(block, key) and not is_kept:
+            self._credit -= 1
+
+    @property
+    def num_copies(self) -> int:
+        """Blocks that the plan which is being made copies out for the cache."""
+        return len(self._sources)
 
     def find(self, keys: list[bytes]) -> list[bytes]:
         """The longest beginning of `keys` that is kept here. Nothing changes; `take` takes them."""
@@ -81,6 +94,7 @@ class HostTier:
     def take(self, keys: list[bytes]) -> list[int]:
         """Host blocks of found keys, to be copied in by the plan that is being made; they are no longer kept."""
         blocks = [self._block_of.pop(key) for key in keys]
+        self._credit = min(MOST_CREDIT, self._credit + CREDIT_PER_HIT * len(blocks))
         self._new.difference_update(keys)
         for block in blocks:
             self.release(block)

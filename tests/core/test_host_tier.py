@@ -11,7 +11,7 @@ import pytest
 
 from scheduler.block_pool import BlockPool
 from scheduler.dispatcher import Dispatcher, SchedulerConfig, TransferRates, WorkerCapacity
-from scheduler.host_tier import MOST_PER_PLAN, HostTier
+from scheduler.host_tier import CREDIT_PER_HIT, MOST_CREDIT, HostTier
 from scheduler.sequence import Request, SequenceGroup
 from scheduler.step_plan import NO_MOVES, BlockMoves, StepPlan
 from tests.core.factories import OneWorker
@@ -55,11 +55,18 @@ def test_a_host_block_that_a_plan_reads_is_not_written_by_it() -> None:
     assert tier.flush() == BlockMoves([11], [0])
 
 
-def test_copies_for_the_cache_are_bounded_per_plan() -> None:
+def test_copies_that_steps_wait_for_are_paid_for_by_blocks_that_come_back() -> None:
     tier = HostTier(BlockPool(1000), is_on=True)
     for number in range(500):
-        tier.keep(number, key(number))
-    assert len(tier.flush()) == MOST_PER_PLAN
+        tier.evicted(number, key(number))
+    assert len(tier.flush()) == MOST_CREDIT
+    for number in range(500):
+        tier.evicted(number, key(number))
+    assert tier.flush() == NO_MOVES  # who is kept is not copied again, and the rest not at all
+    tier.take([key(0), key(1)])
+    for number in range(500, 600):
+        tier.evicted(number, key(number))
+    assert len(tier.flush()) == 2 * CREDIT_PER_HIT
 
 
 def test_a_swap_takes_the_room_of_kept_blocks() -> None:
@@ -136,6 +143,39 @@ def test_blocks_are_copied_out_before_a_step_needs_them_and_only_once() -> None:
     assert len(service.plan().swap_in) == 5
     service.run_until_idle()
     assert again.cached_tokens == 20
+
+
+def waited_for(plan: StepPlan) -> int:
+    """Blocks that a plan's step writes to behind their copies."""
+    return len(taken(plan) & set(plan.swap_out.sources))
+
+
+def serve_long_prompts(service: OneWorker, count: int) -> list[StepPlan]:
+    """Prompts that nobody asks again, one after another: each of 500 blocks, a plan's work."""
+    plans: list[StepPlan] = []
+    for number in range(count):
+        service.submit(f"long {number}", [10 + number] * 2000, max_tokens=1)
+        plans += service.run_until_idle()
+    return plans
+
+
+def test_steps_that_take_many_blocks_find_them_copied() -> None:
+    config = replace(ON, token_budget=2048)
+    service = OneWorker(config, num_blocks=2000, host_blocks=8000, max_step_tokens=2048)
+    plans = serve_long_prompts(service, 12)
+    assert sum(map(waited_for, plans)) == 0
+    assert max(len(plan.swap_out) for plan in plans) <= 501
+    first = service.submit("the first again", [10] * 2000, max_tokens=1)
+    service.run_until_idle()
+    assert first.cached_tokens == 1996
+
+
+def test_where_nothing_comes_back_steps_stop_waiting_for_copies() -> None:
+    config = replace(ON, token_budget=2048)
+    service = OneWorker(config, num_blocks=520, host_blocks=8000, max_step_tokens=2048)  # no room for two plans
+    waits = [waited_for(plan) for plan in serve_long_prompts(service, 12)]
+    assert 0 < sum(waits) <= MOST_CREDIT
+    assert not any(waits[-8:])
 
 
 def test_a_plan_that_computes_nothing_copies_nothing_ahead() -> None:
