@@ -120,6 +120,7 @@ class Engine:
             max_waiting=settings.max_waiting,
             max_worker_losses=settings.max_worker_losses,
             watermark=settings.watermark,
+            headroom=settings.headroom,
             retention_ns=int(settings.retention_s * NS_PER_S),
             max_retained=settings.max_retained,
             park_ceiling_ns=int(settings.park_ceiling_s * NS_PER_S),

@@ -24,6 +24,7 @@ time, all of them or none. Others wait for that result only where it computes mo
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -615,7 +616,7 @@ class Scheduler:
         rows = self.rows.held - len(self.rows.released) + len(live) - self.max_rows
         need = self._blocks_to_start(claimant) + len(self.calendar.due(self.last_decode_step + 1)) + len(self.joining)
         need += sum(len(group.beams) for group in self.moved_beams)
-        blocks = need + max(len(live) - 1, self.watermark_blocks) - self.blocks.num_free
+        blocks = need + max(len(live) - 1, self.watermark_blocks, self._headroom(claimant)) - self.blocks.num_free
         if rows > 0 or blocks > 0:
             others = [group for group in takeable if group not in self._resumed]
             for groups in (others, takeable):  # who has just been resumed only if nothing else helps
@@ -691,7 +692,7 @@ class Scheduler:
         soon = len(others) if is_fresh else 0
         if found:
             need += blocks.num_parked(found)
-        if not self._has_room(need, soon):
+        if not self._has_room(need, max(soon, self._headroom(group))):
             if self._is_empty and blocks.cache.yield_pinned():  # a request goes before a pinned prefix
                 return self._start(group, draft, now)
             return self._fail_if_alone(group, now)
@@ -1056,6 +1057,16 @@ class Scheduler:
         may take everything."""
         free = self.blocks.num_free
         return need + max(soon, self.watermark_blocks) <= free or (need <= free and self._is_empty)
+
+    def _headroom(self, group: SequenceGroup) -> int:
+        """Blocks that stay free for the growth of those who run when a group begins. One that was preempted has begun
+        long ago: it comes back as soon as it fits.
+
+        How long outputs get is not known. On average the blocks of those who end are as many as the others take; by how
+        far a moment differs from that grows with the root of the number of sequences, not with their number."""
+        if group.preemptions or not self.rows.held:
+            return 0
+        return int(self.config.headroom * self.blocks.num_used / math.sqrt(self.rows.held))
 
     @property
     def _is_empty(self) -> bool:

@@ -29,7 +29,7 @@ class OneWorker:
     def __init__(self, config: SchedulerConfig | None = None, rates: TransferRates | None = None, **sizes: int) -> None:
         self.now = 0
         self.capacity = replace(CAPACITY, **sizes)
-        self.dispatcher = Dispatcher(config or SchedulerConfig(watermark=0.0))
+        self.dispatcher = Dispatcher(config or SchedulerConfig(watermark=0.0, headroom=0.0))
         self.rates = rates or TransferRates()
         self.join()
 

@@ -97,7 +97,9 @@ def test_all_beams_of_a_search_decode_in_the_same_steps() -> None:
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
 @pytest.mark.parametrize("in_flight", [False, True], ids=["between steps", "while a step is under way"])
 def test_a_search_is_preempted_and_resumed_as_a_whole(mode: Any, in_flight: bool) -> None:
-    one = OneWorker(SchedulerConfig(watermark=0.0, preemption_mode=mode), TransferRates(1, 1, 1), max_slots=4)
+    one = OneWorker(
+        SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode=mode), TransferRates(1, 1, 1), max_slots=4
+    )
     group = search(one, n=3, beam_width=3, max_tokens=20)
     for _ in range(6):
         one.step()
@@ -121,7 +123,7 @@ def test_a_search_is_preempted_and_resumed_as_a_whole(mode: Any, in_flight: bool
 
 @pytest.mark.parametrize("host_blocks", [0, 3])
 def test_a_search_that_the_arena_has_no_room_for_is_recomputed(host_blocks: int) -> None:
-    config = SchedulerConfig(watermark=0.0, preemption_mode="swap", host_prefix_cache=False)
+    config = SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode="swap", host_prefix_cache=False)
     one = OneWorker(config, max_slots=4, host_blocks=host_blocks)
     group = search(one, n=3, beam_width=3, max_tokens=20)
     for _ in range(9):
@@ -134,7 +136,9 @@ def test_a_search_that_the_arena_has_no_room_for_is_recomputed(host_blocks: int)
 
 
 def test_a_recomputed_search_shares_again_what_its_beams_begin_with() -> None:
-    one = OneWorker(SchedulerConfig(watermark=0.0, preemption_mode="recompute", prefix_cache=False), max_slots=4)
+    one = OneWorker(
+        SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode="recompute", prefix_cache=False), max_slots=4
+    )
     group = search(one, n=3, beam_width=3, max_tokens=20)
     for _ in range(9):
         one.step()

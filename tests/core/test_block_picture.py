@@ -155,7 +155,7 @@ def test_nothing_is_told_when_nothing_has_changed() -> None:
 
 
 def test_a_swapped_sequence_keeps_its_number_in_the_host_arena() -> None:
-    config = SchedulerConfig(watermark=0.0, preemption_mode="swap", host_prefix_cache=False)
+    config = SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode="swap", host_prefix_cache=False)
     one = OneWorker(config, TransferRates(10**9, 10**9, 1), num_blocks=6)
     painter = Painter()
     one.submit("a", list(range(9)), max_tokens=12)

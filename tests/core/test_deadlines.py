@@ -27,7 +27,9 @@ RATES = TransferRates(prefill_tokens_per_second=1000)  # a millisecond per promp
 
 
 def one_at_a_time() -> OneWorker:
-    return OneWorker(SchedulerConfig(max_num_seqs=1, watermark=0.0), RATES, num_blocks=100, max_step_tokens=64)
+    return OneWorker(
+        SchedulerConfig(max_num_seqs=1, watermark=0.0, headroom=0.0), RATES, num_blocks=100, max_step_tokens=64
+    )
 
 
 def test_a_prompt_that_takes_longer_than_there_is_time_is_refused_by_name() -> None:
@@ -208,7 +210,9 @@ STATES = {
 @pytest.mark.parametrize("name", STATES)
 def test_a_deadline_that_passes_frees_everything_at_once_and_rows_with_the_next_plan(name: str) -> None:
     state = STATES[name]
-    config = SchedulerConfig(watermark=0.0, token_budget=8, preemption_mode=state.mode, prefix_cache=False)
+    config = SchedulerConfig(
+        watermark=0.0, headroom=0.0, token_budget=8, preemption_mode=state.mode, prefix_cache=False
+    )
     service = OneWorker(config, max_slots=4)
     if state.rows_taken:
         service.submit("first", n=4, max_tokens=30)
@@ -245,7 +249,9 @@ def check_gone(service: OneWorker, group: SequenceGroup) -> None:
 
 
 def test_in_a_full_batch_with_others_waiting_a_token_takes_as_long_as_it_takes_there() -> None:
-    service = OneWorker(SchedulerConfig(max_num_seqs=8, watermark=0.0), RATES, num_blocks=200, max_step_tokens=64)
+    service = OneWorker(
+        SchedulerConfig(max_num_seqs=8, watermark=0.0, headroom=0.0), RATES, num_blocks=200, max_step_tokens=64
+    )
     for number in range(11):
         service.submit(f"flood-{number}", max_tokens=40)
         for _ in range(3):

@@ -134,7 +134,7 @@ def test_a_worker_that_joins_later_takes_its_share_of_those_who_wait() -> None:
 
 
 def test_a_worker_whose_line_was_shortened_is_asked_for_a_plan_because_another_may_be_first_in_it_now() -> None:
-    dispatcher = Dispatcher(SchedulerConfig(watermark=0.0, prefix_cache=False))
+    dispatcher = Dispatcher(SchedulerConfig(watermark=0.0, headroom=0.0, prefix_cache=False))
     dispatcher.add_worker("first", CAPACITY, TransferRates(), 1, 0)
     dispatcher.submit(make_request("running", [1] * 36, max_tokens=1), 0)
     assert dispatcher.schedule("first", 0) is not None
@@ -268,7 +268,7 @@ def test_worker_losses_between_which_a_request_made_progress_do_not_add_up() -> 
 
 
 def test_a_worker_loss_does_not_count_against_who_only_waited() -> None:
-    service = OneWorker(SchedulerConfig(max_num_seqs=1, watermark=0.0))
+    service = OneWorker(SchedulerConfig(max_num_seqs=1, watermark=0.0, headroom=0.0))
     poison = service.submit("poison", payload=Behaviour(deadly_at=5))
     waiting = service.submit("waiting")
     for epoch in (2, 3):

@@ -117,7 +117,7 @@ def test_the_books_balance_whatever_comes_goes_and_is_charged(seed: int) -> None
 
 
 def test_a_flood_does_not_hold_up_another_tenant() -> None:
-    service = OneWorker(SchedulerConfig(max_num_seqs=2, watermark=0.0, prefix_cache=False), num_blocks=64)
+    service = OneWorker(SchedulerConfig(max_num_seqs=2, watermark=0.0, headroom=0.0, prefix_cache=False), num_blocks=64)
     for number in range(8):
         service.submit(f"flood-{number}", tenant="heavy", max_tokens=20)
     service.step()
@@ -162,7 +162,9 @@ def test_one_tenant_alone_is_served_in_order_of_arrival() -> None:
 
 
 def test_a_higher_priority_displaces_a_running_lower_one_in_the_same_step() -> None:
-    service = OneWorker(SchedulerConfig(max_num_seqs=2, watermark=0.0, preemption_mode="swap", prefix_cache=False))
+    service = OneWorker(
+        SchedulerConfig(max_num_seqs=2, watermark=0.0, headroom=0.0, preemption_mode="swap", prefix_cache=False)
+    )
     service.submit("old", max_tokens=20)
     low = service.submit("low", max_tokens=20)
     service.step()
@@ -189,7 +191,7 @@ def test_an_equal_priority_of_the_same_tenant_displaces_nobody() -> None:
 
 
 def test_nobody_is_displaced_for_a_claim_that_would_not_fit_even_then() -> None:
-    service = OneWorker(SchedulerConfig(watermark=0.0, prefix_cache=False), num_blocks=16)
+    service = OneWorker(SchedulerConfig(watermark=0.0, headroom=0.0, prefix_cache=False), num_blocks=16)
     service.submit("high", [1] * 40, priority=2, max_tokens=24)
     low = service.submit("low", max_tokens=8)
     service.step()
@@ -200,7 +202,7 @@ def test_nobody_is_displaced_for_a_claim_that_would_not_fit_even_then() -> None:
 
 
 def test_a_preempted_group_does_not_take_the_room_that_a_higher_priority_waits_for() -> None:
-    config = SchedulerConfig(watermark=0.0, preemption_mode="recompute", prefix_cache=False)
+    config = SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode="recompute", prefix_cache=False)
     service = OneWorker(config, num_blocks=12)
     high = service.submit("high", [1] * 31, priority=1, max_tokens=12)
     low = service.submit("low", [2] * 11, max_tokens=12)

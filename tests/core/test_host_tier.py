@@ -17,7 +17,7 @@ from scheduler.step_plan import NO_MOVES, BlockMoves, StepPlan
 from tests.core.factories import OneWorker
 from tests.core.simulated_worker import Behaviour, SimulatedWorker, undisturbed_output
 
-ON = SchedulerConfig(watermark=0.0, host_prefix_cache=True, preemption_mode="swap")
+ON = SchedulerConfig(watermark=0.0, headroom=0.0, host_prefix_cache=True, preemption_mode="swap")
 
 
 def key(number: int) -> bytes:

@@ -30,6 +30,7 @@ class Overcommitted:
             token_budget=128,
             max_waiting=NUM_REQUESTS,
             watermark=0.0,
+            headroom=0.0,
             max_preemptions=max_preemptions,
             max_retained=NUM_REQUESTS,
             retention_ns=1 << 60,

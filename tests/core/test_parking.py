@@ -42,7 +42,7 @@ def test_a_parked_request_whose_time_is_over_gives_the_arena_back_without_a_step
 def test_a_parked_request_goes_on_with_the_right_tokens_whatever_the_arena_could_keep(
     host_blocks: int, tokens: list[int]
 ) -> None:
-    service = OneWorker(SchedulerConfig(watermark=0.0, prefix_cache=False), host_blocks=host_blocks)
+    service = OneWorker(SchedulerConfig(watermark=0.0, headroom=0.0, prefix_cache=False), host_blocks=host_blocks)
     group = service.submit("a", max_tokens=20)
     for _ in range(8):
         service.step()

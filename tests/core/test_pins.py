@@ -8,7 +8,7 @@ from tests.core.factories import OneWorker
 from tests.core.simulated_worker import undisturbed_output
 
 PREFIX = [7] * 12
-POOL_ALONE = SchedulerConfig(watermark=0.0, host_prefix_cache=False)
+POOL_ALONE = SchedulerConfig(watermark=0.0, headroom=0.0, host_prefix_cache=False)
 
 
 def with_pin() -> OneWorker:

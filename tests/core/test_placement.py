@@ -12,7 +12,7 @@ from tests.core.factories import CAPACITY, make_request
 
 def pool(*num_blocks: int) -> Dispatcher:
     """Workers "0", "1", ... with so many blocks."""
-    dispatcher = Dispatcher(SchedulerConfig(watermark=0.0, max_waiting=10_000))
+    dispatcher = Dispatcher(SchedulerConfig(watermark=0.0, headroom=0.0, max_waiting=10_000))
     for number, blocks in enumerate(num_blocks):
         capacity = replace(CAPACITY, num_blocks=blocks)
         dispatcher.add_worker(str(number), capacity, TransferRates(), number + 1, 0)

@@ -28,7 +28,7 @@ from tests.core.factories import CAPACITY, make_request
 from tests.core.simulated_worker import SimulatedWorker
 
 SIZES = (8, 256)
-CONFIG = SchedulerConfig(watermark=0.0, max_waiting=10_000, retention_ns=50, max_parked=10_000)
+CONFIG = SchedulerConfig(watermark=0.0, headroom=0.0, max_waiting=10_000, retention_ns=50, max_parked=10_000)
 
 
 class CountedScheduler(Scheduler):

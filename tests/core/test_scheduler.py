@@ -109,13 +109,50 @@ def test_higher_priority_starts_first_and_equal_priority_in_order_of_arrival() -
 
 
 def test_nobody_is_admitted_past_a_waiting_group_that_does_not_fit() -> None:
-    service = OneWorker(SchedulerConfig(watermark=0.0, prefix_cache=False), num_blocks=4)
+    service = OneWorker(SchedulerConfig(watermark=0.0, headroom=0.0, prefix_cache=False), num_blocks=4)
     service.submit("a", [1] * 8, max_tokens=4)
     service.submit("big", [2] * 12, max_tokens=1)
     service.submit("small", [3], max_tokens=1)
     assert [new.request.request_id for new in service.step().new_sequences] == ["a"]
     started = [new.request.request_id for plan in service.run_until_idle() for new in plan.new_sequences]
     assert started == ["big", "small"]
+
+
+def test_a_new_request_leaves_room_for_the_growth_of_those_who_run() -> None:
+    config = SchedulerConfig(watermark=0.0, headroom=1.0, prefix_cache=False)
+    for prompt, starts in ((32, True), (33, False)):  # 8 or 9 blocks of the 12 that are free; one sequence holds 4
+        service = OneWorker(config)
+        service.submit("first", [1] * 13, max_tokens=9)
+        service.plan()
+        service.submit("second", [1] * prompt, max_tokens=1)
+        plan = service.maybe_plan()
+        assert bool(plan and plan.new_sequences) == starts
+
+
+def test_headroom_spares_preemptions() -> None:
+    preemptions = {}
+    for headroom in (0.0, 0.5):
+        service = OneWorker(SchedulerConfig(watermark=0.0, headroom=headroom, prefix_cache=False), num_blocks=40)
+        groups = [service.submit(f"{number}", [1] * 8, max_tokens=8 + 11 * number % 40) for number in range(60)]
+        service.run_until_idle(2000)
+        assert all(group.is_finished for group in groups)
+        preemptions[headroom] = sum(service.dispatcher.loads().workers[0].preemptions_total.values())
+    assert preemptions[0.5] < preemptions[0.0]
+
+
+def test_who_was_preempted_comes_back_without_headroom() -> None:
+    service = OneWorker(SchedulerConfig(watermark=0.0, headroom=1.0, prefix_cache=False, preemption_mode="recompute"))
+    longest = service.submit("longest", [1] * 4, max_tokens=60)
+    other = service.submit("other", [1] * 20, max_tokens=20)
+    last = service.submit("last", [1] * 20, max_tokens=20)
+    while not last.preemptions:
+        service.step()
+    while not other.is_finished:
+        service.step()
+    service.step()
+    # 8 of 10 free blocks, beside a sequence that holds 6
+    assert last.sequences[0].table.blocks
+    assert not longest.is_finished
 
 
 def test_admission_leaves_the_watermark_free_unless_the_pool_is_empty() -> None:
@@ -356,7 +393,7 @@ def test_prompt_logprobs_are_collected_over_chunks_and_skip_the_cache() -> None:
 def tight(mode: str, **sizes: int) -> OneWorker:
     """Two requests that start in a pool of 6 blocks, of which each will need 4."""
     sizes.setdefault("num_blocks", 6)
-    config = SchedulerConfig(watermark=0.0, preemption_mode=mode, prefix_cache=False)  # type: ignore[arg-type]
+    config = SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode=mode, prefix_cache=False)  # type: ignore[arg-type]
     service = OneWorker(config, **sizes)
     service.submit("a", [1] * 7, max_tokens=9)
     service.submit("b", [2] * 7, max_tokens=9)
@@ -402,7 +439,7 @@ def test_a_swap_arena_without_room_means_recompute(host_blocks: int) -> None:
     [(TransferRates(10**9, 10**9, 10**3), "swap"), (TransferRates(10**3, 10**3, 10**9), "recompute")],
 )
 def test_auto_takes_the_cheaper_by_the_workers_rates(rates: TransferRates, mode: str) -> None:
-    service = OneWorker(SchedulerConfig(watermark=0.0, prefix_cache=False), rates, num_blocks=6)
+    service = OneWorker(SchedulerConfig(watermark=0.0, headroom=0.0, prefix_cache=False), rates, num_blocks=6)
     service.submit("a", [1] * 7, max_tokens=9)
     service.submit("b", [2] * 7, max_tokens=9)
     scheduler = service.dispatcher._schedulers["w"]
@@ -436,7 +473,7 @@ def test_a_preempted_group_is_resumed_before_anybody_new_but_for_higher_priority
 
 
 def test_all_sequences_of_a_group_are_preempted_and_resumed_together() -> None:
-    config = SchedulerConfig(watermark=0.0, preemption_mode="swap", prefix_cache=False)
+    config = SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode="swap", prefix_cache=False)
     service = OneWorker(config, num_blocks=8)
     service.submit("a", [1] * 7, max_tokens=16)
     pair = service.submit("b", [2] * 7, n=2, max_tokens=9)
@@ -451,7 +488,7 @@ def test_all_sequences_of_a_group_are_preempted_and_resumed_together() -> None:
 
 
 def test_samples_that_are_swapped_before_their_first_copy_on_write_come_back_with_blocks_of_their_own() -> None:
-    config = SchedulerConfig(watermark=0.0, preemption_mode="swap", prefix_cache=False)
+    config = SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode="swap", prefix_cache=False)
     service = OneWorker(config, num_blocks=5)
     service.submit("a", [1] * 7, max_tokens=8)
     service.step()
@@ -465,7 +502,7 @@ def test_samples_that_are_swapped_before_their_first_copy_on_write_come_back_wit
 
 
 def test_when_the_head_outgrows_the_pool_those_who_yielded_to_it_start_in_the_same_plan() -> None:
-    config = SchedulerConfig(watermark=0.0, preemption_mode="recompute", prefix_cache=False)
+    config = SchedulerConfig(watermark=0.0, headroom=0.0, preemption_mode="recompute", prefix_cache=False)
     service = OneWorker(config, num_blocks=4)
     service.submit("head", [1] * 4, n=2, max_tokens=20)
     for _ in range(4):
@@ -507,7 +544,7 @@ def test_a_request_that_outgrows_the_whole_pool_alone_fails_by_name() -> None:
 
 
 def test_the_oldest_group_is_never_preempted_and_everybody_ends() -> None:
-    config = SchedulerConfig(watermark=0.0, prefix_cache=False)
+    config = SchedulerConfig(watermark=0.0, headroom=0.0, prefix_cache=False)
     service = OneWorker(config, num_blocks=8, host_blocks=3)
     groups = [service.submit(str(number), [number] * 5, max_tokens=20) for number in range(8)]
     service.run_until_idle()
@@ -524,7 +561,9 @@ def test_cancelling_frees_blocks_in_every_state() -> None:
     for steps in range(12):
         for in_flight in (0, 1, 2):
             service = OneWorker(
-                SchedulerConfig(watermark=0.0, token_budget=4, preemption_mode="swap", prefix_cache=False),
+                SchedulerConfig(
+                    watermark=0.0, headroom=0.0, token_budget=4, preemption_mode="swap", prefix_cache=False
+                ),
                 num_blocks=6,
             )
             service.submit("a", [1] * 7, max_tokens=12)

@@ -73,6 +73,7 @@ class Simulation:
             host_prefix_cache=chance() < 0.5,
             max_waiting=choose([4, 100]),
             watermark=choose([0.0, 0.01, 0.1]),
+            headroom=choose([0.0, 0.3, 2.0]),
             retention_ns=10**12,
             max_plans_in_flight=choose([1, 2, 2, 2, 3]),
             park_ceiling_ns=choose([20, 10**12, 10**12]),

@@ -119,7 +119,7 @@ def test_where_any_chunk_is_dear_prompts_are_not_cut_into_more_dear_steps() -> N
 
 def test_a_prompt_beside_decodes_is_cut_to_the_target_and_alone_it_is_not() -> None:
     # The simulated worker takes a microsecond per token; the target leaves room for LEAST_CHUNK at least.
-    config = SchedulerConfig(token_budget=1024, target_itl_ns=100_000, prefix_cache=False, watermark=0.0)
+    config = SchedulerConfig(token_budget=1024, target_itl_ns=100_000, prefix_cache=False, watermark=0.0, headroom=0.0)
     rates = TransferRates(prefill_tokens_per_second=1_000_000)
     service = OneWorker(config, rates, num_blocks=2000, max_step_tokens=1024)
     service.submit("a", [1] * 500, max_tokens=200)
