@@ -48,7 +48,8 @@ class SchedulerSettings(RoleSettings):
     watermark: float = Field(default=0.01, ge=0.0, lt=1.0)
     """Share of the block pool that admission leaves free, so that running sequences can grow without preemptions."""
     headroom: float = Field(default=0.3, ge=0.0, le=10.0)
-    """The same for new requests, by what runs: of n sequences that hold b blocks each, headroom * b * sqrt(n)."""
+    """The same for new requests, by what runs: headroom * b * sqrt(n) blocks for n sequences that hold b each, but no
+    more than g * sqrt(n), if g of those hold output."""
 
     retention_s: float = Field(default=60.0, ge=0.0, le=86400.0)
     """Seconds for which a finished request can still be attached to."""

@@ -21,7 +21,7 @@ class SchedulerConfig:
     host_prefix_cache: bool = True  # full blocks that the pool gives up go to the host arena, and come back from there
     max_waiting: int = 1024  # requests that have not started; more are answered LATER
     watermark: float = 0.01  # fraction of the KV pool that admission leaves free
-    headroom: float = 0.3  # new requests also leave headroom * b * sqrt(n) blocks free for n sequences of b blocks each
+    headroom: float = 0.3  # new requests leave headroom * b * sqrt(n) blocks free for n sequences of b, see config.py
     retention_ns: int = 60_000_000_000  # how long a finished request can be found
     max_retained: int = 4096  # finished requests kept at most
     park_ceiling_ns: int = 600_000_000_000  # how long a request may stay parked or held

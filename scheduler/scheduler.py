@@ -127,6 +127,7 @@ class Scheduler:
         self.gathering = Gathering()
         self._result_at: int | None = None  # the newest one came; None: schedule() has been asked since
         self.held_until: int | None = None  # a plan that could be made now is to be made then; nanoseconds
+        self._grown = (0, 0.0)  # blocks that the outputs of those who run hold, as of the draft of that step
         self._is_full = False  # somebody who waited is not in the last plan: nor would be who comes now
         self._early: dict[int, StepResult] = {}  # results that overtook another; at most one per plan in flight
         # Figures.
@@ -616,7 +617,9 @@ class Scheduler:
         rows = self.rows.held - len(self.rows.released) + len(live) - self.max_rows
         need = self._blocks_to_start(claimant) + len(self.calendar.due(self.last_decode_step + 1)) + len(self.joining)
         need += sum(len(group.beams) for group in self.moved_beams)
-        blocks = need + max(len(live) - 1, self.watermark_blocks, self._headroom(claimant)) - self.blocks.num_free
+        blocks = (
+            need + max(len(live) - 1, self.watermark_blocks, self._headroom(claimant, draft)) - self.blocks.num_free
+        )
         if rows > 0 or blocks > 0:
             others = [group for group in takeable if group not in self._resumed]
             for groups in (others, takeable):  # who has just been resumed only if nothing else helps
@@ -692,7 +695,7 @@ class Scheduler:
         soon = len(others) if is_fresh else 0
         if found:
             need += blocks.num_parked(found)
-        if not self._has_room(need, max(soon, self._headroom(group))):
+        if not self._has_room(need, soon) or not self._has_room(need, self._headroom(group, draft)):
             if self._is_empty and blocks.cache.yield_pinned():  # a request goes before a pinned prefix
                 return self._start(group, draft, now)
             return self._fail_if_alone(group, now)
@@ -1058,15 +1061,20 @@ class Scheduler:
         free = self.blocks.num_free
         return need + max(soon, self.watermark_blocks) <= free or (need <= free and self._is_empty)
 
-    def _headroom(self, group: SequenceGroup) -> int:
+    def _headroom(self, group: SequenceGroup, draft: Draft) -> int:
         """Blocks that stay free for the growth of those who run when a group begins. One that was preempted has begun
         long ago: it comes back as soon as it fits.
 
         How long outputs get is not known. On average the blocks of those who end are as many as the others take; by how
-        far a moment differs from that grows with the root of the number of sequences, not with their number."""
+        far a moment differs from that grows with the root of the number of sequences, not with their number. No more
+        than what the outputs so far hold: long prompts with short answers need no such room."""
         if group.preemptions or not self.rows.held:
             return 0
-        return int(self.config.headroom * self.blocks.num_used / math.sqrt(self.rows.held))
+        if self._grown[0] != draft.step:
+            tokens = sum(len(sequence.output) for group in self.running for sequence in group.live)
+            self._grown = draft.step, tokens / self.capacity.block_size
+        most = min(self.config.headroom * self.blocks.num_used, self._grown[1])
+        return int(most / math.sqrt(self.rows.held))
 
     @property
     def _is_empty(self) -> bool:

@@ -118,15 +118,22 @@ def test_nobody_is_admitted_past_a_waiting_group_that_does_not_fit() -> None:
     assert started == ["big", "small"]
 
 
-def test_a_new_request_leaves_room_for_the_growth_of_those_who_run() -> None:
+@pytest.mark.parametrize(
+    ("prompt", "outputs", "fits"),
+    # Of 16 blocks the first holds 4 of which 2 are output: 10 fit. Or 4 that are prompt: 12 fit.
+    [(5, 10, 10), (14, 1, 12)],
+    ids=["after long output", "after a long prompt"],
+)
+def test_a_new_request_leaves_room_for_the_growth_of_those_who_run(prompt: int, outputs: int, fits: int) -> None:
     config = SchedulerConfig(watermark=0.0, headroom=1.0, prefix_cache=False)
-    for prompt, starts in ((32, True), (33, False)):  # 8 or 9 blocks of the 12 that are free; one sequence holds 4
+    for blocks in (fits, fits + 1):
         service = OneWorker(config)
-        service.submit("first", [1] * 13, max_tokens=9)
-        service.plan()
-        service.submit("second", [1] * prompt, max_tokens=1)
-        plan = service.maybe_plan()
-        assert bool(plan and plan.new_sequences) == starts
+        first = service.submit("first", [1] * prompt, max_tokens=20)
+        while len(first.sequences[0].output) < outputs:
+            service.step()
+        assert service.free_blocks == 12
+        service.submit("second", [1] * (4 * blocks), max_tokens=1)
+        assert bool(service.plan().new_sequences) == (blocks == fits)
 
 
 def test_headroom_spares_preemptions() -> None:
