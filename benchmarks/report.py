@@ -51,6 +51,10 @@ The peer was measured on an H200, which computes as fast and has 1.4 times the m
 share of the limit on their own card. [limit.json](../benchmarks/results/h100/limit.json) has the H100's limits: the
 same service with a device that takes exactly the time of weights, arithmetic and KV.
 
+The rows are from before the second tier of the prefix cache was on by default. With it on as it was at first they were
+up to 5.5 % slower, most in prefill, because steps waited for copies. They no longer do, which is not measured
+yet ([decision 55](decisions/0055-blocks-are-copied-out-before-they-are-reused.md)).
+
 """
 H100_LOST = """What is missing to the limit, by kind of step: every step of a run is held against what weights,
 arithmetic and KV of that very step need. Kinds that take 3 % of a row's time or more; "lost" is the time beyond the
