@@ -35,6 +35,12 @@ MOST_ROUNDS = 5
 """So often the requests are sent until the pool was too small for them."""
 
 
+@pytest.fixture(autouse=True)
+def without_headroom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New requests take what room there is, so that a small pool preempts. The processes read their environment."""
+    monkeypatch.setenv("PAGEWIRE_HEADROOM", "0")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """The workers'; what their output is compared with is computed on the CPU."""
