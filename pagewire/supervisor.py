@@ -216,7 +216,7 @@ class Supervisor:
     ) -> None:
         self.settings = settings
         self.command = command
-        self._gpus = gpus.visible() if settings.num_workers > 1 and settings.device != "cpu" else []
+        self._gpus = gpus.for_workers(settings.num_workers, settings.device)
         self.scheduler_address = f"unix:{folder / 'scheduler.sock'}"
         self.children = [Child("scheduler", 0, self._scheduler_arguments)]
         self.children += [Child("worker", index, self._worker_arguments) for index in range(settings.num_workers)]

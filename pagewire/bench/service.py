@@ -161,7 +161,7 @@ class Service:
 
     def _spawn_workers(self) -> dict[str, int]:
         count = self.launch.workers
-        names = gpus.visible() if count > 1 and self.launch.device != "cpu" else []
+        names = gpus.for_workers(count, self.launch.device)
         shares = {"worker" if count == 1 else f"worker-{number}": gpus.share(number, names) for number in range(count)}
         return {name: self._spawn(name, self._worker_command(), share) for name, share in shares.items()}
 

@@ -26,6 +26,11 @@ def visible(environment: Mapping[str, str] = os.environ) -> list[str]:
     return told.stdout.split()
 
 
+def for_workers(count: int, device: str | None) -> list[str]:
+    """GPUs to share out among `count` workers on `device`; none where nobody has to be shown one."""
+    return visible() if count > 1 and device != "cpu" else []
+
+
 def share(number: int, names: list[str]) -> dict[str, str]:
     """What the environment of worker `number` (from 0) has to say. With more workers than GPUs they start over."""
     return {VARIABLE: names[number % len(names)]} if names else {}
