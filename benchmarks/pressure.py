@@ -2,7 +2,8 @@
 `python -m benchmarks.pressure OUT.json`. A GPU with CuPy.
 
 The online load at 30 requests/s holds about 2,000 blocks of 16 tokens at once on an H100: pools of 1,333, 1,000 and 500
-blocks are 1.5, 2 and 4 times overcommitted. A pool's worker stays while schedulers of the three modes take turns.
+blocks are 1.5, 2 and 4 times overcommitted. A pool's worker stays while schedulers of the modes take turns; `auto:0`
+is `auto` with a headroom of 0, so that new requests leave no room for the growth of the others.
 Where a machine is there for one pool at a time, `--merge` makes one file of several.
 """
 
@@ -25,11 +26,23 @@ from pagewire.bench.serve import DEFAULT_LIMITS, Load
 from pagewire.bench.service import Launch
 from pagewire.bench.session import loads
 from pagewire.bench.workloads import Scale
+from scheduler.policy import SchedulerConfig
 
 POOLS = (1333, 1000, 500)
 MODES = ("auto", "recompute", "swap")
 RATE = 30.0
-ROW_LIMIT_S = 150.0
+ROW_LIMIT_S = 200.0
+
+
+def policy(text: str) -> tuple[str, float]:
+    """MODE or MODE:HEADROOM. Raises argparse.ArgumentTypeError."""
+    mode, _, headroom = text.partition(":")
+    try:
+        if mode not in MODES:
+            raise ValueError
+        return mode, float(headroom) if headroom else SchedulerConfig().headroom
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(MODES)}, nor MODE:HEADROOM") from None
 
 
 async def measure(given: argparse.Namespace, folder: Path) -> bool:
@@ -49,7 +62,7 @@ async def measure(given: argparse.Namespace, folder: Path) -> bool:
         runner = Runner(replace(launch, num_blocks=blocks), folder / str(blocks), limit_s=given.limit_s, say=print)
         try:
             for _ in range(given.repeat):
-                for mode in given.mode:
+                for mode, headroom in given.mode:
 
                     async def values(runner: Runner = runner) -> results.Row:
                         row = await serve.measure(
@@ -66,11 +79,13 @@ async def measure(given: argparse.Namespace, folder: Path) -> bool:
                         preempted = {"swap": carried.preemptions_swap, "recompute": carried.preemptions_recompute}
                         return {**row, "preemptions": preempted}
 
-                    await runner.replan(preemption_mode=mode)
-                    row = await runner.row({"num_blocks": blocks, "mode": mode}, ROW_LIMIT_S, values)
+                    await runner.replan(preemption_mode=mode, headroom=headroom)
+                    row = await runner.row(
+                        {"num_blocks": blocks, "mode": mode, "headroom": headroom}, ROW_LIMIT_S, values
+                    )
                     recorder.add(row)
                     told = [row.get(name, "") for name in ("out_tok_s", "mean_itl_ms", "preemptions", "error")]
-                    print(blocks, mode, *told, flush=True)
+                    print(blocks, mode, headroom, *told, flush=True)
         finally:
             await runner.stop()
     return not any("error" in row for row in recorder.rows)
@@ -83,7 +98,9 @@ def main() -> int:
     add_model(parser)
     parser.add_argument("--pool", nargs="+", type=int, default=list(POOLS), help="blocks of 16 tokens")
     parser.add_argument("--host-blocks", type=int, default=4096)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--mode", nargs="+", type=policy, default=[policy(mode) for mode in MODES], help=f"of {MODES}, or MODE:HEADROOM"
+    )
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--repeat", type=int, default=1, help="turns of all modes")
     parser.add_argument("--length-scale", type=float, default=1.0)

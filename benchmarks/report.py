@@ -396,11 +396,14 @@ def lost_time(content: Content) -> str:
 
 
 def pressure(content: Content) -> str:
-    """Modes of preemption side by side, by size of the pool, then `auto` beside the better of the other two."""
+    """Modes of preemption side by side, by size of the pool, then `auto` beside the better of the other two, which have
+    no headroom. Rows that say nothing of it are from before there was one."""
     rows: dict[tuple[int, str], list[Content]] = {}
-    for row in sorted(content["rows"], key=lambda row: (-row["num_blocks"], row["mode"])):
+    for row in sorted(content["rows"], key=lambda row: (-row["num_blocks"], row["mode"], row.get("headroom", 0.0))):
         if "error" not in row:
-            rows.setdefault((row["num_blocks"], row["mode"]), []).append(row)
+            headroom = row.get("headroom")
+            mode = f"{row['mode']}, headroom {headroom:g}" if headroom else row["mode"]
+            rows.setdefault((row["num_blocks"], mode), []).append(row)
     names = ["out tok/s", *(f"a stream's mean {share} ms" for share in PRESSURE_SHARES)]
 
     def columns(found: list[Content]) -> list[list[float]]:
@@ -426,13 +429,13 @@ def pressure(content: Content) -> str:
             ]
         )
     compared = []
-    for blocks in dict.fromkeys(blocks for blocks, _ in rows):
-        modes = [rows.get((blocks, mode), []) for mode in ("auto", "recompute", "swap")]
-        if all(modes):
+    for blocks, name in rows:
+        modes = [rows.get((blocks, mode), []) for mode in (name, "recompute", "swap")]
+        if name.startswith("auto") and all(modes):
             auto, *others = ([statistics.median(each) for each in columns(found)] for found in modes)
             best = [better(pair) for better, pair in zip((max, min, min, min), zip(*others, strict=True), strict=True)]
             ratios = [f"{mine / other:.1%}" for mine, other in zip(auto, best, strict=True)]
-            compared.append([f"{blocks:,} blocks", *ratios])
+            compared.append([f"{blocks:,} blocks, {name}", *ratios])
     text = table(["pool, mode", "rows", *names, "inter-token p50 / p99 ms", "TTFT p50 / p99 s"], lines)
     return text + (H100_BETTER_MODE + table(["pool", *names], compared) if compared else "")
 

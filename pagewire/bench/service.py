@@ -47,6 +47,8 @@ class Launch:
     """Of the scheduler."""
     preemption_mode: str | None = None
     """Of the scheduler."""
+    headroom: float | None = None
+    """Of the scheduler."""
     host_prefix_cache: bool | None = None
     """Of the scheduler."""
     max_waiting: int = 8192
@@ -183,6 +185,7 @@ class Service:
             "--token-budget": launch.token_budget,
             "--target-itl-ms": launch.target_itl_ms,
             "--preemption-mode": launch.preemption_mode,
+            "--headroom": launch.headroom,
             "--host-prefix-cache": launch.host_prefix_cache,
             "--max-waiting": launch.max_waiting,
         }

@@ -230,6 +230,8 @@ def test_modes_of_preemption_stand_with_median_and_range_and_auto_beside_the_bet
         row("recompute", 4400.0, 10.0),
         {"num_blocks": 1333, "mode": "recompute", "error": "cut short after 100 s"},
         row("swap", 5000.0, 15.0) | {"num_blocks": 500},
+        row("auto", 4752.0, 5.0) | {"headroom": 0.3},
+        row("swap", 4000.0, 1.0) | {"headroom": 0.3},
     ]
     page = report.pressure({"rows": modes})
     tail = "7.50 / 25.0 | 2.0 / 4.0 |"
@@ -239,8 +241,9 @@ def test_modes_of_preemption_stand_with_median_and_range_and_auto_beside_the_bet
     ) in page
     assert f"| 1,333 blocks, recompute | 1 | 4,400 | 7.00 | 9.00 | 10.00 | {tail}" in page
     assert f"| 500 blocks, swap | 1 | 5,000 | 7.00 | 9.00 | 15.00 | {tail}" in page
-    assert "| 1,333 blocks | 103.1% | 100.0% | 100.0% | 120.0% |" in page
-    assert "| 500 blocks |" not in page
+    assert "| 1,333 blocks, auto | 103.1% | 100.0% | 100.0% | 120.0% |" in page
+    assert "| 1,333 blocks, auto, headroom 0.3 | 99.0% | 100.0% | 100.0% | 50.0% |" in page
+    assert "| 500 blocks, auto" not in page
 
 
 def test_files_of_several_runs_become_one_only_if_machine_and_commit_are_the_same() -> None:

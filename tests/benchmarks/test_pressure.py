@@ -16,16 +16,25 @@ def test_every_mode_serves_the_whole_load_on_one_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.json"
-    options = "--device cpu --pool 130 --host-blocks 64 --requests 12 --length-scale 0.05 --limit-s 100"
+    options = "--device cpu --pool 130 --host-blocks 128 --requests 12 --length-scale 0.05 --limit-s 100"
+    options += " --mode auto recompute:0 swap:0"
     arguments = [str(out), "--model", str(ROOT / "configs" / "tiny"), *options.split()]
     monkeypatch.setattr(sys, "argv", ["pressure", *arguments])
     assert pressure.main() == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [row["mode"] for row in rows] == ["auto", "recompute", "swap"]
+    assert [(row["mode"], row["headroom"]) for row in rows] == [("auto", 0.3), ("recompute", 0.0), ("swap", 0.0)]
     assert len({row["out_tokens"] for row in rows}) == 1
     assert rows[0]["out_tokens"] > 0
     assert rows[1]["preemptions"]["swap"] == rows[2]["preemptions"]["recompute"] == 0
     assert capsys.readouterr().out.count("starting scheduler") == 1
+
+
+def test_a_mode_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for mode in ("swop", "auto:much"):
+        monkeypatch.setattr(sys, "argv", ["pressure", "rows.json", "--mode", mode])
+        with pytest.raises(SystemExit):
+            pressure.main()
+        assert f"'{mode}' is not one of auto, recompute, swap, nor MODE:HEADROOM" in capsys.readouterr().err
 
 
 def test_rows_of_several_calls_are_made_one_file_without_measuring(
