@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.markdown import Content, table, with_range
 
-FILES = tuple(f"h100/{name}" for name in ("tenants", "conversations", "one_off", "groups", "parking"))
+FILES = ("h100/tenants", "h200/conversations", "h100/one_off", "h100/groups", "h100/parking")
 HEAD = """What the policies do with real processes and Llama-3.1-8B's shape; `python -m benchmarks.policy_measured OUT`.
 [scheduling.md](scheduling.md) explains them.
 
@@ -16,8 +16,8 @@ TENANTS = """A light tenant, alone and beside one that sends 20 times as much (i
 
 """
 CONVERSATIONS = """
-80 conversations of 8 turns, 8 turns/s, in a pool of 65,536 tokens, three tenths of all that is said; with and without
-the prefix cache's second tier, an arena of four times the pool.
+On an H200: 80 conversations of 8 turns, 8 turns/s, in a pool of 65,536 tokens, three tenths of all that is said; with
+and without the prefix cache's second tier, an arena of four times the pool.
 
 """
 ONE_OFF = """

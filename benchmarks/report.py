@@ -6,6 +6,7 @@ The page holds no number that is not in benchmarks/results/ or in pagewire/bench
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -46,69 +47,83 @@ benchmarks/run_all.sh OUT_FOLDER --tests --kernels
 H100_TB_S, H100_TFLOP_S = 2.95, 773
 """Measured: a device copy, read and written bytes; a bfloat16 product of 8192 x 8192 x 8192."""
 H200_TB_S, H200_TFLOP_S = 4.13, 742
-H100_OFFLINE = f"""The card at hand was an H100 80GB (device copy {H100_TB_S} TB/s, bf16 {H100_TFLOP_S} TFLOP/s).
-The peer was measured on an H200, which computes as fast and has 1.4 times the memory bandwidth. So both are given as a
-share of the limit on their own card. [limit.json](../benchmarks/results/h100/limit.json) has the H100's limits: the
-same service with a device that takes exactly the time of weights, arithmetic and KV.
-
-The rows are from before the second tier of the prefix cache was on by default. With it on as it was at first they were
-up to 5.5 % slower, most in prefill, because steps waited for copies. They no longer do, which is not measured
-yet ([decision 55](decisions/0055-blocks-are-copied-out-before-they-are-reused.md)).
+H200_OFFLINE = """Every row is above the peer's value. What is missing to goals is under
+[where the rest of the time goes](#where-the-rest-of-the-time-goes).
 
 """
-H100_LOST = """What is missing to the limit, by kind of step: every step of a run is held against what weights,
+H200_LOST = """What is missing to the limit, by kind of step: every step of a run is held against what weights,
 arithmetic and KV of that very step need. Kinds that take 3 % of a row's time or more; "lost" is the time beyond the
-limit, of the row's. The card's idle time is 0.2 to 2 % of every row but the last.
+limit, of the row's. The card's idle time is below 1 % of every row but the last, where it waits for 256 admissions.
 
 """
-H100_WHY = """
-Why, from profiles of single steps (the kernels' times are in [linear.md](kernels/linear.md)):
+H200_WHY = """
+Why, from the profile of a step and from the kernels' own times (`python -m benchmarks.kernels`,
+[kernels.json](../benchmarks/results/h200/kernels.json); what was tried is in [linear.md](kernels/linear.md) and
+[decode.md](kernels/decode.md)):
 
-- **1 row**: 0.6 ms beyond the limit. Products take 156 us a layer where reading weights takes 148: 0.3 ms. The rest
+- **1 row**: 0.65 ms beyond the limit. Products take 115 us a layer where reading weights takes 104: 0.36 ms. The rest
   is attention, rotation and sampling, which have next to nothing to do and still begin and end.
-- **256 rows**: 2.8 ms beyond. Gate and up projection take 101 us a layer instead of 80, by
-  [tall tiles](kernels/linear.md#tall-tiles); the other products 118 instead of 68, by the library, and ours are no
-  better there. Attention reads at 88 % of what a copy does; norms, rotation and sampling take 0.4 ms.
-- **512 rows**: 2.4 ms beyond. Products reach 730 TFLOP/s at the card's 700 W, whose clock is 1.3 to 1.7 GHz of 1.98
-  then (1.3 ms); the rest is norms, rotation, sampling and attention.
-- **Steps with chunks of up to 1,024 tokens**, half of the Alpaca-like row: 5.2 ms beyond (6.9 before tall
-  tiles and the present decode attention, to which the following figures belong). Products, measured apart,
-  come to 16.7 ms instead of 13.1: the library reaches 610 to 680 TFLOP/s with 600 to 800 rows, and 8 % of the rows are
-  padding. Attention of contexts of 70 tokens takes 0.7 more than its bytes, other operations 1.3. Most of the other 1.3
-  lie between kernels, 330 of them: a profile of 480 rows beside 8 prompts of 22 tokens has 20.8 ms of kernels in 21.7
-  (`python -m benchmarks.decode_step --batch 480 --context 64 --steps 16 --prompts 8 --profile 480`). Half of the
-  padding made the row no faster.
-- **Prefill** is bound by power: 700 W throughout, products at 690 to 730 TFLOP/s.
+- **256 rows**: 2.6 ms beyond. Products take 191 us a layer instead of 150, bound by operations: gate and up 93 instead
+  of 80, by [tall tiles](kernels/linear.md#tall-tiles); the library's other three 97 instead of 70. That is 1.3 ms.
+  Norms and rotation take 17 us a layer, 0.5 ms, which the limit has not; attention some 10 us more than its bytes,
+  0.3 ms.
+- **Attention**, per launch, what 32 layers pay: 2 to 4 us until the first keys are there, because it waits for the
+  kernel before it, and 1 us to the end behind the last; and the multiprocessors, which have equal shares of the keys,
+  are done at different times: the last one 8 us after the median one of 120, 20 of 490
+  ([decode_variants.json](../benchmarks/results/h200/decode_variants.json)).
+- **Steps with chunks of up to 1,024 tokens**, half of the Alpaca-like row and a quarter of the ShareGPT-like one:
+  4.9 ms beyond. Gate and up projection reach 653 TFLOP/s at 1,024 rows, the library's 637.
+- **Prefill**: 26 ms beyond in a step of 8,192 tokens. Gate and up reach 694 TFLOP/s, the library's products 630 where a
+  square one of 8,192 reached 742: 18 ms. Attention runs at 600. Copies to the second tier go beside it: a step is
+  0.3 ms longer than model and sampling.
 """
-H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here (6.9 ms for 22
-streams). Steps with up to 1,024 prompt tokens are graphs. First without a target from token to token, then with
-`--target-itl-ms 9` at 10 and 12 at 30 requests/s, which cuts prompts so that a step keeps to it
+H100_OFFLINE = f"""On an H100 80GB (device copy {H100_TB_S} TB/s, bf16 {H100_TFLOP_S} TFLOP/s), which computes as
+fast as an H200 and has 0.7 times its memory bandwidth. So both are given as a share of the limit on their own card.
+[limit.json](../benchmarks/results/h100/limit.json) has the H100's limits: the same service with a device that takes
+exactly the time of weights, arithmetic and KV. The rows are older than those of the H200, and from before the second
+tier of the prefix cache was on by default.
+
+"""
+H200_ONLINE = """Without a target from token to token, then with `--target-itl-ms 9` at 10 and 12 at 30 requests/s,
+which cuts prompts so that a step keeps to it
 ([how](decisions/0048-steps-with-chunks-cost-what-their-size-costs.md)).
 
 """
-H100_PRESSURE = """300 requests at 30/s, which hold about 2,000 blocks at once, on pools of 1,333, 1,000 and 500 blocks:
-1.5, 2 and 4 times overcommitted. `auto` chooses by predicted cost for each victim. Modes take turns on one worker:
-medians of a mode's rows, in brackets the least and the most. Means of streams are of the time from token to token
-within one request (the time per output token); their 99th percentile is that of three streams, and moves by a third
-when steps take 2 % more or less ([simulated](scheduling.md#preemption-by-cost)). Rows of one card and one hour are
-more alike than those of two cards, so ranges that do not overlap here may do so elsewhere. On another day, with 1,000
-blocks and one row a mode ([counts](../benchmarks/results/h100/pressure_counts.json)), `auto` preempted 215 times,
-always by swapping, at 4,451 tokens/s; `swap` 225 times at 4,436, `recompute` 207 times at 4,370.
+H100_ONLINE = """The peer's values are an H200's: a decode step alone takes 1.4 times as long here (6.9 ms for 22
+streams).
 
 """
-H100_PRESSURE_LONG = """1,500 requests, so that the 99th percentile is of fifteen streams; one row of each mode, two
-pools on two cards of one host at once. The modes are alike: what a preempted stream waits for is room, not its
-KV, and in the simulator copies that take no time at all lower that percentile by 2 %. What lowers it is
-[headroom](decisions/0056-new-requests-leave-room-for-the-growth-of-the-others.md), which these rows, older, do not
-have.
+H200_PRESSURE = """Requests at 30/s, which without a limit hold some 1,770 blocks at once on this card, on pools of
+1,333, 1,000 (1,500 requests each) and 500 blocks (900 requests): 1.3, 1.8 and 3.5 times overcommitted. `auto` chooses
+swap or recompute by predicted cost for each victim; with
+[headroom](decisions/0056-new-requests-leave-room-for-the-growth-of-the-others.md), the default, new requests leave room
+for the growth of the others. Each mode once, in turns on one worker, two pools on two cards of one host at once.
+Means of streams are of the time from token to token within one request (the time per output token).
 
 """
+H100_PRESSURE = """300 requests at 30/s, which hold about 2,000 blocks at once on this card: 1.5, 2 and 4 times
+overcommitted; three rows of each mode, from before there was headroom. Medians, in brackets the least and the most:
+what chance does. The 99th percentile is that of three streams.
+
+"""
+TARGETS = ((10.0, 9), (30.0, 12))
+"""Requests/s and milliseconds from token to token of the rows with a target."""
 PRESSURE_SHARES = ("p50", "p95", "p99")
-H100_BETTER_MODE = """
-`auto` over the better of the other two, by these medians. Of times, less is better.
+BETTER_MODE = """
+`auto` over the better of the other two, which have no headroom, by medians. Of times, less is better.
+
+"""
+H200_KERNELS = """Replays of graphs of as many launches as read 300 MB: of 1 x 65536, 8 x 16384, 64 x 4096 and 256 x 512
+and more that is one, and its time includes the graph's own launch, 4 to 6 us. In graphs of eight and more launches
+those four take 74.6, 133.8, 259.5 and 138.0 us
+([decode_variants.json](../benchmarks/results/h200/decode_variants.json)). How the peer's were taken in this respect is
+not known. So four of ten decode rows are not yet at FlashAttention-3's times:
+2 to 14 % above. Prefill is faster in all.
 
 """
 H100_KERNELS = "Shares of what the card copies (decode) or multiplies (prefill).\n\n"
+ATTENTION = ("decode", "prefill", "prefill hopper")
+"""Rows of kernels that are shown: of prefill the kernel that is used there."""
 PEERS = ("continuous-batching", "continuous-batching-graphs", "static-batch")
 H100_PEERS = """Output tokens/s of Hugging Face's transformers 5.17 with the same shape, requests and kind of card.
 Continuous batching is its own engine with a paged cache, with the settings that it chooses and with CUDA graphs; static
@@ -172,9 +187,6 @@ def read(folder: Path) -> dict[str, Content]:
 def render(results: dict[str, Content]) -> str:
     """The whole page."""
     sections: Sequence[tuple[str, str, Callable[[Content | None], str]]] = (
-        ("Offline throughput on one H200", "h200/offline", offline),
-        ("Latency under load on one H200", "h200/online", online),
-        ("Attention kernels on one H200", "h200/kernels", kernels),
         ("What planning costs (CPU)", "planning", planning),
         ("What the host costs per step (CPU)", "host_path", host_path),
         ("What policy and host lose against the limit (CPU)", "host_rows", host_rows),
@@ -183,42 +195,61 @@ def render(results: dict[str, Content]) -> str:
         ("KV memory without tokens (CPU)", "kv_waste", kv_waste),
     )
     parts = [HEAD]
+    parts += _h200(results)
     if "h100/offline" in results:
-        parts.append(f"## Offline throughput on one H100\n\n{offline_h100(results)}")
-        parts.append(source("h100/offline", results["h100/offline"]))
-        parts.append(
-            f"### Where the rest of the time goes\n\n{H100_LOST}{lost_time(results['h100/lost_time'])}{H100_WHY}"
-        )
-        parts.append(source("h100/lost_time", results["h100/lost_time"]))
-        parts.append(f"## transformers on one H100\n\n{peers(results)}")
-        parts += [source(name, content) for name, content in _parts(results, "h100/peers")]
-        parts.append(f"## Latency under load on one H100\n\n{H100_ONLINE}{online(results['h100/online'])}")
-        parts.append(source("h100/online", results["h100/online"]))
-        for rate, target in ((10.0, 9), (30.0, 12)):
-            name = f"h100/online_target_{target}ms"
-            parts.append(f"### With a target of {target} ms\n\n{online(results.get(name), rate)}")
-            parts.append(source(name, results[name]))
-        parts.append(f"## Memory pressure on one H100\n\n{H100_PRESSURE}{pressure(results['h100/pressure'])}")
-        parts.append(source("h100/pressure", results["h100/pressure"]))
-        parts.append(f"### More requests\n\n{H100_PRESSURE_LONG}{pressure(results['h100/pressure_long'])}")
-        parts.append(source("h100/pressure_long", results["h100/pressure_long"]))
-        parts.append(f"## Two H100s\n\n{worker_tables.two(results)}{worker_tables.loss(results[worker_tables.LOSS])}")
-        parts += [source(name, results[name]) for name in (*worker_tables.FILES, worker_tables.LOSS)]
-        parts.append(f"## Scheduling policies on one H100\n\n{policy_tables.policies(results)}")
-        parts += [source(name, results[name]) for name in policy_tables.FILES if name in results]
-        parts.append(f"## Attention kernels on one H100\n\n{kernels_h100(_rows(results, 'h100/kernels'))}")
-        parts += [source(name, content) for name, content in _parts(results, "h100/kernels")]
-        if "h100/gpu_tests" in results:
-            parts.append(f"## GPU tests on one H100\n\n{gpu_tests(results['h100/gpu_tests'])}")
-            parts.append(source("h100/gpu_tests", results["h100/gpu_tests"]))
-        parts.append(f"## Kernels under compute-sanitizer on one H100\n\n{sanitizer(results)}")
-        parts += [source(name, content) for name, content in _parts(results, "h100/sanitize")]
+        parts += _h100(results)
     for title, name, write in sections:
         content = results.get(name)
         parts.append(f"## {title}\n\n{write(content)}")
         if content is not None:
             parts.append(source(name, content))
     return "\n".join(parts)
+
+
+def _h200(results: dict[str, Content]) -> list[str]:
+    """Sections of what was measured on one H200."""
+    parts: list[str] = []
+
+    def add(name: str, head: str, write: Callable[[Content], str], tail: str = "") -> None:
+        if name in results:
+            parts.extend((head + write(results[name]) + tail, source(name, results[name])))
+
+    add("h200/offline", f"## Offline throughput on one H200\n\n{H200_OFFLINE}", offline)
+    add("h200/lost_time", f"### Where the rest of the time goes\n\n{H200_LOST}", lost_time, H200_WHY)
+    add("h200/online", f"## Latency under load on one H200\n\n{H200_ONLINE}", online)
+    for rate, target in TARGETS:
+        only = functools.partial(online, only=rate)
+        add(f"h200/online_target_{target}ms", f"### With a target of {target} ms\n\n", only)
+    add("h200/pressure", f"## Memory pressure on one H200\n\n{H200_PRESSURE}", pressure)
+    add("h200/kernels", f"## Attention kernels on one H200\n\n{H200_KERNELS}", kernels)
+    add("h200/gpu_tests", "## GPU tests on one H200\n\n", gpu_tests)
+    return parts
+
+
+def _h100(results: dict[str, Content]) -> list[str]:
+    """Sections of what was measured on H100s."""
+    parts: list[str] = []
+
+    def add(name: str, text: str) -> None:
+        parts.extend((text, source(name, results[name])))
+
+    add("h100/offline", f"## Offline throughput on one H100\n\n{offline_h100(results)}")
+    parts.append(f"## transformers on one H100\n\n{peers(results)}")
+    parts += [source(name, content) for name, content in _parts(results, "h100/peers")]
+    add("h100/online", f"## Latency under load on one H100\n\n{H100_ONLINE}{online(results['h100/online'])}")
+    for rate, target in TARGETS:
+        name = f"h100/online_target_{target}ms"
+        add(name, f"### On an H100 with a target of {target} ms\n\n{online(results[name], rate)}")
+    add("h100/pressure", f"## Memory pressure on one H100\n\n{H100_PRESSURE}{pressure(results['h100/pressure'])}")
+    parts.append(f"## Two H100s\n\n{worker_tables.two(results)}{worker_tables.loss(results[worker_tables.LOSS])}")
+    parts += [source(name, results[name]) for name in (*worker_tables.FILES, worker_tables.LOSS)]
+    parts.append(f"## Scheduling policies on one H100\n\n{policy_tables.policies(results)}")
+    parts += [source(name, results[name]) for name in policy_tables.FILES if name in results]
+    parts.append(f"## Attention kernels on one H100\n\n{kernels_h100(_rows(results, 'h100/kernels'))}")
+    parts += [source(name, content) for name, content in _parts(results, "h100/kernels")]
+    parts.append(f"## Kernels under compute-sanitizer on one H100\n\n{sanitizer(results)}")
+    parts += [source(name, content) for name, content in _parts(results, "h100/sanitize")]
+    return parts
 
 
 def offline(content: Content | None) -> str:
@@ -340,7 +371,7 @@ def _findings(row: Content) -> str:
 
 def kernels_h100(rows: Sequence[Content]) -> str:
     """Attention as a share of what each card reads or computes. A later row of the same sizes counts."""
-    shown = [row for row in rows if row["kernel"] in ("decode", "prefill")]
+    shown = [row for row in rows if row["kernel"] in ATTENTION]
     lines = []
     for row in {(row["kernel"], row["batch"], row["new"], row["context"]): row for row in shown}.values():
         decode = row["kernel"] == "decode"
@@ -437,7 +468,7 @@ def pressure(content: Content) -> str:
             ratios = [f"{mine / other:.1%}" for mine, other in zip(auto, best, strict=True)]
             compared.append([f"{blocks:,} blocks, {name}", *ratios])
     text = table(["pool, mode", "rows", *names, "inter-token p50 / p99 ms", "TTFT p50 / p99 s"], lines)
-    return text + (H100_BETTER_MODE + table(["pool", *names], compared) if compared else "")
+    return text + (BETTER_MODE + table(["pool", *names], compared) if compared else "")
 
 
 def online(content: Content | None, only: float | None = None) -> str:
@@ -448,6 +479,8 @@ def online(content: Content | None, only: float | None = None) -> str:
             continue
         for place in ("session", "gateway"):
             found = [row for row in (content or {}).get("rows", []) if row["rate"] == rate and row["at"] == place]
+            if only is not None and not found:
+                continue
             ttft = itl = "not measured yet"
             if found and "error" in found[0]:
                 ttft = itl = found[0]["error"]
@@ -473,7 +506,7 @@ def kernels(content: Content | None) -> str:
     """Attention beside FlashAttention-3 on the same paged cache."""
     lines = []
     for row in (content or {}).get("rows", []):
-        if row["kernel"] not in ("decode", "prefill"):
+        if row["kernel"] not in ATTENTION:
             continue
         rate = f"{row['tb_s']:.2f} TB/s" if "tb_s" in row else f"{row['tflop_s']:.0f} TFLOP/s"
         shape = f"{row['kernel']} {row['batch']} x {row['new']}, context {row['context']}"
