@@ -695,7 +695,7 @@ class Scheduler:
         soon = len(others) if is_fresh else 0
         if found:
             need += blocks.num_parked(found)
-        if not self._has_room(need, soon) or not self._has_room(need, self._headroom(group, draft)):
+        if not self._has_room(need, max(soon, self._headroom(group, draft))):
             if self._is_empty and blocks.cache.yield_pinned():  # a request goes before a pinned prefix
                 return self._start(group, draft, now)
             return self._fail_if_alone(group, now)
@@ -770,9 +770,10 @@ class Scheduler:
 
     def _kept_prefix(self, keys: list[bytes]) -> list[bytes]:
         """Keys of blocks in the host tier to copy in, if that is cheaper than computing them."""
-        kept = self.blocks.tier.find(keys)
-        size = self.capacity
-        return kept if self.costs.prefers_copy_in(len(kept) * size.block_bytes, len(kept) * size.block_size) else []
+        kept, size = self.blocks.tier.find(keys), self.capacity
+        if kept and self.costs.prefers_copy_in(len(kept) * size.block_bytes, len(kept) * size.block_size):
+            return kept
+        return []
 
     def _count_start(
         self, group: SequenceGroup, leader: Sequence, queried: int, found: int, from_host: int, now: int
@@ -1073,8 +1074,10 @@ class Scheduler:
         if self._grown[0] != draft.step:
             tokens = sum(len(sequence.output) for group in self.running for sequence in group.live)
             self._grown = draft.step, tokens / self.capacity.block_size
-        most = min(self.config.headroom * self.blocks.num_used, self._grown[1])
-        return int(most / math.sqrt(self.rows.held))
+        grown = self._grown[1]
+        if not grown:
+            return 0
+        return int(min(self.config.headroom * self.blocks.num_used, grown) / math.sqrt(self.rows.held))
 
     @property
     def _is_empty(self) -> bool:
