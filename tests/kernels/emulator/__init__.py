@@ -26,6 +26,10 @@ extern "C" int emulated_launch(unsigned x, unsigned y, unsigned z, int threads, 
                                unsigned seed) {{
   return emulator::run({name}, {{x, y, z}}, threads, shared, {cluster}, arguments, seed);
 }}
+extern "C" void emulated_late(unsigned char* place, size_t bytes) {{
+  if (place) emulator::late.push_back({{place, {{place, place + bytes}}}});
+  else emulator::late.clear();
+}}
 extern "C" const char* emulated_failure() {{ return emulator::failure; }}
 extern "C" long emulated_bank_conflicts() {{ return emulator::bank_conflicts; }}
 """
@@ -44,6 +48,9 @@ class EmulatorBackend:
         self.num_processors = num_processors
         self._random = random.Random(seed)
         self.libraries: list[ctypes.CDLL] = []
+        self.late: list[torch.Tensor] = []
+        """Contiguous inputs that the kernel before has yet to write when one that waits for it is launched: NaN until a
+        thread waits. Copying them before that fails."""
 
     @staticmethod
     def missing() -> str | None:
@@ -69,7 +76,8 @@ class EmulatorBackend:
         loaded.emulated_failure.restype = ctypes.c_char_p
         loaded.emulated_bank_conflicts.restype = ctypes.c_long
         self.libraries.append(loaded)
-        return EmulatedKernel(loaded, name, self._random)
+        late = self.late if kernel_compile.waits_for_previous(text, name) else []
+        return EmulatedKernel(loaded, name, self._random, late)
 
     def tensor_map(self, matrix: kernel_compile.TensorMap) -> bytes:
         """Raises KernelError for what the driver refuses: see cuTensorMapEncodeTiled."""
@@ -117,12 +125,16 @@ def _build(text: str, name: str, library: Path) -> None:
 class EmulatedKernel:
     """One kernel in one shared library."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, randomness: random.Random) -> None:
+    def __init__(self, library: ctypes.CDLL, name: str, randomness: random.Random, late: list[torch.Tensor]) -> None:
         self._library = library
         self._name = name
         self._random = randomness
+        self._late = late
 
     def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: int) -> None:
+        for tensor in self._late:
+            assert tensor.is_contiguous()
+            self._library.emulated_late(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
         status = self._library.emulated_launch(
             *(ctypes.c_uint(n) for n in grid),
             ctypes.c_int(threads),
@@ -130,5 +142,7 @@ class EmulatedKernel:
             ctypes.c_void_p(arguments),
             ctypes.c_uint(self._random.getrandbits(32)),
         )
+        if self._late:
+            self._library.emulated_late(None, ctypes.c_size_t(0))
         if status != 0:
             raise kernel_compile.KernelError(f"{self._name}: {self._library.emulated_failure().decode()}")

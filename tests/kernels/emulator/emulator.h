@@ -96,6 +96,7 @@ struct Fiber {
   Cta* cta;
   Warp* warp;
   bool done;
+  bool waited;  // for the kernels before
   const unsigned* place;  // it need not run while the bits of `mask` there are `value`
   unsigned mask, value;
   std::deque<std::vector<Copy>> groups;
@@ -103,7 +104,23 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
 };
 
+// What the kernel before has yet to write: all bits set until a thread waits for it.
+struct Late {
+  unsigned char* place;
+  std::vector<unsigned char> value;
+};
+inline std::vector<Late> late;
+
 inline Fiber* current;
+[[noreturn]] void fail(const char* why);
+
+// Bytes that are copied, whenever they land.
+inline void must_be_there(const void* from, size_t bytes) {
+  if (current->waited) return;
+  for (auto& one : late)
+    if ((const unsigned char*)from < one.place + one.value.size() && (const unsigned char*)from + bytes > one.place)
+      fail("a copy of what the kernel before has yet to write");
+}
 inline std::vector<std::unique_ptr<Cta>> cluster;
 inline Cta* cta;  // of the running thread
 inline Index3 block_size, grid_size;
@@ -230,6 +247,7 @@ inline int launch(Index3 grid, int threads, size_t shared, int ctas, unsigned se
       member->live = threads;
       for (auto& warp : member->warps) warp = Warp();
     }
+    for (auto& one : late) std::memset(one.place, 0xff, one.value.size());
     if (cluster_begins) cluster_begins();
     std::vector<int> order(fibers.size());
     for (size_t i = 0; i < fibers.size(); ++i) {
@@ -239,7 +257,7 @@ inline int launch(Index3 grid, int threads, size_t shared, int ctas, unsigned se
       f.lane = t % 32;
       f.cta = cluster[i / threads].get();
       f.warp = &f.cta->warps[t / 32];
-      f.done = false;
+      f.done = f.waited = false;
       f.place = nullptr;
       f.groups.clear();
       f.unfenced_units.clear();
@@ -358,9 +376,12 @@ inline u32 atomicMax(u32* p, u32 x) { u32 old = *p; *p = std::max(old, x); retur
 inline u64 atomicMax(u64* p, u64 x) { u64 old = *p; *p = std::max(old, x); return old; }
 inline void __threadfence() {}
 
-// Kernels run one after another: nobody starts early, everything before has finished.
+// Kernels run one after another: nobody starts early, and everything before has finished but what `emulated_late` has named.
 inline void let_next_start() {}
-inline void wait_for_previous() {}
+inline void wait_for_previous() {
+  emulator::current->waited = true;
+  for (auto& one : emulator::late) std::memcpy(one.place, one.value.data(), one.value.size());
+}
 
 // Barriers and warp-wide instructions.
 inline void __syncthreads() { emulator::barrier(); }
@@ -442,6 +463,7 @@ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 namespace emulator {
 inline void copy_async(void* to, const void* from, int size, bool valid) {
+  if (valid) must_be_there(from, size);
   if ((uintptr_t)to % size || (uintptr_t)from % size || !in_shared(to, size)) fail("cp.async outside shared memory or unaligned");
   std::memset(to, 0xff, size);
   if (current->groups.empty()) current->groups.emplace_back();

@@ -344,6 +344,8 @@ void send_box(u32 ctas, void* to, const TensorMap* encoded, u64* barrier, const 
   if (box.map.magic != TENSOR_MAP) fail("a box of something that is not a tensor map");
   if (box.map.rank != RANK) fail("a box of more or fewer dimensions than its tensor map");
   std::copy(start, start + RANK, box.start);
+  if (!current->waited && !late.empty())
+    for_elements(box, [](u32, u64 from) { if (from) must_be_there((const void*)from, 2); });
   if ((uintptr_t)to % 1024 || !in_shared(to, bytes_of(box.map))) fail("a box that lands outside shared memory or unaligned");
   if (ctas == 0 || ctas >> cluster.size()) fail("a box to no CTA, or to one outside the cluster");
   for (u32 rank = 0; rank < cluster.size(); ++rank)

@@ -1,0 +1,98 @@
+"""A kernel that is launched early reads nothing that the kernel before it writes until it has waited for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from kernels import activation, attention, cache, linear, linear_tall, linear_wgmma, norm
+from kernels import compile as kernel_compile
+from kernels.linear_tall import TallConfig
+from kernels.linear_wgmma import WgmmaConfig
+from tests.kernels.attention_cases import make_case
+from tests.kernels.emulator import EmulatorBackend
+
+Run = Callable[[], torch.Tensor]
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def decode() -> tuple[Run, Sequence[torch.Tensor]]:
+    case = make_case([40, 333, 5], head_dim=64)
+    keys = [case.kv_layer[block, part] for block in case.block_tables[1, :20].tolist() for part in (0, 1)]
+    inputs = (case.query, case.kv_layer, case.block_tables, case.context_lens)
+    late = [case.query, case.block_tables, case.context_lens, *keys]
+    return lambda: attention.paged_attention_decode(*inputs, case.scale), late
+
+
+def rotation() -> tuple[Run, Sequence[torch.Tensor]]:
+    fused, positions, slots = rand(4, 10, 64), torch.tensor([0, 7, 31, 2]), torch.tensor([5, 0, -1, 30])
+    cos_sin, pool = torch.rand(32, 64), torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        query, key, value = fused.split((6, 2, 2), dim=1)
+        rotated = cache.rope_and_cache(query, key, value, positions, cos_sin, pool, slots)
+        return torch.cat((rotated.flatten(), pool.flatten()))
+
+    return run, [fused, positions, slots]
+
+
+def norms() -> tuple[Run, Sequence[torch.Tensor]]:
+    hidden, residual, weight = rand(3, 2048), rand(3, 2048, seed=1), rand(2048, seed=2)
+
+    def run() -> torch.Tensor:
+        return torch.cat(
+            (norm.add_rms_norm(hidden, residual.clone(), weight, 1e-5)[0], norm.rms_norm(hidden, weight, 1e-5))
+        )
+
+    return run, [hidden]
+
+
+def few_tokens() -> tuple[Run, Sequence[torch.Tensor]]:
+    tokens, weight = rand(8, 1024), rand(192, 1024, seed=1)
+    return lambda: linear.linear(tokens, weight), [tokens]
+
+
+def many_tokens() -> tuple[Run, Sequence[torch.Tensor]]:
+    tokens, weight = rand(96, 192), rand(512, 192, seed=1)
+    return lambda: linear_wgmma.linear(tokens, weight, config=WgmmaConfig(96, 2, 4, 2)), [tokens]
+
+
+def tall_tiles() -> tuple[Run, Sequence[torch.Tensor]]:
+    tokens, gate_up = rand(256, 192), rand(448, 192, seed=1)
+    return lambda: linear_tall.linear_gated(tokens, gate_up, config=TallConfig(2)), [tokens]
+
+
+def gating() -> tuple[Run, Sequence[torch.Tensor]]:
+    gate_up = rand(3, 4112)
+    return lambda: activation.silu_and_mul(gate_up), [gate_up]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [decode, rotation, norms, few_tokens, many_tokens, tall_tiles, gating],
+    ids=lambda k: k.__name__,
+)
+def test_what_comes_late_is_waited_for(
+    emulator: EmulatorBackend, kernel: Callable[[], tuple[Run, Sequence[torch.Tensor]]]
+) -> None:
+    run, late = kernel()
+    wanted = run()
+    emulator.late += late
+    for _ in range(3):  # in other orders of threads
+        assert torch.equal(run(), wanted)
+
+
+def test_a_copy_of_what_comes_late_is_noticed(emulator: EmulatorBackend) -> None:
+    tokens, weight = rand(8, 1024), rand(192, 1024, seed=1)  # copied before the wait, because no kernel writes it
+    emulator.late.append(weight)
+    with pytest.raises(kernel_compile.KernelError, match="the kernel before has yet to write"):
+        linear.linear(tokens, weight)
+    tokens, weight = rand(96, 192), rand(512, 192, seed=1)
+    emulator.late[:] = [weight]
+    with pytest.raises(kernel_compile.KernelError, match="the kernel before has yet to write"):
+        linear_wgmma.linear(tokens, weight, config=WgmmaConfig(96, 2, 4, 2))
