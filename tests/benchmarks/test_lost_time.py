@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks import lost_time, run_rows
 from benchmarks.decode_step import ROOT
+from pagewire.simulation.batch import StepLoad
+from pagewire.simulation.costs import Step
 
 
 def test_steps_of_a_recorded_run_are_put_together_by_workload_and_kind(
@@ -34,6 +36,18 @@ def test_steps_of_a_recorded_run_are_put_together_by_workload_and_kind(
         # Every token but the last of a sequence is computed, by a chunk or by a decode step; no primer is counted.
         assert sum(each["tokens"] for each in own) == row["in_tokens"] + row["out_tokens"] - row["requests"]
         assert sum(each["steps"] for each in own) <= row["steps"] + 2
+
+
+def test_copies_to_the_arena_run_beside_a_step_and_are_not_its_device_time() -> None:
+    step = Step(
+        StepLoad(decode_tokens=4, decode_context=40),
+        computing_ns=6_000_000,
+        copying_ns=1_000_000,
+        swapping_ns=20_000_000,
+        turnaround_ns=9_000_000,
+    )
+    (row,) = lost_time.rows_of([("decode-b8", step)], "h200")
+    assert (row["device_s"], row["between_s"]) == (0.007, 0.002)
 
 
 @pytest.mark.parametrize(
