@@ -337,11 +337,12 @@ def prefill_rows(only: str | None) -> Iterator[Row]:
         "wgmma": (None, default if default.wgmma else None),
         "mma": (None, attention.PrefillConfig(4, 2, 32, 2)),
     }
+    used = next(name for name, choice in kernels.items() if any(choice))
     for shape in PREFILL:
         for name, choice in kernels.items():
             if only in (None, name) and any(choice):
                 with prefill_kernel(*choice):
-                    yield {**prefill_row(*shape), "kernel": f"prefill {name}"}
+                    yield {**prefill_row(*shape), "kernel": "prefill" if name == used else f"prefill {name}"}
 
 
 def prefill_sweep() -> Iterator[Row]:

@@ -380,7 +380,7 @@ def kernels_h100(rows: Sequence[Content]) -> str:
         peer = "-" if not peer_us else f"{row[rate] * row['us'] / peer_us / theirs:.0%}"
         lines.append(
             [
-                f"{row['kernel']} {row['batch']} x {row['new']}, context {row['context']}",
+                f"{row['kernel'].split()[0]} {row['batch']} x {row['new']}, context {row['context']}",
                 f"{row['us']:.1f}",
                 f"{row[rate]:.2f} TB/s" if decode else f"{row[rate]:.0f} TFLOP/s",
                 f"{row[rate] / ours:.0%}",
@@ -509,7 +509,7 @@ def kernels(content: Content | None) -> str:
         if row["kernel"] not in ATTENTION:
             continue
         rate = f"{row['tb_s']:.2f} TB/s" if "tb_s" in row else f"{row['tflop_s']:.0f} TFLOP/s"
-        shape = f"{row['kernel']} {row['batch']} x {row['new']}, context {row['context']}"
+        shape = f"{row['kernel'].split()[0]} {row['batch']} x {row['new']}, context {row['context']}"
         peer = row.get("peer_us")
         ratio = f"{peer / row['us']:.2f}x" if peer else "-"
         lines.append([shape, f"{row['us']:.1f}", rate, f"{peer:g}" if peer else "-", ratio, f"{row['limit_us']:.1f}"])
