@@ -99,7 +99,11 @@ def main() -> int:
     parser.add_argument("--pool", nargs="+", type=int, default=list(POOLS), help="blocks of 16 tokens")
     parser.add_argument("--host-blocks", type=int, default=4096)
     parser.add_argument(
-        "--mode", nargs="+", type=policy, default=[policy(mode) for mode in MODES], help=f"of {MODES}, or MODE:HEADROOM"
+        "--mode",
+        nargs="+",
+        type=policy,
+        default=[policy(mode) for mode in MODES],
+        help="auto, recompute, swap, or MODE:HEADROOM",
     )
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--repeat", type=int, default=1, help="turns of all modes")

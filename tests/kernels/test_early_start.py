@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -11,14 +12,14 @@ from kernels import activation, attention, cache, linear, linear_tall, linear_wg
 from kernels import compile as kernel_compile
 from kernels.linear_tall import TallConfig
 from kernels.linear_wgmma import WgmmaConfig
+from tests.kernels import test_linear
 from tests.kernels.attention_cases import make_case
 from tests.kernels.emulator import EmulatorBackend
 
 Run = Callable[[], torch.Tensor]
 
 
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+rand = functools.partial(test_linear.rand, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 def decode() -> tuple[Run, Sequence[torch.Tensor]]:

@@ -19,7 +19,7 @@ def _workspaces() -> Iterator[None]:
     linear.forget_workspaces()
 
 
-def rand(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+def rand(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
 
 

@@ -7,13 +7,10 @@ import torch
 
 from kernels import activation, cache, norm, reference, swap
 from tests.kernels.emulator import EmulatorBackend
+from tests.kernels.test_linear import rand
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-
-
-def rand(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
 
 
 def assert_close(actual: torch.Tensor, wanted: torch.Tensor) -> None:

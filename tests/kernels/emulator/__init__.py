@@ -28,7 +28,7 @@ extern "C" int emulated_launch(unsigned x, unsigned y, unsigned z, int threads, 
 }}
 extern "C" void emulated_late(unsigned char* place, size_t bytes) {{
   if (place) emulator::late.push_back({{place, {{place, place + bytes}}}});
-  else emulator::late.clear();
+  else emulator::arrive(), emulator::late.clear();
 }}
 extern "C" const char* emulated_failure() {{ return emulator::failure; }}
 extern "C" long emulated_bank_conflicts() {{ return emulator::bank_conflicts; }}

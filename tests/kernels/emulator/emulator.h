@@ -110,6 +110,9 @@ struct Late {
   std::vector<unsigned char> value;
 };
 inline std::vector<Late> late;
+inline void arrive() {
+  for (auto& one : late) std::memcpy(one.place, one.value.data(), one.value.size());
+}
 
 inline Fiber* current;
 [[noreturn]] void fail(const char* why);
@@ -380,7 +383,7 @@ inline void __threadfence() {}
 inline void let_next_start() {}
 inline void wait_for_previous() {
   emulator::current->waited = true;
-  for (auto& one : emulator::late) std::memcpy(one.place, one.value.data(), one.value.size());
+  emulator::arrive();
 }
 
 // Barriers and warp-wide instructions.
