@@ -12,7 +12,7 @@ import torch
 
 from kernels import compile as kernel_compile
 from kernels.kv_layout import MAX_BLOCK_SIZE
-from kernels.reference import SharedPrefix
+from kernels.reference import Settled, SharedPrefix
 
 TILE = 16
 """Tokens that one warp of the decode kernel takes at a time."""
@@ -165,6 +165,7 @@ def paged_attention_decode(
     out: torch.Tensor | None = None,
     shared: SharedPrefix | None = None,
     workspace: DecodeWorkspace | None = None,
+    settled: Settled = Settled.NOTHING,
 ) -> torch.Tensor:
     """As the twin; and query may be [B, Q, Hq, D], the last Q tokens of each sequence, each seeing up to itself.
 
@@ -191,7 +192,7 @@ def paged_attention_decode(
             part = slice(first, first + MAX_SEQUENCES)
             paged_attention_decode(
                 query[part], kv_layer, block_tables[part], context_lens[part], scale, sliding_window, soft_cap,
-                workspace=workspace, out=out[part],
+                workspace=workspace, out=out[part], settled=settled,
             )  # fmt: skip
         return out
     device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
@@ -246,6 +247,7 @@ def paged_attention_decode(
         sliding_window or 0,
         soft_cap or 0.0,
         config.warps,
+        int(settled),
         *shared_addresses,
     )
     return out

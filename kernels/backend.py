@@ -23,7 +23,7 @@ import torch
 from kernels import attention, cache, reference, sampling, swap
 from kernels import compile as kernel_compile
 from kernels.kv_layout import KvLayout
-from kernels.reference import SharedPrefix, TokenLogprobRows
+from kernels.reference import Settled, SharedPrefix, TokenLogprobRows
 
 
 class PagedKernels(Protocol):
@@ -43,6 +43,8 @@ class PagedKernels(Protocol):
         cos_sin: torch.Tensor,
         kv_layer: torch.Tensor,
         slot_mapping: torch.Tensor,
+        *,
+        settled: bool = False,
     ) -> torch.Tensor:
         """Rotates queries and keys, stores keys and values, returns the queries."""
         ...
@@ -59,6 +61,7 @@ class PagedKernels(Protocol):
         *,
         out: torch.Tensor | None = None,
         shared: SharedPrefix | None = None,
+        settled: Settled = Settled.NOTHING,
     ) -> torch.Tensor:
         """Attention of one new token per sequence."""
         ...

@@ -9,7 +9,9 @@ import torch
 
 from kernels import compile as kernel_compile
 
-_THREADS = 128
+_THREADS, _MANY_THREADS = 128, 512
+_FEW_TOKENS = 264
+"""Up to so many a token's heads are turned all at once: a few CTAs leave a multiprocessor room for more threads."""
 _COPY_WORDS = 256 * 4
 
 
@@ -66,6 +68,7 @@ def _launch(
     *,
     interleaved: bool,
     return_key: bool,
+    settled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rotated queries, rotated keys); empty tensors where not asked for."""
     head_dim = key.shape[2]
@@ -99,7 +102,7 @@ def _launch(
     key_out = torch.empty(key.shape if return_key else (0,), dtype=key.dtype, device=key.device)
     kernel(
         (key.shape[0], 1, 1),
-        _THREADS,
+        _MANY_THREADS if key.shape[0] <= _FEW_TOKENS else _THREADS,
         0,
         query_out.data_ptr(),
         key_out.data_ptr() if return_key else 0,
@@ -117,6 +120,7 @@ def _launch(
         0 if value is None else value.stride(0),
         block_stride,
         value_offset,
+        int(settled),
     )
     return query_out, key_out
 
@@ -152,17 +156,20 @@ def rope_and_cache(
     slot_mapping: torch.Tensor,
     *,
     interleaved: bool = False,
+    settled: bool = False,
 ) -> torch.Tensor:
     """As the twin, in one launch; query, key and value may be slices of a fused projection.
 
-    Raises ValueError, TypeError, KernelError.
+    settled: positions and slot_mapping were written before an earlier launch of this kernel that was not told so. It
+    reads them before the kernel ahead of it is done (`Settled`). Raises ValueError, TypeError, KernelError.
     """
     _check_heads("key", key, key)
     _check_heads("query", query, key)
     _check_heads("value", value, key)
     rotated, _ = _launch(
-        query, key, value, positions, cos_sin, kv_layer, slot_mapping, interleaved=interleaved, return_key=False
-    )
+        query, key, value, positions, cos_sin, kv_layer, slot_mapping,
+        interleaved=interleaved, return_key=False, settled=settled,
+    )  # fmt: skip
     return rotated
 
 

@@ -32,13 +32,16 @@ _MOST_PARTS = 6
 """Of a product by `linear_parts`; what adds them up has to read them all."""
 _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
-_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 128, "linear_gated": 256}
+_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 192, "linear_gated": 256}
 """With more the library is as fast, or `kernels.linear_tall` faster (docs/kernels/linear.md)."""
 _LEAST_SHARE: dict[Product, float] = {"linear": 0.35, "linear_parts": 0.45, "linear_gated": 0.75}
-"""Of the multiprocessors; with fewer busy the library is faster. `linear_parts` has no more parts than it needs to
-reach it, ..."""
-_SHARE_OF_SOME, _SOME = 0.7, 32
-"""... or to reach this one for up to so many tokens, whose parts are small."""
+"""Of the multiprocessors; with fewer busy the library is faster."""
+_LONG, _MOST_TOKENS_OF_LONG = 8192, 256
+"""Width from which on `linear_parts` is worth it for more tokens, and ..."""
+_SHARE_OF_LONG, _SHARE = 0.95, 0.7
+"""... the share of the multiprocessors that its parts reach; of shorter rows it is the second, ..."""
+_FEWER_PARTS_OF = range(33, 129)
+"""... or no more than it needs for so many tokens: what is added up counts, reading tokens does not yet."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def wgmma_config(
     tokens = next(tokens for tokens in TOKENS if tokens >= num_tokens)
     tiles, split = rows // ROWS, 1
     if by == "linear_parts":
-        busy = limits.processors * (_SHARE_OF_SOME if num_tokens <= _SOME else _LEAST_SHARE[by])
+        share = _LEAST_SHARE[by] if num_tokens in _FEWER_PARTS_OF else _SHARE
+        busy = limits.processors * (_SHARE_OF_LONG if width >= _LONG else share)
         split = min(_MOST_PARTS, width // _CHUNK, math.ceil(busy / tiles))
     stages = min(_MAX_STAGES, (limits.shared_bytes - _FIXED_BYTES) // _stage_bytes(tokens))
     clusters = (1,) if by != "linear_gated" else (2, 1) if tokens == 256 else (4, 2, 1)
@@ -106,7 +110,8 @@ def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> 
     """Whether the function of this name is the better way to multiply num_tokens rows by this [N, K] matrix."""
     if by == "linear_gated" and linear_tall.takes_tokens(num_tokens, weight):
         return True
-    if num_tokens > _MOST_TOKENS[by]:
+    most = _MOST_TOKENS_OF_LONG if by == "linear_parts" and weight.shape[1] >= _LONG else _MOST_TOKENS[by]
+    if num_tokens > most:
         return False
     config = _config(by, num_tokens, weight)
     return config is not None and config.ctas >= _LEAST_SHARE[by] * kernel_compile.limits(weight.device).processors
@@ -156,6 +161,7 @@ def _fitting(by: Product, x: torch.Tensor, weight: torch.Tensor) -> WgmmaConfig:
 def _launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: int, config: WgmmaConfig) -> None:
     check_factors(x, weight)
     device, dtype, width = x.device, x.dtype, x.shape[1]
+    own_tokens = math.ceil(x.shape[0] / config.cluster / 8) * 8
     kernel = kernel_compile.kernel(
         "linear_wgmma.cu",
         "linear_wgmma",
@@ -171,8 +177,9 @@ def _launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: 
         config.shared_bytes,
         out.data_ptr(),
         _weight_map(device, weight.data_ptr(), dtype, weight.shape[0], width, epilogue),
-        token_map(device, x.data_ptr(), dtype, x.shape[0], width, (_CHUNK, config.tokens // config.cluster)),
+        token_map(device, x.data_ptr(), dtype, x.shape[0], width, (_CHUNK, own_tokens)),
         x.shape[0],
+        own_tokens,
         out.shape[-1],
     )
 

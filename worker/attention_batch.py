@@ -9,7 +9,7 @@ import torch
 
 from kernels.backend import PagedKernels
 from kernels.kv_layout import KvLayout
-from kernels.reference import SharedPrefix
+from kernels.reference import Settled, SharedPrefix
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AttentionBatch:
         """
         kv_layer = self.layout.layer_view(self.pool, layer)
         self.kernels.write_kv(_with_whole_heads(key), _with_whole_heads(value), kv_layer, self.slot_mapping)
-        return self._attend(_with_whole_heads(query), kv_layer, scale, sliding_window, soft_cap)
+        return self._attend(layer, _with_whole_heads(query), kv_layer, scale, sliding_window, soft_cap)
 
     def rotate_and_attend(
         self,
@@ -81,11 +81,14 @@ class AttentionBatch:
     ) -> torch.Tensor:
         """`attend` with queries and keys that are still to be rotated: positions int64 [T], cos_sin as in `rope`."""
         kv_layer = self.layout.layer_view(self.pool, layer)
-        rotated = self.kernels.rope_and_cache(query, key, value, positions, cos_sin, kv_layer, self.slot_mapping)
-        return self._attend(rotated, kv_layer, scale, sliding_window, soft_cap)
+        rotated = self.kernels.rope_and_cache(
+            query, key, value, positions, cos_sin, kv_layer, self.slot_mapping, settled=layer > 0
+        )
+        return self._attend(layer, rotated, kv_layer, scale, sliding_window, soft_cap)
 
     def _attend(
         self,
+        layer: int,
         query: torch.Tensor,
         kv_layer: torch.Tensor,
         scale: float,
@@ -97,6 +100,10 @@ class AttentionBatch:
         # Both kinds of rows write their part of one tensor: nothing is put together afterwards.
         attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if num_decode:
+            # The first layer's launch waits for what made this step's metadata. A chunk may store what a row sees.
+            settled = (
+                Settled.NOTHING if layer == 0 else Settled.CONTEXT if num_decode == len(query) else Settled.LENGTHS
+            )
             self.kernels.paged_attention_decode(
                 query[:num_decode],
                 kv_layer,
@@ -107,6 +114,7 @@ class AttentionBatch:
                 soft_cap,
                 out=attended[:num_decode],
                 shared=self.decode_shared,
+                settled=settled,
             )
         if num_decode < query.shape[0]:
             self.kernels.paged_attention_prefill(

@@ -17,6 +17,9 @@
 // With SHARED_PREFIX, another kernel has attended to what many sequences have in common at their beginning, once for all of them
 // (attention_prefill_hopper.cu): tiles begin behind it, and its result is one more part of the combination at the end.
 //
+// Launched early, a CTA does what it can before it waits for the kernel before: from a model's second layer on it knows its share, and
+// fills its pipelines with what earlier steps have stored, while that kernel rotates and stores this step's tokens (`settled`).
+//
 // Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, STAGES, MIN_CTAS,
 // SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window).
 #include "device.cuh"
@@ -84,6 +87,8 @@ DEVICE int first_visible(const Length& len, int query_len, int window) {
 //   arrivals        [num_seqs * num_kv_heads * row tiles] int32, zero before the first launch; every launch leaves it zero
 //   group           query heads per KV head;  window: tokens a query sees, itself included, 0 = all;  soft_cap: 0 = none
 //   min_share       fewest tiles a team takes, so that short contexts are not cut into crumbs
+//   settled         what no kernel writes that may still run: 0 nothing; 1 block_tables, context_lens and shared_lens; 2 also the cache,
+//                   but for the last query_len tokens of every sequence. Before a launch with 1 or 2 came one with 0 (device.cuh)
 //   shared_lens     [num_seqs] int32, multiples of 16: tokens at the beginning that shared_out is about; 0 or as many as the context: none
 //   shared_out      [num_seqs, heads, HEAD_DIM] float32, attention to those tokens alone
 //   shared_lse      [num_seqs, heads] float32, the base-2 logarithm of the sum of their exponentials, 2^score
@@ -92,11 +97,12 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
                        const int* block_tables, const int* context_lens, float* partial_out,
                        float2* partial_stats, int* arrivals, int num_seqs, int query_len, int num_kv_heads, int group,
                        int table_stride, i64 block_stride, i64 value_offset, i64 query_stride, i64 out_stride, float scale,
-                       int window, float soft_cap, int min_share, const int* shared_lens, const float* shared_out,
+                       int window, float soft_cap, int min_share, int settled, const int* shared_lens, const float* shared_out,
                        const float* shared_lse) {
   SHARED_MEMORY(shared);
+  if (settled == 0) wait_for_previous();
   let_next_start();
-  wait_for_previous();
+  bool waited = settled == 0;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int g = lane / 4, t = lane % 4;
   const int num_rows = query_len * group;
@@ -154,15 +160,6 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     __syncthreads();
   }
 
-  // Rows of a captured graph that no sequence uses have length 0: leave them zero.
-  for (int s = blockIdx.x; s < num_seqs; s += gridDim.x) {
-    if (prefix[s + 1] == prefix[s]) {
-      const int width = num_kv_heads * group * HEAD_DIM;
-      for (int i = tid; i < query_len * width; i += THREADS)
-        out[(i64)(s * query_len + i / width) * out_stride + i % width] = from_float<DTYPE>(0.0f);
-    }
-  }
-
   // From here on a warp of a team of one meets no other: barriers are the team's.
   const int total = prefix[num_seqs] * heads;
   const int units = num_seqs * heads;
@@ -174,9 +171,25 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     if (alone) __syncwarp(); else __syncthreads();
   };
 
+  auto wait = [&]() {
+    if (!waited) wait_for_previous();
+    waited = true;
+  };
+  // Rows of a captured graph that no sequence uses have length 0: leave them zero.
+  auto wait_and_clear_unused = [&]() {
+    wait();
+    for (int s = blockIdx.x; s < num_seqs; s += gridDim.x) {
+      if (prefix[s + 1] == prefix[s]) {
+        const int width = num_kv_heads * group * HEAD_DIM;
+        for (int i = tid; i < query_len * width; i += THREADS)
+          out[(i64)(s * query_len + i / width) * out_stride + i % width] = from_float<DTYPE>(0.0f);
+      }
+    }
+  };
+
   const int share = max(ceil_div(total, teams), min_share);
   const i64 share_begin = (i64)team * share;
-  if (share_begin >= total) return;
+  if (share_begin >= total) return wait_and_clear_unused();
   int begin = (int)share_begin, end = min(begin + share, total);
 
   Unit unit;
@@ -199,7 +212,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   }
   if (would_cut_short(unit, begin)) {
     begin = unit.end;
-    if (begin >= end) return;
+    if (begin >= end) return wait_and_clear_unused();
     seek(unit, begin, prefix, heads);
   }
 
@@ -288,10 +301,12 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   u32 q[QUERY_TILES][K_STEPS][2], coming_q[QUERY_TILES][K_STEPS][2];
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
+    if (settled < 2 || (pending && next_token + TILE > next_len - query_len)) wait();
     load(stage);
     fetch();
-    if (stage == 0) load_queries(coming, QUERIES_AHEAD ? coming_q : q);
   }
+  wait_and_clear_unused();
+  load_queries(coming, QUERIES_AHEAD ? coming_q : q);
 
   int flat = begin + member;     // this warp's next tile to read
   int stage = zero;              // its stage

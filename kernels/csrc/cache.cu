@@ -11,8 +11,25 @@ constexpr int ITEMS = TURNS + (HEAD_DIM - ROTARY_DIM) / VECTOR;  // and those th
 static_assert(HALF % VECTOR == 0 && HEAD_DIM % VECTOR == 0, "whole items");
 typedef Vector<DTYPE, VECTOR> Packed;
 
-// Rotates (or copies) item `item` of one head from `in` to `out`. cos_sin: HALF cosines, then HALF sines.
-DEVICE void turn(DTYPE* out, const DTYPE* in, const float* cos_sin, int item) {
+struct Angles {
+  float cosine[VECTOR], sine[VECTOR];
+};
+
+// Of item `item` of a head. cos_sin: HALF cosines, then HALF sines.
+DEVICE Angles load_angles(const float* cos_sin, int item) {
+  Angles angles = {};
+  if (item < TURNS) {
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+      angles.cosine[j] = cos_sin[item * VECTOR + j];
+      angles.sine[j] = cos_sin[HALF + item * VECTOR + j];
+    }
+  }
+  return angles;
+}
+
+// Rotates (or copies) item `item` of one head from `in` to `out`.
+DEVICE void turn(DTYPE* out, const DTYPE* in, const Angles& angles, int item) {
   if (item >= TURNS) {
     const int at = ROTARY_DIM + (item - TURNS) * VECTOR;
     *(Packed*)(out + at) = *(const Packed*)(in + at);
@@ -27,7 +44,7 @@ DEVICE void turn(DTYPE* out, const DTYPE* in, const float* cos_sin, int item) {
 #pragma unroll
   for (int j = 0; j < VECTOR; ++j) {
     const int low = INTERLEAVED ? 2 * j : j, high = INTERLEAVED ? 2 * j + 1 : VECTOR + j;
-    const float c = cos_sin[angle + j], s = cos_sin[HALF + angle + j];
+    const float c = angles.cosine[j], s = angles.sine[j];
     const float p = to_float(x[low]), q = to_float(x[high]);
     y[low] = from_float<DTYPE>(p * c - q * s);
     y[high] = from_float<DTYPE>(q * c + p * s);
@@ -39,45 +56,50 @@ DEVICE void turn(DTYPE* out, const DTYPE* in, const float* cos_sin, int item) {
   *(Packed*)(out + second) = e;
 }
 
-// Grid: [tokens]. Block: any number of threads. Shared: none.
+// Grid: [tokens]. Block: any number of threads; best a multiple of ITEMS, so that a thread needs the angles of one item. Shared: none.
 //   query_out     [tokens, query_heads, HEAD_DIM] DTYPE, contiguous; the rotated queries
 //   key_out       [tokens, kv_heads, HEAD_DIM] DTYPE, contiguous, or null: the rotated keys, besides the cache
 //   kv            one layer of the pool, [blocks, 2, kv_heads, BLOCK_SIZE, HEAD_DIM] DTYPE, or null: block_stride elements from block
 //                 to block, value_offset from keys to values, the rest contiguous
 //   query, key, value  [tokens, heads, HEAD_DIM] DTYPE, *_stride elements from token to token, heads contiguous
-//   positions     [tokens] int64;  cos_sin [positions, ROTARY_DIM] float32: cosines, then sines
+//   positions     [tokens] int64;  cos_sin [positions, ROTARY_DIM] float32: cosines, then sines; no kernel writes it
 //   slot_mapping  [tokens] int64, block * BLOCK_SIZE + offset; negative: the token is not stored
+//   settled       whether positions and slot_mapping were written before an earlier launch with 0 (device.cuh)
 extern "C" __global__ void
 rope_and_cache(DTYPE* query_out, DTYPE* key_out, DTYPE* kv,
                const DTYPE* query, const DTYPE* key, const DTYPE* value,
                const i64* positions, const float* __restrict__ cos_sin, const i64* slot_mapping,
                int query_heads, int kv_heads, i64 query_stride, i64 key_stride, i64 value_stride, i64 block_stride,
-               i64 value_offset) {
+               i64 value_offset, int settled) {
+  if (!settled) wait_for_previous();
   let_next_start();
-  wait_for_previous();
   const i64 token = blockIdx.x;
-  const float* angles = ROTARY_DIM > 0 ? cos_sin + positions[token] * ROTARY_DIM : cos_sin;
-  for (int i = threadIdx.x; i < query_heads * ITEMS; i += blockDim.x) {
-    const int head = i / ITEMS;
-    turn(query_out + (token * query_heads + head) * HEAD_DIM, query + token * query_stride + head * HEAD_DIM, angles, i % ITEMS);
-  }
-  if (key_out)
-    for (int i = threadIdx.x; i < kv_heads * ITEMS; i += blockDim.x) {
-      const int head = i / ITEMS;
-      turn(key_out + (token * kv_heads + head) * HEAD_DIM, key + token * key_stride + head * HEAD_DIM, angles, i % ITEMS);
-    }
+  const float* row = ROTARY_DIM > 0 ? cos_sin + positions[token] * ROTARY_DIM : cos_sin;
   const i64 slot = kv ? slot_mapping[token] : -1;
-  if (slot < 0) return;
-  DTYPE* place = kv + slot / BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * HEAD_DIM;
-  for (int i = threadIdx.x; i < kv_heads * ITEMS; i += blockDim.x) {
-    const int head = i / ITEMS;
-    turn(place + (i64)head * (BLOCK_SIZE * HEAD_DIM), key + token * key_stride + head * HEAD_DIM, angles, i % ITEMS);
-  }
+  const bool one_item = blockDim.x % ITEMS == 0;
+  const Angles own = load_angles(row, threadIdx.x % ITEMS);
+  if (settled) wait_for_previous();
+
+  DTYPE* place = slot >= 0 ? kv + slot / BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * HEAD_DIM : nullptr;
   constexpr int COPIES = HEAD_DIM / VECTOR;
-  for (int i = threadIdx.x; i < kv_heads * COPIES; i += blockDim.x) {
-    const int head = i / COPIES, at = i % COPIES * VECTOR;
-    *(Packed*)(place + value_offset + (i64)head * (BLOCK_SIZE * HEAD_DIM) + at) =
-        *(const Packed*)(value + token * value_stride + head * HEAD_DIM + at);
+  const int turns = (query_heads + kv_heads) * ITEMS, copies = slot >= 0 ? kv_heads * COPIES : 0;
+  for (int i = threadIdx.x; i < turns + copies; i += blockDim.x) {
+    if (i >= turns) {
+      const int head = (i - turns) / COPIES, at = (i - turns) % COPIES * VECTOR;
+      *(Packed*)(place + value_offset + (i64)head * (BLOCK_SIZE * HEAD_DIM) + at) =
+          *(const Packed*)(value + token * value_stride + head * HEAD_DIM + at);
+      continue;
+    }
+    const int head = i / ITEMS, item = i % ITEMS;
+    const Angles angles = one_item ? own : load_angles(row, item);
+    if (head < query_heads) {
+      turn(query_out + (token * query_heads + head) * HEAD_DIM, query + token * query_stride + head * HEAD_DIM, angles, item);
+      continue;
+    }
+    const int kv_head = head - query_heads;
+    const DTYPE* from = key + token * key_stride + kv_head * HEAD_DIM;
+    if (key_out) turn(key_out + (token * kv_heads + kv_head) * HEAD_DIM, from, angles, item);
+    if (slot >= 0) turn(place + (i64)kv_head * (BLOCK_SIZE * HEAD_DIM), from, angles, item);
   }
 }
 

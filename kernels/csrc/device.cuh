@@ -182,6 +182,9 @@ DEVICE void let_next_start() {
 // ... and before it reads or writes what an earlier kernel may write or read it waits until all of those have finished. Every kernel
 // that calls this is launched early (kernels/compile.py): every thread must call it before all such accesses, and what earlier kernels
 // write must not be `const __restrict__` or read by __ldg, because the compiler may move such loads in front of the wait.
+//
+// A kernel that waits before it lets the next start is a line: whatever is launched behind it, however early it starts, starts after
+// all that was launched before. What was written there is settled, and later kernels may read it before they wait.
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

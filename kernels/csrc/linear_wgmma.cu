@@ -29,19 +29,20 @@ typedef DTYPE Out;
 constexpr int CHUNK = 64;
 constexpr int CHUNKS = K / CHUNK;
 constexpr int ROWS = 128;
-constexpr int OWN_TOKENS = TOKENS / CLUSTER;                      // that this CTA copies
 constexpr int WEIGHT_BYTES = ROWS * CHUNK * 2, STAGE = WEIGHT_BYTES + TOKENS * CHUNK * 2;
 constexpr int QUADS = TOKENS / 8;                                 // of a thread: its sums of eight tokens
 constexpr int COLUMNS = EPILOGUE == GATING ? ROWS / 2 : ROWS;     // of out that a tile makes
-static_assert(K % CHUNK == 0 && OWN_TOKENS % 8 == 0 && STAGES >= 2, "whole chunks and swizzle atoms");
+static_assert(K % CHUNK == 0 && TOKENS % (8 * CLUSTER) == 0 && STAGES >= 2, "whole chunks and swizzle atoms");
 static_assert(SPLIT == 1 || EPILOGUE == PARTS, "nobody adds up what is stored otherwise");
 
 // Grid: [a multiple of CLUSTER]. Block: [384]. Shared: 1024 + STAGES * STAGE + STAGES * 16 bytes.
 //   weight  boxes of (64, 8, 2, ROWS / 16) of (K, 8, 2, rows / 16), rows in sixteens as above
-//   x       boxes of (64, OWN_TOKENS) of (K, num_tokens)
+//   x       boxes of (64, own_tokens) of (K, num_tokens); own_tokens, which every CTA of a cluster copies: a multiple of 8, at most
+//           TOKENS / CLUSTER, together all. Rows of a box that do not exist cost more than rows that do
 //   out     [num_tokens, num_columns] as EPILOGUE says; num_columns a multiple of CLUSTER * COLUMNS
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
-linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, int num_tokens, int num_columns) {
+linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, int num_tokens, int own_tokens,
+             int num_columns) {
   SHARED_MEMORY(dynamic);
   unsigned char* ring = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // [STAGES][ROWS + TOKENS][128]
   u64* full = (u64*)(ring + STAGES * STAGE);                                        // [STAGES]
@@ -68,19 +69,19 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
 
   if (warp == 0) {
     if (lane == 0) {
-      // Boxes that lie outside x are not copied: nobody stores what is computed from their place.
-      const int boxes = min(CLUSTER, (num_tokens + OWN_TOKENS - 1) / OWN_TOKENS);
+      // What lies outside x is not copied: nobody stores what is computed from its place.
+      const int boxes = min(CLUSTER, ceil_div(num_tokens, own_tokens));
       auto load_weights = [&](int tile, int slot, int chunk) {
-        barrier_arrive_expecting(full + slot, WEIGHT_BYTES + boxes * OWN_TOKENS * CHUNK * 2);
+        barrier_arrive_expecting(full + slot, WEIGHT_BYTES + boxes * own_tokens * CHUNK * 2);
         copy_box_once(ring + slot * STAGE, &weight, full + slot, chunk * CHUNK, 0, 0, tile * (ROWS / 16));
       };
       auto load_tokens = [&](int slot, int chunk) {
         if (rank >= boxes) return;
-        unsigned char* to = ring + slot * STAGE + WEIGHT_BYTES + rank * OWN_TOKENS * CHUNK * 2;
+        unsigned char* to = ring + slot * STAGE + WEIGHT_BYTES + rank * own_tokens * CHUNK * 2;
         if (CLUSTER > 1)
-          copy_box_to((1 << CLUSTER) - 1, to, &x, full + slot, chunk * CHUNK, rank * OWN_TOKENS);
+          copy_box_to((1 << CLUSTER) - 1, to, &x, full + slot, chunk * CHUNK, rank * own_tokens);
         else
-          copy_box(to, &x, full + slot, chunk * CHUNK, rank * OWN_TOKENS);
+          copy_box(to, &x, full + slot, chunk * CHUNK, rank * own_tokens);
       };
       int share = blockIdx.x / CLUSTER, chunk = first_chunk(share);
       const int filled = min(STAGES, last_chunk(share) - chunk);  // chunks that need not wait for room

@@ -18,8 +18,18 @@ static_assert(WIDTH % VECTOR == 0, "rows are read 16 bytes at a time");
 static_assert(CTA_ROWS == 1 || ROW_WARPS == 1, "rows of one CTA do not share barriers");
 typedef Vector<DTYPE, VECTOR> Packed;
 
+// One thread's part of the weights, which no kernel writes: loaded before the wait.
+DEVICE void load_weights(Packed (&own)[OWN], const DTYPE* weight, int lane_in_row) {
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    const int v = i * ROW_THREADS + lane_in_row;
+    if (v < VECTORS) own[i] = *(const Packed*)(weight + v * VECTOR);
+  }
+}
+
 // One thread's part of a row: sums squares over the row, writes the normalised values.
-DEVICE void normalise(const float (&x)[OWN][VECTOR], const DTYPE* weight, DTYPE* out, float eps, int lane_in_row, float* scratch) {
+DEVICE void normalise(const float (&x)[OWN][VECTOR], const Packed (&weight)[OWN], DTYPE* out, float eps, int lane_in_row,
+                      float* scratch) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < OWN; ++i)
@@ -37,10 +47,9 @@ DEVICE void normalise(const float (&x)[OWN][VECTOR], const DTYPE* weight, DTYPE*
   for (int i = 0; i < OWN; ++i) {
     const int v = i * ROW_THREADS + lane_in_row;
     if (v < VECTORS) {
-      const Packed w = *(const Packed*)(weight + v * VECTOR);
       Packed y;
 #pragma unroll
-      for (int j = 0; j < VECTOR; ++j) y.values[j] = from_float<DTYPE>(x[i][j] * factor * to_float(w.values[j]));
+      for (int j = 0; j < VECTOR; ++j) y.values[j] = from_float<DTYPE>(x[i][j] * factor * to_float(weight[i].values[j]));
       *(Packed*)(out + v * VECTOR) = y;
     }
   }
@@ -55,8 +64,10 @@ rms_norm(DTYPE* out, const DTYPE* hidden, const DTYPE* weight, int rows, int hea
          i64 token_stride, float eps) {
   __shared__ float scratch[ROW_WARPS];
   let_next_start();
-  wait_for_previous();
   const int lane_in_row = threadIdx.x % ROW_THREADS;
+  Packed own_weight[OWN];
+  load_weights(own_weight, weight, lane_in_row);
+  wait_for_previous();
   const int row = blockIdx.x * CTA_ROWS + threadIdx.x / ROW_THREADS;
   if (row >= rows) return;  // whole warps, and whole CTAs where a row has more than one
   const DTYPE* source = hidden + (i64)(row / heads) * token_stride + (i64)(row % heads) * WIDTH;
@@ -69,7 +80,7 @@ rms_norm(DTYPE* out, const DTYPE* hidden, const DTYPE* weight, int rows, int hea
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) x[i][j] = to_float(in.values[j]);
   }
-  normalise(x, weight, out + (i64)row * WIDTH, eps, lane_in_row, scratch);
+  normalise(x, own_weight, out + (i64)row * WIDTH, eps, lane_in_row, scratch);
 }
 
 // Grid, block and shared as above.
@@ -81,8 +92,10 @@ add_rms_norm(DTYPE* out, DTYPE* total, const Hidden* hidden, const DTYPE* residu
              float eps) {
   __shared__ float scratch[ROW_WARPS];
   let_next_start();
-  wait_for_previous();
   const int lane_in_row = threadIdx.x % ROW_THREADS;
+  Packed own_weight[OWN];
+  load_weights(own_weight, weight, lane_in_row);
+  wait_for_previous();
   const int row = blockIdx.x * CTA_ROWS + threadIdx.x / ROW_THREADS;
   if (row >= rows) return;
   const i64 base = (i64)row * WIDTH;
@@ -108,5 +121,5 @@ add_rms_norm(DTYPE* out, DTYPE* total, const Hidden* hidden, const DTYPE* residu
     }
     if (v < VECTORS) *(Packed*)(total + base + v * VECTOR) = held;
   }
-  normalise(x, weight, out + base, eps, lane_in_row, scratch);
+  normalise(x, own_weight, out + base, eps, lane_in_row, scratch);
 }

@@ -4,7 +4,7 @@ All twins accumulate in float32 or wider and never let the content of an unused 
 0 * NaN. Ids of blocks that lie behind a sequence's last block in its block table row are never dereferenced.
 """
 
-from kernels.reference.attention import SharedPrefix, paged_attention_decode, paged_attention_prefill
+from kernels.reference.attention import Settled, SharedPrefix, paged_attention_decode, paged_attention_prefill
 from kernels.reference.cache import copy_blocks, rope_and_cache, swap_blocks, write_kv
 from kernels.reference.layers import add_rms_norm, rms_norm, rope, silu_and_mul
 from kernels.reference.linear import (
@@ -31,6 +31,7 @@ from kernels.reference.sampling import (
 __all__ = [
     "Normed",
     "Product",
+    "Settled",
     "SharedPrefix",
     "TokenLogprobRows",
     "add_logit_bias",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,20 @@ class SharedPrefix:
     """int32 [2]: 0 and B."""
 
 
+class Settled(enum.IntEnum):
+    """What decode attention reads that no kernel writes which may still run: it need not wait to read it.
+
+    Kernels are launched early, while those before them run. One that is told of nothing waits until all before are
+    done, then lets the next start: what was written before it is settled for all that follow.
+    """
+
+    NOTHING = 0
+    LENGTHS = 1
+    """Block tables and context lengths."""
+    CONTEXT = 2
+    """And keys and values, but for the query tokens' own."""
+
+
 def paged_attention_decode(
     query: torch.Tensor,
     kv_layer: torch.Tensor,
@@ -39,6 +54,7 @@ def paged_attention_decode(
     *,
     out: torch.Tensor | None = None,
     shared: SharedPrefix | None = None,
+    settled: Settled = Settled.NOTHING,
 ) -> torch.Tensor:
     """Attention of one new token per sequence over that sequence's whole context.
 
@@ -46,7 +62,7 @@ def paged_attention_decode(
     (query head h reads key head h // (Hq / Hkv)); block_tables int32 [B, M]; context_lens int32 [B], the tokens in the
     cache, the new one included, in 1..M * block_size; 0 is a row of padding, which gives zeros. Scores are
     `scale * q.k`; with soft_cap = c they become `c * tanh(score / c)`. With sliding_window = w only the last w tokens
-    are seen. `shared` changes nothing here. Returns [B, Hq, D] of query's dtype, in `out` if given.
+    are seen. `shared` and `settled` change nothing here. Returns [B, Hq, D] of query's dtype, in `out` if given.
     """
     block_size = kv_layer.shape[3]
     lengths = context_lens.tolist()

@@ -36,8 +36,12 @@ def rope_and_cache(
     slot_mapping: torch.Tensor,
     *,
     interleaved: bool = False,
+    settled: bool = False,
 ) -> torch.Tensor:
-    """`rope` and `write_kv` in one: stores the rotated keys and the values, returns the rotated query [T, Hq, D]."""
+    """`rope` and `write_kv` in one: stores the rotated keys and the values, returns the rotated query [T, Hq, D].
+
+    `settled` changes nothing here.
+    """
     query, key = rope(query, key, positions, cos_sin, interleaved=interleaved)
     write_kv(key, value, kv_layer, slot_mapping)
     return query

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernels import reference
 from kernels.kv_layout import KvLayout
-from kernels.reference import SharedPrefix
+from kernels.reference import Settled, SharedPrefix
 from tests import tiny_models
 from tests.worker.test_engine import Steps, device  # noqa: F401  (a fixture)
 from worker import executor as executor_module
@@ -112,6 +112,7 @@ class LookedAt:
         *rest: Any,
         out: torch.Tensor | None = None,
         shared: SharedPrefix | None = None,
+        settled: Settled = Settled.NOTHING,
     ) -> torch.Tensor:
         if shared is not None:
             length = int(shared.length)
