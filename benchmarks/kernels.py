@@ -23,6 +23,7 @@ import torch
 
 from kernels import activation, attention, cache, linear_wgmma, norm, reference, sampling
 from kernels import compile as kernel_compile
+from kernels.reference import Settled
 from pagewire.bench import results
 from pagewire.bench.results import Row
 
@@ -125,14 +126,16 @@ def check(name: str, out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> Non
 
 
 def decode_row(batch: int, context: int) -> Row:
+    """As from a model's second layer on, and, `waiting_us`, as in its first, where nothing is settled."""
     sets = attention_inputs(batch, 1, context)
     scale = HEAD_DIM**-0.5
 
-    def launch(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return attention.paged_attention_decode(*inputs[:4], scale)
+    def launch(inputs: tuple[torch.Tensor, ...], settled: Settled = Settled.CONTEXT) -> torch.Tensor:
+        return attention.paged_attention_decode(*inputs[:4], scale, settled=settled)
 
     check(f"decode {batch} x {context}", launch(sets[0]), sets[0])
     us, spread = measure([lambda inputs=inputs: launch(inputs) for inputs in sets])
+    waiting, _ = measure([lambda inputs=inputs: launch(inputs, Settled.NOTHING) for inputs in sets])
     moved = batch * context * KV_HEADS * HEAD_DIM * 2 * 2
     return {
         "kernel": "decode",
@@ -140,6 +143,7 @@ def decode_row(batch: int, context: int) -> Row:
         "new": 1,
         "context": context,
         "us": us,
+        "waiting_us": waiting,
         "tb_s": moved / us / 1e6,
         "limit_us": moved / BYTES_PER_US,
         "peer_us": DECODE.get((batch, context)),
@@ -199,7 +203,9 @@ def other_rows() -> list[Row]:
             query, key, value = fused.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
             positions, cos_sin = torch.arange(tokens, device="cuda"), rand(tokens, HEAD_DIM, dtype=torch.float32)
             kv_layer = rand(tokens // BLOCK + 1, 1, 2, KV_HEADS, BLOCK, HEAD_DIM)[:, 0]
-            return lambda: cache.rope_and_cache(query, key, value, positions, cos_sin, kv_layer, positions)
+            return lambda: cache.rope_and_cache(
+                query, key, value, positions, cos_sin, kv_layer, positions, settled=True
+            )
 
         add("add_rms_norm", tokens, tokens * HIDDEN * 2 * 4, norms)
         add("silu_and_mul", tokens, tokens * INTERMEDIATE * 2 * 3, silus)

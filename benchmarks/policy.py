@@ -308,7 +308,7 @@ def preemption(
 
 
 def preemption_speeds(pools: Sequence[int] = (1333, 1000, 500), num_speeds: int = 21) -> Result:
-    """What `benchmarks.pressure` measures on a GPU, on machines whose rates differ by up to 2 % either way: how far a
+    """What `benchmarks.pressure` measured on an H100, on machines whose rates differ by up to 2 % either way: how far a
     99th percentile of 300 requests is chance."""
     jobs, arrivals = workloads.online(30.0, 300)
     load = [Arrival(int(at * 1e9), job.prompt, job.max_tokens) for job, at in zip(jobs, arrivals, strict=True)]

@@ -164,8 +164,8 @@ def paged_attention_decode(
     *,
     out: torch.Tensor | None = None,
     shared: SharedPrefix | None = None,
-    workspace: DecodeWorkspace | None = None,
     settled: Settled = Settled.NOTHING,
+    workspace: DecodeWorkspace | None = None,
 ) -> torch.Tensor:
     """As the twin; and query may be [B, Q, Hq, D], the last Q tokens of each sequence, each seeing up to itself.
 

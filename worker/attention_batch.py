@@ -101,9 +101,7 @@ class AttentionBatch:
         attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if num_decode:
             # The first layer's launch waits for what made this step's metadata. A chunk may store what a row sees.
-            settled = (
-                Settled.NOTHING if layer == 0 else Settled.CONTEXT if num_decode == len(query) else Settled.LENGTHS
-            )
+            later = Settled.CONTEXT if num_decode == len(query) else Settled.LENGTHS
             self.kernels.paged_attention_decode(
                 query[:num_decode],
                 kv_layer,
@@ -114,7 +112,7 @@ class AttentionBatch:
                 soft_cap,
                 out=attended[:num_decode],
                 shared=self.decode_shared,
-                settled=settled,
+                settled=later if layer > 0 else Settled.NOTHING,
             )
         if num_decode < query.shape[0]:
             self.kernels.paged_attention_prefill(

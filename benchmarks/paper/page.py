@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
+CONFIGS = Path(__file__).parents[1] / "configs"
 Report = dict[str, Any]
 
 
@@ -179,6 +180,12 @@ def swap_vs_recompute(report: Report) -> str:
     return table + "\n\n" + rows(["end to end, s/token", *sizes], ends)
 
 
+def kv_token_bytes(shape: str) -> int:
+    """Keys and values of one token over all layers in bfloat16, for a shape of benchmarks/configs."""
+    config = json.loads((CONFIGS / shape / "config.json").read_text())
+    return int(2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"])
+
+
 def crossover(report: Report) -> str:
     shapes = list(dict.fromkeys(row["shape"] for row in report["rows"]))
     sizes = sorted({row["block_size"] for row in report["rows"]})
@@ -192,6 +199,13 @@ def crossover(report: Report) -> str:
             recompute = [f"{of[size]['recompute_ms']:.1f}" for size in sizes]
             body.append([f"{shape}, {context} tokens: swap out and in, ms", *swaps])
             body.append([f"{shape}, {context} tokens: recompute, ms", *recompute])
+        # Of the longest, whose time is least made of what a step costs in any case.
+        copied = longest * kv_token_bytes(shape)
+        times = [(of[size]["blocks"], of[size]["swap_out_ms"], of[size]["swap_in_ms"]) for size in sizes]
+        rates = [f"{copied / out / 1e6:.1f} / {copied / back / 1e6:.1f}" for _, out, back in times]
+        copies = [f"{1e3 * out / count:.1f} / {1e3 * back / count:.1f}" for count, out, back in times]
+        body.append([f"{shape}, {longest} tokens: GB/s out / in", *rates])
+        body.append([f"{shape}, {longest} tokens: us a copy out / in", *copies])
         found = report["swapping_wins_from"][shape]
         body.append([f"{shape}: swapping is cheaper from, tokens", *(found[str(size)] for size in sizes)])
     return rows(["block size", *sizes], body) + f"\n\n{report['gpu']}, commit `{report['commit'][:12]}`."

@@ -31,6 +31,38 @@ def decode() -> tuple[Run, Sequence[torch.Tensor]]:
     return lambda: attention.paged_attention_decode(*inputs, case.scale), late
 
 
+def settled_decode(
+    block_size: int, query_len: int = 1, settled: Settled = Settled.CONTEXT
+) -> tuple[Run, Sequence[torch.Tensor]]:
+    """Late are queries and, unless more is, the query tokens' keys and values; behind it is a row of padding."""
+    lengths = [40, 333, query_len, 64, 0]
+    case = make_case(lengths, new_lens=[query_len] * len(lengths), block_size=block_size)
+    late = [case.query]
+    for row, length in zip(case.block_tables, lengths, strict=True):
+        for token in range(max(0, length - query_len) if settled is Settled.CONTEXT else 0, length):
+            slots = case.kv_layer[row[token // block_size], :, :, token % block_size]
+            late += [slots[part, head] for part in (0, 1) for head in range(2)]
+    query = case.query.unflatten(0, (-1, query_len))
+    inputs = (query[:, 0] if query_len == 1 else query, case.kv_layer, case.block_tables, case.context_lens)
+    return lambda: attention.paged_attention_decode(*inputs, case.scale, settled=settled), late
+
+
+def decode_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
+    return settled_decode(16)
+
+
+def decode_of_small_blocks_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
+    return settled_decode(4)
+
+
+def decode_of_three_tokens_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
+    return settled_decode(16, query_len=3)
+
+
+def decode_beside_chunks_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
+    return settled_decode(16, settled=Settled.LENGTHS)
+
+
 def rotation() -> tuple[Run, Sequence[torch.Tensor]]:
     fused, positions, slots = rand(4, 10, 64), torch.tensor([0, 7, 31, 2]), torch.tensor([5, 0, -1, 30])
     cos_sin, pool = torch.rand(32, 64), torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)
@@ -41,6 +73,18 @@ def rotation() -> tuple[Run, Sequence[torch.Tensor]]:
         return torch.cat((rotated.flatten(), pool.flatten()))
 
     return run, [fused, positions, slots]
+
+
+def rotation_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
+    fused, positions, slots = rand(4, 10, 64), torch.tensor([0, 7, 31, 2]), torch.tensor([5, 0, -1, 30])
+    cos_sin, pool = torch.rand(32, 64), torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        query, key, value = fused.split((6, 2, 2), dim=1)
+        rotated = cache.rope_and_cache(query, key, value, positions, cos_sin, pool, slots, settled=True)
+        return torch.cat((rotated.flatten(), pool.flatten()))
+
+    return run, [fused]
 
 
 def norms() -> tuple[Run, Sequence[torch.Tensor]]:
@@ -71,7 +115,19 @@ def gating() -> tuple[Run, Sequence[torch.Tensor]]:
 
 @pytest.mark.parametrize(
     "kernel",
-    [decode, rotation, norms, products, tall_tiles, gating],
+    [
+        decode,
+        decode_after_the_first_layer,
+        decode_of_small_blocks_after_the_first_layer,
+        decode_of_three_tokens_after_the_first_layer,
+        decode_beside_chunks_after_the_first_layer,
+        rotation,
+        rotation_after_the_first_layer,
+        norms,
+        products,
+        tall_tiles,
+        gating,
+    ],
     ids=lambda k: k.__name__,
 )
 def test_what_comes_late_is_waited_for(
