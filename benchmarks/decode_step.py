@@ -12,11 +12,13 @@ On the CPU it is a smoke test: `python -m benchmarks.decode_step --config benchm
 from __future__ import annotations
 
 import argparse
+import itertools
 import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,15 +263,36 @@ def parameter_bytes(model: Any) -> int:
 
 
 def profile(executor: Executor, batch: int, context: int, beside: Beside = nothing) -> str:
-    """A table of the kernels of a few decode steps, by time."""
+    """A table of the kernels behind the last chunk of prefill, by time.
+
+    Kernels start while the one before runs, so what counts for one is the time from that one's end to its own. On the
+    CPU: torch's operations, prefill included.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-    with record(activities=[activity]) as recorded:
+    cuda = torch.cuda.is_available()
+    with record(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
         measure(executor, batch, context, PROFILED_STEPS, SAMPLINGS["greedy"], beside)
-    sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return str(recorded.key_averages().table(sort_by=sort, row_limit=30, max_name_column_width=70))
+    if not cuda:
+        return str(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
+    kernels = [event for event in recorded.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    return exclusive_times([(event.time_range.end, event.name) for event in kernels])
+
+
+def exclusive_times(ended: Sequence[tuple[float, str]]) -> str:
+    """Of kernels' (microsecond of the end, name): what each adds per step, behind the last prefill; a line a name."""
+    ordered = sorted(ended)
+    last_prefill = max((at for at, (_, name) in enumerate(ordered) if "prefill" in name), default=0)
+    steps = sum("argmax" in name for _, name in ordered[last_prefill + 1 :])
+    added: dict[str, list[float]] = defaultdict(list)
+    for (before, _), (end, name) in itertools.pairwise(ordered[last_prefill:]):
+        added[name].append(end - before)
+    lines = [f"{'us a step':>9} {'launches':>8} {'us each':>8}"]
+    for name, times in sorted(added.items(), key=lambda item: -sum(item[1])):
+        whole, launches = sum(times) / max(steps, 1), len(times) / max(steps, 1)
+        lines.append(f"{whole:9.1f} {launches:8.1f} {statistics.median(times):8.2f}  {name[:70]}")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -28,3 +28,10 @@ def test_it_measures_every_sampling_and_swaps_and_records_them(tmp_path: Path, m
     swaps, prompts = rows[-2:]
     assert swaps["swapped_blocks"] == 4
     assert (prompts["prompts"], prompts["prompt_length"], prompts["nonfinite_rows"]) == (2, 6, 0)
+
+
+def test_a_kernel_counts_from_the_end_of_the_one_before_and_prefill_does_not_count() -> None:
+    ended = [(900.0, "attend"), (1000.0, "prefill_x"), (1010.0, "attend"), (1012.0, "argmax")]
+    ended += [(1025.0, "argmax"), (1024.0, "attend")]  # in no order
+    lines = decode_step.exclusive_times(ended).splitlines()[1:]
+    assert [line.split() for line in lines] == [["11.0", "1.0", "11.00", "attend"], ["1.5", "1.0", "1.50", "argmax"]]
