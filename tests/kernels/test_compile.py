@@ -214,19 +214,19 @@ def test_parameters_are_read_from_the_kernel_s_source() -> None:
 
 def test_a_tensor_map_is_a_parameter_of_128_bytes_in_its_place() -> None:
     kinds = kernel_compile.parameters(kernel_compile.source("linear_wgmma.cu", {}), "linear_wgmma")
-    assert kinds == ("pointer", "TensorMap", "TensorMap", "int", "int")
+    assert kinds == ("pointer", "TensorMap", "TensorMap", "int", "int", "int")
 
     seen: list[bytes] = []
 
     class Launched:
         def launch(self, grid: kernel_compile.Grid, threads: int, shared_bytes: int, arguments: int) -> None:
             places = (ctypes.c_void_p * len(kinds)).from_address(arguments)
-            sizes = (8, 128, 128, 4, 4)
+            sizes = (8, 128, 128, 4, 4, 4)
             seen.extend(ctypes.string_at(place, size) for place, size in zip(places, sizes, strict=True))
 
     first, second = bytes(range(128)), bytes(range(128, 256))
-    kernel_compile.Kernel(Launched(), kinds)((1, 1, 1), 32, 0, 7, first, second, 5, -6)
-    numbers = (struct.pack("<Q", 7), struct.pack("<i", 5), struct.pack("<i", -6))
+    kernel_compile.Kernel(Launched(), kinds)((1, 1, 1), 32, 0, 7, first, second, 5, -6, 8)
+    numbers = (struct.pack("<Q", 7), *(struct.pack("<i", number) for number in (5, -6, 8)))
     assert seen == [numbers[0], first, second, *numbers[1:]]
 
 
