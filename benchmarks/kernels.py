@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kernels import activation, attention, cache, linear, linear_wgmma, norm, reference, sampling
+from kernels import activation, attention, cache, linear_wgmma, norm, reference, sampling
 from kernels import compile as kernel_compile
 from kernels.reference import Settled
 from pagewire.bench import results
@@ -394,21 +394,12 @@ def linear_rows() -> list[Row]:
                 out = torch.nn.functional.linear(norm.add_rms_norm(out, residual, scale, 1e-5)[0], layer["gate_up"])
                 hidden = torch.nn.functional.linear(activation.silu_and_mul(out), layer["down"])
 
-        def ours(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
-            residual = hidden.clone()
-            squares = hidden.float().square().unflatten(1, (-1, 16)).sum(-1)
-            for layer in weights:
-                linear.linear(linear.Normed(residual, squares, scale, 1e-5), layer["qkv"])
-                squares = linear.linear_add(attended, layer["output"], residual)
-                gated = linear.linear_gated(linear.Normed(residual, squares, scale, 1e-5), layer["gate_up"])
-                squares = linear.linear_add(gated, layer["down"], residual)
-
         def product(x: torch.Tensor, matrix: torch.Tensor, by: reference.Product = "linear") -> torch.Tensor:
-            if linear_wgmma.takes_many_tokens(len(x), matrix, by=by):
+            if linear_wgmma.takes_tokens(len(x), matrix, by=by):
                 return getattr(linear_wgmma, by)(x, matrix)
             return torch.nn.functional.linear(x, matrix)
 
-        def ours_of_many(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
+        def ours(hidden: torch.Tensor = hidden, attended: torch.Tensor = attended) -> None:
             residual = hidden.clone()
             for layer in weights:
                 product(norm.add_rms_norm(hidden, residual, scale, 1e-5)[0], layer["qkv"])
@@ -430,7 +421,7 @@ def linear_rows() -> list[Row]:
 
         if tokens <= 256:
             note("linear library", [library], weight_bytes, layers)
-            note("linear ours", [ours if tokens <= linear.FEW_TOKENS else ours_of_many], weight_bytes, layers)
+            note("linear ours", [ours], weight_bytes, layers)
         if tokens < 16:
             continue
         x = torch.randn((tokens, HIDDEN), device="cuda", dtype=torch.bfloat16)

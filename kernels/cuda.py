@@ -6,8 +6,7 @@ Differences are said at each: `add_rms_norm` writes over its residual, `swap_blo
 from kernels.activation import gather_rows, silu_and_mul
 from kernels.attention import paged_attention_decode, paged_attention_prefill
 from kernels.cache import copy_blocks, rope, rope_and_cache, write_kv
-from kernels.linear import linear, linear_add, linear_gated, takes_few_tokens
-from kernels.linear_wgmma import linear_parts, takes_many_tokens
+from kernels.linear_wgmma import linear, linear_gated, linear_parts, takes_tokens
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.sampling import (
     add_logit_bias,
@@ -27,7 +26,6 @@ __all__ = [
     "copy_blocks",
     "gather_rows",
     "linear",
-    "linear_add",
     "linear_gated",
     "linear_parts",
     "mask_tokens",
@@ -39,8 +37,7 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "swap_blocks",
-    "takes_few_tokens",
-    "takes_many_tokens",
+    "takes_tokens",
     "token_logprobs",
     "write_kv",
 ]

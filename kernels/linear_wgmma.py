@@ -1,6 +1,6 @@
-"""Matrix products of 9 and more tokens on compute capability 9.0: `csrc/linear_wgmma.cu`.
+"""Matrix products of up to 256 tokens on compute capability 9.0: `csrc/linear_wgmma.cu`.
 
-Twins: `kernels.reference.linear`. For more tokens than `kernels.linear` takes.
+Twins: `kernels.reference.linear`. `linear_gated` leaves what `kernels.linear_tall` is better at to it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def wgmma_config(
     return best
 
 
-def takes_many_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
+def takes_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
     """Whether the function of this name is the better way to multiply num_tokens rows by this [N, K] matrix."""
     if by == "linear_gated" and linear_tall.takes_tokens(num_tokens, weight):
         return True

@@ -81,22 +81,6 @@ DEVICE u32 pack<float16>(float low, float high) {
   return y;
 }
 
-// Products of two pairs, rounded to T.
-template <class T>
-DEVICE u32 multiply_pairs(u32 a, u32 b);
-template <>
-DEVICE u32 multiply_pairs<bfloat16>(u32 a, u32 b) {
-  u32 y;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));  // plus -0: sm_80 has no multiplication
-  return y;
-}
-template <>
-DEVICE u32 multiply_pairs<float16>(u32 a, u32 b) {
-  u32 y;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-  return y;
-}
-
 DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

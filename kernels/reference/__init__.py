@@ -7,16 +7,7 @@ All twins accumulate in float32 or wider and never let the content of an unused 
 from kernels.reference.attention import Settled, SharedPrefix, paged_attention_decode, paged_attention_prefill
 from kernels.reference.cache import copy_blocks, rope_and_cache, swap_blocks, write_kv
 from kernels.reference.layers import add_rms_norm, rms_norm, rope, silu_and_mul
-from kernels.reference.linear import (
-    Normed,
-    Product,
-    linear,
-    linear_add,
-    linear_gated,
-    linear_parts,
-    takes_few_tokens,
-    takes_many_tokens,
-)
+from kernels.reference.linear import Product, linear, linear_gated, linear_parts, takes_tokens
 from kernels.reference.philox import philox4x32
 from kernels.reference.sampling import (
     TokenLogprobRows,
@@ -29,7 +20,6 @@ from kernels.reference.sampling import (
 )
 
 __all__ = [
-    "Normed",
     "Product",
     "Settled",
     "SharedPrefix",
@@ -40,7 +30,6 @@ __all__ = [
     "argmax",
     "copy_blocks",
     "linear",
-    "linear_add",
     "linear_gated",
     "linear_parts",
     "mask_tokens",
@@ -53,8 +42,7 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "swap_blocks",
-    "takes_few_tokens",
-    "takes_many_tokens",
+    "takes_tokens",
     "token_logprobs",
     "write_kv",
 ]

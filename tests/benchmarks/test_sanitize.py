@@ -68,11 +68,11 @@ def test_tests_among_which_a_tool_has_failed_are_run_again_without_options_and_t
 
 
 def test_every_test_is_in_one_part_of_its_file_behind_planted_defects(tmp_path: Path) -> None:
-    tests = {"test_decode": [f"a{i}" for i in range(19)], "test_linear": ["b"], sanitize.REAL_SIZES: ["c", "d"]}
+    tests = {"test_decode": [f"a{i}" for i in range(19)], "test_prefill": ["b"], sanitize.REAL_SIZES: ["c", "d"]}
     found = sanitize.parts(["memcheck"], tests, tmp_path)
     planted = len(planted_defects.DEFECTS["memcheck"])
     assert [part.name for part in found[:planted]] == list(planted_defects.DEFECTS["memcheck"])
-    files = [sanitize.REAL_SIZES] * 2 + ["test_decode"] * 3 + ["test_linear"]
+    files = [sanitize.REAL_SIZES] * 2 + ["test_decode"] * 3 + ["test_prefill"]
     assert [part.name for part in found[planted:]] == files
     assert sorted(name for part in found for name in part.tests) == sorted(itertools.chain(*tests.values()))
     assert max(len(part.tests) for part in found) <= sanitize.TESTS_PER_PROCESS

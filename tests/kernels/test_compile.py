@@ -13,7 +13,7 @@ import struct
 import pytest
 import torch
 
-from kernels import attention, linear, linear_tall, linear_wgmma, sampling
+from kernels import attention, linear_tall, linear_wgmma, sampling
 from kernels import compile as kernel_compile
 from kernels.compile import Cubin, DeviceLimits, KernelError
 from kernels.reference import Product
@@ -214,19 +214,19 @@ def test_parameters_are_read_from_the_kernel_s_source() -> None:
 
 def test_a_tensor_map_is_a_parameter_of_128_bytes_in_its_place() -> None:
     kinds = kernel_compile.parameters(kernel_compile.source("linear_wgmma.cu", {}), "linear_wgmma")
-    assert kinds == ("pointer", "TensorMap", "TensorMap", "int", "int")
+    assert kinds == ("pointer", "TensorMap", "TensorMap", "int", "int", "int")
 
     seen: list[bytes] = []
 
     class Launched:
         def launch(self, grid: kernel_compile.Grid, threads: int, shared_bytes: int, arguments: int) -> None:
             places = (ctypes.c_void_p * len(kinds)).from_address(arguments)
-            sizes = (8, 128, 128, 4, 4)
+            sizes = (8, 128, 128, 4, 4, 4)
             seen.extend(ctypes.string_at(place, size) for place, size in zip(places, sizes, strict=True))
 
     first, second = bytes(range(128)), bytes(range(128, 256))
-    kernel_compile.Kernel(Launched(), kinds)((1, 1, 1), 32, 0, 7, first, second, 5, -6)
-    numbers = (struct.pack("<Q", 7), struct.pack("<i", 5), struct.pack("<i", -6))
+    kernel_compile.Kernel(Launched(), kinds)((1, 1, 1), 32, 0, 7, first, second, 5, -6, 8)
+    numbers = (struct.pack("<Q", 7), *(struct.pack("<i", number) for number in (5, -6, 8)))
     assert seen == [numbers[0], first, second, *numbers[1:]]
 
 
@@ -248,7 +248,6 @@ def test_tensors_without_a_backend_are_refused() -> None:
         ("cache.cu", "rope_and_cache", True),
         ("cache.cu", "copy_blocks", False),
         ("norm.cu", "add_rms_norm", True),
-        ("linear_skinny.cu", "linear_skinny", True),
         ("linear_wgmma.cu", "linear_wgmma", True),
         ("linear_tall.cu", "linear_tall", True),
         ("sampling.cu", "argmax", False),
@@ -261,32 +260,6 @@ def test_only_a_kernel_that_waits_itself_is_launched_before_those_in_front_of_it
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("tokens", "normed", "epilogue"), [(8, 1, linear.GATING), (8, 0, linear.ADDING), (16, 1, 0)])
-def test_products_of_a_few_tokens_keep_two_ctas_on_a_processor(
-    arch: str, dtype: str, tokens: int, normed: int, epilogue: int
-) -> None:
-    config = linear.skinny_config(tokens)
-    cubin = build(
-        "linear_skinny.cu",
-        arch,
-        DTYPE=dtype,
-        K=4096,
-        ROW_TILES=config.row_tiles,
-        TOKEN_TILES=config.token_tiles,
-        WARPS=linear.WARPS,
-        STAGES=config.stages,
-        MIN_CTAS=config.ctas,
-        NORMED=normed,
-        EPILOGUE=epilogue,
-    )
-    assert_no_spills(cubin)
-    registers = cubin.resources["linear_skinny"].registers
-    assert config.ctas * linear.WARPS * 32 * registers <= REGISTERS_OF_A_PROCESSOR
-    if arch == "sm_90a":
-        assert config.ctas * (config.shared_bytes(True) + 1024) <= LIMITS[arch].processor_shared_bytes
-
-
-@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tokens", linear_wgmma.TOKENS)
 @pytest.mark.parametrize(
     ("by", "rows", "width", "epilogue"),
@@ -296,7 +269,7 @@ def test_products_of_a_few_tokens_keep_two_ctas_on_a_processor(
         ("linear_gated", 28672, 4096, linear_wgmma.GATING),
     ],
 )
-def test_products_of_many_tokens_keep_their_sums_in_registers(
+def test_products_by_boxes_keep_their_sums_in_registers(
     dtype: str, tokens: int, by: Product, rows: int, width: int, epilogue: int
 ) -> None:
     if reason := why_no_compiler():

@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from kernels import activation, attention, cache, linear, linear_tall, linear_wgmma, norm
+from kernels import activation, attention, cache, linear_tall, linear_wgmma, norm
 from kernels import compile as kernel_compile
 from kernels.linear_tall import TallConfig
 from kernels.linear_wgmma import WgmmaConfig
 from kernels.reference import Settled
-from tests.kernels import test_linear
+from tests.kernels import tensors
 from tests.kernels.attention_cases import make_case
 from tests.kernels.emulator import EmulatorBackend
 
 Run = Callable[[], torch.Tensor]
 
 
-rand = functools.partial(test_linear.rand, dtype=torch.bfloat16, device=torch.device("cpu"))
+rand = functools.partial(tensors.rand, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 def decode() -> tuple[Run, Sequence[torch.Tensor]]:
@@ -98,12 +98,7 @@ def norms() -> tuple[Run, Sequence[torch.Tensor]]:
     return run, [hidden]
 
 
-def few_tokens() -> tuple[Run, Sequence[torch.Tensor]]:
-    tokens, weight = rand(8, 1024), rand(192, 1024, seed=1)
-    return lambda: linear.linear(tokens, weight), [tokens]
-
-
-def many_tokens() -> tuple[Run, Sequence[torch.Tensor]]:
+def products() -> tuple[Run, Sequence[torch.Tensor]]:
     tokens, weight = rand(96, 192), rand(512, 192, seed=1)
     return lambda: linear_wgmma.linear(tokens, weight, config=WgmmaConfig(96, 2, 4, 2)), [tokens]
 
@@ -129,8 +124,7 @@ def gating() -> tuple[Run, Sequence[torch.Tensor]]:
         rotation,
         rotation_after_the_first_layer,
         norms,
-        few_tokens,
-        many_tokens,
+        products,
         tall_tiles,
         gating,
     ],
@@ -147,11 +141,12 @@ def test_what_comes_late_is_waited_for(
 
 
 def test_a_copy_of_what_comes_late_is_noticed(emulator: EmulatorBackend) -> None:
-    tokens, weight = rand(8, 1024), rand(192, 1024, seed=1)  # copied before the wait, because no kernel writes it
-    emulator.late.append(weight)
+    case = make_case([40, 333, 5], head_dim=64)
+    inputs = (case.query, case.kv_layer, case.block_tables, case.context_lens)
+    emulator.late.append(case.kv_layer[case.block_tables[1, 0], 0])  # copied before the wait, as if it were settled
     with pytest.raises(kernel_compile.KernelError, match="the kernel before has yet to write"):
-        linear.linear(tokens, weight)
-    tokens, weight = rand(96, 192), rand(512, 192, seed=1)
+        attention.paged_attention_decode(*inputs, case.scale, settled=Settled.CONTEXT)
+    tokens, weight = rand(96, 192), rand(512, 192, seed=1)  # weights are too: no kernel writes them
     emulator.late[:] = [weight]
     with pytest.raises(kernel_compile.KernelError, match="the kernel before has yet to write"):
         linear_wgmma.linear(tokens, weight, config=WgmmaConfig(96, 2, 4, 2))

@@ -9,7 +9,7 @@ from kernels import compile as kernel_compile
 from kernels import linear_tall, linear_wgmma, reference
 from kernels.compile import DeviceLimits
 from kernels.linear_tall import TallConfig
-from tests.kernels.test_linear import BF16, FP16, assert_close, rand
+from tests.kernels.tensors import BF16, FP16, assert_close, rand
 
 H100 = DeviceLimits(132, 227 * 1024, 228 * 1024, wgmma=True)
 
@@ -122,8 +122,8 @@ def test_a_large_model_s_products_of_enough_tokens_are_taken_on_an_h100(monkeypa
     assert not taken(512, weight.float())
     assert not taken(512, weight[:, :2048])
     assert not taken(512, weight[:16384])  # 172 tiles in two rounds of 132
-    assert linear_wgmma.takes_many_tokens(700, weight, by="linear_gated")
-    assert not linear_wgmma.takes_many_tokens(257, weight, by="linear_gated")
+    assert linear_wgmma.takes_tokens(700, weight, by="linear_gated")
+    assert not linear_wgmma.takes_tokens(257, weight, by="linear_gated")
 
 
 def test_what_tiles_cannot_hold_is_refused(device: torch.device) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from kernels import compile as kernel_compile
-from kernels import linear_wgmma, reference
+from kernels import linear, linear_wgmma, reference
 from kernels.linear_wgmma import WgmmaConfig
 from kernels.reference import Product
-from tests.kernels.test_linear import BF16, FP16, assert_close, rand
+from tests.kernels.tensors import BF16, FP16, assert_close, rand
 
 H100 = kernel_compile.DeviceLimits(132, 227 * 1024, 228 * 1024, wgmma=True)
 
@@ -35,7 +37,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("tokens", "rows", "width", "config"), CASES)
-def test_a_product_of_many_tokens_equals_its_twin(
+def test_a_product_by_boxes_equals_its_twin(
     device: torch.device, dtype: torch.dtype, tokens: int, rows: int, width: int, config: WgmmaConfig
 ) -> None:
     x = rand(tokens, width, dtype=dtype, device=device, seed=1)
@@ -52,7 +54,7 @@ def test_a_product_of_many_tokens_equals_its_twin(
         (250, 384, 128, WgmmaConfig(256, 1, 3, 1)),
     ],
 )
-def test_a_gated_product_of_many_tokens_equals_its_twin(
+def test_a_gated_product_by_boxes_equals_its_twin(
     device: torch.device, dtype: torch.dtype, tokens: int, rows: int, width: int, config: WgmmaConfig
 ) -> None:
     x = rand(tokens, width, dtype=dtype, device=device, seed=1)
@@ -95,14 +97,42 @@ def test_a_product_by_the_configuration_chosen_is_the_same_again_and_again(devic
 
 
 @pytest.mark.parametrize(
+    ("tokens", "cluster", "own_tokens"),
+    [(1, 1, 8), (8, 1, 8), (9, 1, 16), (64, 1, 64), (20, 2, 16), (8, 4, 8), (40, 4, 16), (64, 4, 16)],
+)
+def test_a_box_has_as_many_tokens_as_there_are_for_each_of_a_cluster_rounded_up_to_eights(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tokens: int, cluster: int, own_tokens: int
+) -> None:
+    boxes = []
+
+    def token_map(*matrix_and_box: Any) -> bytes:
+        boxes.append(matrix_and_box[-1])
+        return linear.token_map(*matrix_and_box)
+
+    monkeypatch.setattr(linear_wgmma, "token_map", token_map)
+    x = rand(tokens, 128, dtype=BF16, device=device, seed=1)
+    gate_up = rand(512, 128, dtype=BF16, device=device, seed=2) * 128**-0.5
+    out = linear_wgmma.linear_gated(x, gate_up, config=WgmmaConfig(64, cluster, 2, cluster))
+    assert boxes == [(64, own_tokens)]
+    assert_close(out, reference.linear_gated(x, gate_up), roundings=2)
+
+
+@pytest.mark.parametrize(
     ("by", "tokens", "rows", "width", "config"),
     [
+        ("linear_gated", 1, 28672, 4096, WgmmaConfig(64, 4, 8, 112)),
         ("linear_gated", 17, 28672, 4096, WgmmaConfig(64, 4, 8, 112)),
         ("linear_gated", 193, 28672, 4096, WgmmaConfig(256, 2, 4, 112)),
         ("linear_gated", 128, 128256, 4096, WgmmaConfig(128, 2, 7, 126)),
         ("linear", 64, 6144, 4096, WgmmaConfig(64, 1, 8, 48)),
         ("linear_parts", 32, 4096, 4096, WgmmaConfig(64, 1, 8, 96, 3)),
-        ("linear_parts", 64, 4096, 14336, WgmmaConfig(64, 1, 8, 64, 2)),
+        ("linear_parts", 33, 4096, 4096, WgmmaConfig(64, 1, 8, 64, 2)),
+        ("linear_parts", 64, 4096, 8192 - 64, WgmmaConfig(64, 1, 8, 64, 2)),
+        ("linear_parts", 64, 4096, 8192, WgmmaConfig(64, 1, 8, 128, 4)),
+        ("linear_parts", 64, 4096, 14336, WgmmaConfig(64, 1, 8, 128, 4)),
+        ("linear_parts", 128, 4096, 4096, WgmmaConfig(128, 1, 7, 64, 2)),
+        ("linear_parts", 129, 4096, 4096, WgmmaConfig(192, 1, 5, 96, 3)),
+        ("linear_parts", 256, 4096, 14336, WgmmaConfig(256, 1, 4, 128, 4)),
         ("linear_parts", 16, 640, 128, WgmmaConfig(64, 1, 8, 10, 2)),  # no more parts than chunks
     ],
 )
@@ -143,9 +173,13 @@ def test_what_tiles_cannot_hold_has_no_configuration(tokens: int, rows: int, wid
     assert linear_wgmma.wgmma_config("linear_parts", tokens, rows, width, H100) is None
 
 
-def test_a_device_without_wgmma_has_no_configuration() -> None:
+@pytest.mark.parametrize("by", ["linear", "linear_parts", "linear_gated"])
+def test_a_device_without_wgmma_takes_no_product(monkeypatch: pytest.MonkeyPatch, by: Product) -> None:
     ampere = kernel_compile.DeviceLimits(108, 163 * 1024, 164 * 1024)
-    assert linear_wgmma.wgmma_config("linear", 64, 4096, 4096, ampere) is None
+    assert linear_wgmma.wgmma_config(by, 64, 4096, 4096, ampere) is None
+    monkeypatch.setattr(kernel_compile, "limits", lambda device: ampere)
+    weight = torch.empty(28672, 4096, dtype=BF16, device="meta")
+    assert not any(linear_wgmma.takes_tokens(tokens, weight, by=by) for tokens in (1, 8, 64, 256, 4096))
 
 
 def test_other_products_are_left_to_the_library(device: torch.device) -> None:
@@ -155,17 +189,25 @@ def test_other_products_are_left_to_the_library(device: torch.device) -> None:
         return torch.empty(rows, width, dtype=dtype, device=device)
 
     def taken(tokens: int, weight: torch.Tensor, by: Product = "linear_gated") -> bool:
-        return linear_wgmma.takes_many_tokens(tokens, weight, by=by)
+        return linear_wgmma.takes_tokens(tokens, weight, by=by)
 
     enough = weight(processors * 128)
     assert taken(256, enough)
-    assert taken(128, enough, "linear_parts")
+    assert taken(1, enough)
+    assert taken(192, enough, "linear_parts")
+    assert taken(1, enough, "linear_parts")
     assert taken(64, enough.half(), "linear")
-    assert not taken(129, enough, "linear_parts")
+    assert taken(1, enough.half(), "linear")
+    assert not taken(193, enough, "linear_parts")
     assert not taken(65, enough, "linear")
     assert not taken(8, enough.float())
     assert not taken(8, weight(processors * 128, 256)[:, :128])
     assert not taken(8, weight(processors * 128, 136))
     assert not taken(8, weight(128))  # most of the device would be idle
+    long, shorter = (weight(processors * 128, width) for width in (8192, 8192 - 64))
+    assert taken(256, long, "linear_parts")
+    assert not taken(257, long, "linear_parts")
+    assert taken(192, shorter, "linear_parts")
+    assert not taken(193, shorter, "linear_parts")
     with pytest.raises(ValueError, match="not for this kernel"):
         linear_wgmma.linear_parts(torch.zeros(257, 128, dtype=BF16, device=device), weight(128))

@@ -7,7 +7,7 @@ import torch
 
 from kernels import activation, cache, norm, reference, swap
 from tests.kernels.emulator import EmulatorBackend
-from tests.kernels.test_linear import rand
+from tests.kernels.tensors import rand
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

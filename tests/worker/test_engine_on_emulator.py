@@ -98,15 +98,22 @@ def test_kernels_give_the_tokens_of_their_twins(
     assert emulated == play(path, dtype, emulated=False, monkeypatch=monkeypatch)
 
 
-def test_steps_of_many_tokens_take_the_products_by_boxes_and_give_the_same_tokens(
-    tmp_path: Path, emulator: EmulatorBackend, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("wgmma", "products"),
+    [
+        (True, 4),  # qkv; output and down projection, which differ in their width; gate and up
+        (False, 0),  # before compute capability 9.0
+    ],
+)
+def test_steps_take_the_products_by_boxes_where_there_is_wgmma_and_give_the_same_tokens(
+    tmp_path: Path, emulator: EmulatorBackend, monkeypatch: pytest.MonkeyPatch, wgmma: bool, products: int
 ) -> None:
+    emulator.wgmma = wgmma
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "head_dim": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     path = tiny_models.make_tiny_model("llama", tmp_path / "model", max_position_embeddings=128, **sizes, **heads)
     emulated = play(path, "bfloat16", emulated=True, monkeypatch=monkeypatch)
-    # qkv; output and down projection, which differ in their width; gate and up.
-    assert sum("linear_wgmma" in library._name for library in emulator.libraries) == 4
+    assert sum("linear_wgmma" in library._name for library in emulator.libraries) == products
     assert emulated == play(path, "bfloat16", emulated=False, monkeypatch=monkeypatch)
 
 

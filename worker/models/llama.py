@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kernels.reference import Normed
 from worker.models.base import ModelError, ModelSpec, PagedAttention
 from worker.models.ops import ops_for
 from worker.models.rope import LENGTH_DEPENDENT_TYPES, STATIC_TYPES, rope_table, rope_type
@@ -250,16 +249,10 @@ class LlamaModel:
         device = weights.embedding.device
         self._ops = ops_for(device)
         self._cos_sin = rope_table(config, shape.head_dim, spec.max_model_len, device)
-        self._has_bias = shape.qkv_bias or shape.output_bias or shape.mlp_bias
 
     @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
         """As in PagedModel."""
-        ops = self._ops
-        first = self._weights.layers[0]
-        matrices = (first.qkv, first.output, first.gate_up, first.down)
-        if not self._has_bias and ops.takes_few_tokens(len(token_ids), *matrices):
-            return self._forward_few(token_ids, positions, batch)
         residual = functional.embedding(token_ids, self._weights.embedding)
         adding: torch.Tensor | None = None
         for number, layer in enumerate(self._weights.layers):
@@ -270,26 +263,9 @@ class LlamaModel:
             adding = self._add(self._gated(layer, hidden), layer.down, layer.down_bias, residual)
         return self._normed(adding, residual, self._weights.norm)[0]
 
-    def _forward_few(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedAttention) -> torch.Tensor:
-        """`forward` of a few tokens: all that counts is reading the weights, so products take what is around them."""
-        ops, epsilon = self._ops, self._shape.norm_epsilon
-        residual = functional.embedding(token_ids, self._weights.embedding)
-        squares: torch.Tensor | None = None
-        for number, layer in enumerate(self._weights.layers):
-            hidden = (
-                ops.rms_norm(residual, layer.input_norm, epsilon)
-                if squares is None
-                else Normed(residual, squares, layer.input_norm, epsilon)
-            )
-            attended = self._attend(number, layer, ops.linear(hidden, layer.qkv), positions, batch)
-            squares = ops.linear_add(attended, layer.output, residual)
-            gated = ops.linear_gated(Normed(residual, squares, layer.mlp_norm, epsilon), layer.gate_up)
-            squares = ops.linear_add(gated, layer.down, residual)
-        return ops.rms_norm(residual, self._weights.norm, epsilon)
-
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [T, K] times weight [N, K] transposed: [T, N]."""
-        if bias is None and self._ops.takes_many_tokens(len(x), weight, by="linear"):
+        if bias is None and self._ops.takes_tokens(len(x), weight, by="linear"):
             return self._ops.linear(x, weight)
         return functional.linear(x, weight, bias)
 
@@ -298,7 +274,7 @@ class LlamaModel:
     ) -> torch.Tensor | None:
         """Adds a product to the residual stream [T, hidden_size]. What is returned is yet to be added: a tensor like
         it, or parts of one."""
-        if bias is None and self._ops.takes_many_tokens(len(x), weight, by="linear_parts"):
+        if bias is None and self._ops.takes_tokens(len(x), weight, by="linear_parts"):
             return self._ops.linear_parts(x, weight)
         if bias is None and len(x) >= ADDED_IN_PRODUCT:
             residual.addmm_(x, weight.t())
@@ -316,32 +292,22 @@ class LlamaModel:
     def _gated(self, layer: LlamaLayer, hidden: torch.Tensor) -> torch.Tensor:
         """SwiGLU's gate: normed hidden [T, hidden_size] to [T, intermediate_size]."""
         ops = self._ops
-        if layer.gate_up_bias is None and ops.takes_many_tokens(len(hidden), layer.gate_up, by="linear_gated"):
+        if layer.gate_up_bias is None and ops.takes_tokens(len(hidden), layer.gate_up, by="linear_gated"):
             return ops.linear_gated(hidden, layer.gate_up)
         return ops.silu_and_mul(functional.linear(hidden, layer.gate_up, layer.gate_up_bias))
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As in PagedModel."""
-        ops, head = self._ops, self._weights.head
-        if ops.takes_few_tokens(len(hidden), head):
-            return ops.linear(hidden, head, floating=True)
-        return self._product(hidden, head, None)
+        return self._product(hidden, self._weights.head, None)
 
     def _attention(
         self, number: int, layer: LlamaLayer, hidden: torch.Tensor, positions: torch.Tensor, batch: PagedAttention
     ) -> torch.Tensor:
         """Self-attention of one layer but for its output projection: normed hidden [T, hidden_size] to
         [T, query_size]."""
-        qkv = self._product(hidden, layer.qkv, layer.qkv_bias)
-        return self._attend(number, layer, qkv, positions, batch)
-
-    def _attend(
-        self, number: int, layer: LlamaLayer, qkv: torch.Tensor, positions: torch.Tensor, batch: PagedAttention
-    ) -> torch.Tensor:
-        """Attention between the projections: [T, query_size + 2 * kv_size] to [T, query_size]."""
         shape, ops = self._shape, self._ops
-        qkv = qkv.view(len(qkv), -1, shape.head_dim)
+        qkv = self._product(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, shape.head_dim)
         query, key, value = torch.split(qkv, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             query = ops.rms_norm(query, layer.query_norm, shape.norm_epsilon)

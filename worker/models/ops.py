@@ -9,10 +9,8 @@ from typing import Protocol
 
 import torch
 
-from kernels import activation, cache, norm, reference
-from kernels import linear as few
-from kernels import linear_wgmma as many
-from kernels.reference import Normed, Product
+from kernels import activation, cache, linear_wgmma, norm, reference
+from kernels.reference import Product
 
 _WIDEST_NORM = 32 * 1024
 """Elements of the widest row that the norm kernel takes."""
@@ -42,28 +40,20 @@ class LayerOps(Protocol):
         """SwiGLU's gate: silu(gate) * up of [T, 2 * I], gate first."""
         ...
 
-    def takes_few_tokens(self, num_tokens: int, *weights: torch.Tensor) -> bool:
-        """Whether the three products below take num_tokens rows times these matrices, and are the better way."""
+    def takes_tokens(self, num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
+        """Whether the product of this name takes num_tokens rows times this matrix, and is better than the library."""
         ...
 
-    def takes_many_tokens(self, num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
-        """The same of `linear`, `linear_parts` or `linear_gated`, for more tokens than a few, with no norm in front."""
-        ...
-
-    def linear(self, x: torch.Tensor | Normed, weight: torch.Tensor, *, floating: bool = False) -> torch.Tensor:
-        """A product, after a norm where x is `Normed`."""
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A product."""
         ...
 
     def linear_parts(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A product of many tokens in parts that `add_rms_norm` adds up."""
+        """A product in parts that `add_rms_norm` adds up."""
         ...
 
-    def linear_gated(self, x: torch.Tensor | Normed, gate_up: torch.Tensor) -> torch.Tensor:
+    def linear_gated(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
         """A product, then SwiGLU's gate."""
-        ...
-
-    def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Adds the product to `residual` in place; returns `Normed.squares` of it."""
         ...
 
 
@@ -94,23 +84,10 @@ class CudaOps:
         silu_and_mul = activation.silu_and_mul if fits else reference.silu_and_mul
         return silu_and_mul(gate_up)
 
-    takes_few_tokens = staticmethod(few.takes_few_tokens)
-    takes_many_tokens = staticmethod(many.takes_many_tokens)
-
-    def linear(self, x: torch.Tensor | Normed, weight: torch.Tensor, *, floating: bool = False) -> torch.Tensor:
-        """As in LayerOps."""
-        if isinstance(x, Normed) or floating or few.takes_few_tokens(len(x), weight):
-            return few.linear(x, weight, floating=floating)
-        return many.linear(x, weight)
-
-    def linear_gated(self, x: torch.Tensor | Normed, gate_up: torch.Tensor) -> torch.Tensor:
-        """As in LayerOps."""
-        if isinstance(x, Normed) or few.takes_few_tokens(len(x), gate_up):
-            return few.linear_gated(x, gate_up)
-        return many.linear_gated(x, gate_up)
-
-    linear_parts = staticmethod(many.linear_parts)
-    linear_add = staticmethod(few.linear_add)
+    takes_tokens = staticmethod(linear_wgmma.takes_tokens)
+    linear = staticmethod(linear_wgmma.linear)
+    linear_parts = staticmethod(linear_wgmma.linear_parts)
+    linear_gated = staticmethod(linear_wgmma.linear_gated)
 
 
 def _fits_norm(hidden: torch.Tensor) -> bool:

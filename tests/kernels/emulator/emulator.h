@@ -346,11 +346,6 @@ template <class T>
 u32 pack(float low, float high) {
   return u32(from_float<T>(low).bits) | u32(from_float<T>(high).bits) << 16;
 }
-template <class T>
-u32 multiply_pairs(u32 a, u32 b) {
-  auto half = [](u32 pair, int high) { return to_float(T{(unsigned short)(pair >> 16 * high)}); };
-  return pack<T>(half(a, 0) * half(b, 0), half(a, 1) * half(b, 1));
-}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
