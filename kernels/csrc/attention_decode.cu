@@ -187,14 +187,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     }
   };
 
-  int share = max(ceil_div(total, teams), min_share);
-  // Units of one length fit a whole number of times into somewhat larger shares, or these into them: then shares end where units end, and
-  // less is combined.
-  if (total > 0 && prefix[num_seqs] == prefix[1] * num_seqs) {
-    const int tiles = prefix[1];
-    const int fitting = tiles >= share ? ceil_div(tiles, tiles / share) : ceil_div(share, tiles) * tiles;
-    if (fitting - share <= share / 16) share = fitting;
-  }
+  const int share = max(ceil_div(total, teams), min_share);
   const i64 share_begin = (i64)team * share;
   if (share_begin >= total) return wait_and_clear_unused();
   int begin = (int)share_begin, end = min(begin + share, total);
