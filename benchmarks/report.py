@@ -58,27 +58,30 @@ limit, of the row's. The card's idle time is below 1 % of every row but the last
 
 """
 H200_WHY = """
-Why, from the profile of a step and from the kernels' own times (`python -m benchmarks.kernels`,
-[kernels.json](../benchmarks/results/h200/kernels.json); what was tried is in [linear.md](kernels/linear.md) and
-[decode.md](kernels/decode.md)):
+Why, from the profile of a step (`python -m benchmarks.decode_step --batch 128 --profile 128`), the kernels' own times
+and the card's clock ([below](#the-clock-while-rows-run)); what was tried is in [linear.md](kernels/linear.md) and
+[decode.md](kernels/decode.md):
 
-- **1 row**: 0.65 ms beyond the limit. Products take 115 us a layer where reading weights takes 104: 0.36 ms. The rest
-  is attention, rotation and sampling, which have next to nothing to do and still begin and end.
-- **32 and 128 rows**: 1.1 and 2.1 ms beyond. Products with the norms between them take 128 and 141 us a layer instead
-  of 104: 0.8 and 1.2 ms.
-- **256 rows**: 2.6 ms beyond. Products take 191 us a layer instead of 150, bound by operations: gate and up 93 instead
-  of 80, by [tall tiles](kernels/linear.md#tall-tiles); the library's other three 97 instead of 70. That is 1.3 ms.
-  Norms and rotation take 17 us a layer, 0.5 ms, which the limit has not; attention some 10 us more than its bytes,
-  0.3 ms.
-- **Attention**, per launch, what 32 layers pay: 2 to 4 us until the first keys are there, because it waits for the
-  kernel before it, and 1 us to the end behind the last; and the multiprocessors, which have equal shares of the keys,
-  are done at different times: the last one 8 us after the median one of 120, 20 of 490
-  ([decode_variants.json](../benchmarks/results/h200/decode_variants.json)).
+- **The card is at its power cap in every row**, with a single sequence too: it draws 690 of 700 W and lowers its clock
+  to 1,455 to 1,845 of 1,980 MHz (medians). What multiplies is slower by as much. Two cards of one host differed by 4 %
+  in steps of 256 rows ([products.json](../benchmarks/results/h200/products.json)).
+- **1 row**: 0.57 ms beyond the limit. Products with the norms between them take 112 us a layer where reading weights
+  takes 104: 0.26 ms. The rest is attention, rotation, sampling and some twenty small kernels that prepare a step,
+  which have next to nothing to do and still begin and end.
+- **32 rows**: 0.76 ms beyond. Products and norms take 116 us a layer instead of 104: 0.4 ms; attention is 10 us a layer
+  from its floor: 0.3 ms.
+- **128 rows**: 1.8 ms beyond. Products and norms take 145 us a layer instead of 104: 1.3 ms, of which the library's
+  query, key and value projection has 0.3; attention is 9 us a layer from its floor: 0.3 ms.
+- **256 rows**: 2.6 ms beyond. Products take 194 us a layer instead of 150, bound by operations: 1.4 ms; norms and
+  rotation 16 us, which the limit has not: 0.5 ms; attention 77 us instead of 72.
 - **Steps with chunks of up to 1,024 tokens**, half of the Alpaca-like row and a quarter of the ShareGPT-like one:
-  4.9 ms beyond. Gate and up projection reach 653 TFLOP/s at 1,024 rows, the library's 637.
-- **Prefill**: 26 ms beyond in a step of 8,192 tokens. Gate and up reach 694 TFLOP/s, the library's products 630 where a
-  square one of 8,192 reached 742: 18 ms. Attention runs at 600. Copies to the second tier go beside it: a step is
-  0.3 ms longer than model and sampling.
+  5.2 ms beyond. Gate and up projection reach 653 TFLOP/s at 1,024 rows, the library's 637.
+- **Prefill**: 27 ms beyond in a step of 8,192 tokens. Gate and up reach 694 TFLOP/s, the library's products 630 where a
+  square one of 8,192 by itself reached 742: 18 ms. At the row's 1,485 MHz tensor cores can do 803. Attention runs at
+  600.
+"""
+H200_POWER = """Samples of nvidia-smi every quarter of a second while these very rows ran, three runs each.
+
 """
 H100_OFFLINE = f"""On an H100 80GB (device copy {H100_TB_S} TB/s, bf16 {H100_TFLOP_S} TFLOP/s), which computes as
 fast as an H200 and has 0.7 times its memory bandwidth. So both are given as a share of the limit on their own card.
@@ -119,12 +122,11 @@ BETTER_MODE = """
 `auto` over the better of the other two, which have no headroom, by medians. Of times, less is better.
 
 """
-H200_KERNELS = """Replays of graphs of as many launches as read 300 MB: of 1 x 65536, 8 x 16384, 64 x 4096 and 256 x 512
-and more that is one, and its time includes the graph's own launch, 4 to 6 us. In graphs of eight and more launches
-those four take 74.6, 133.8, 259.5 and 138.0 us
-([decode_variants.json](../benchmarks/results/h200/decode_variants.json)). How the peer's were taken in this respect is
-not known. So four of ten decode rows are not yet at FlashAttention-3's times:
-2 to 14 % above. Prefill is faster in all.
+H200_KERNELS = """Replays of graphs of 16 launches and more. Decode as from a model's second layer on, where a
+launch reads lengths and older keys before the kernel in front is done
+([decision 57](decisions/0057-kernels-read-what-is-settled-before-they-wait.md)): nine of ten rows are at
+FlashAttention-3's times or below, 64 x 4096 is 0.4 % above. In a first layer they take 2 to 5 us more, and five are
+above ([kernels_decode.json](../benchmarks/results/h200/kernels_decode.json)). Prefill is faster in all.
 
 """
 H100_KERNELS = "Shares of what the card copies (decode) or multiplies (prefill).\n\n"
@@ -230,10 +232,14 @@ def _h200(results: dict[str, Content]) -> list[str]:
     offline_head, online_head = "## Offline throughput on one H200\n\n", "## Latency under load on one H200\n\n"
     parts = section("h200/offline", f"{offline_head}{H200_OFFLINE}", offline, always=True)
     parts += section("h200/lost_time", f"### Where the rest of the time goes\n\n{H200_LOST}", lost_time, H200_WHY)
+    parts += section("h200/power", f"### The clock while rows run\n\n{H200_POWER}", power)
     parts += section("h200/online", f"{online_head}{H200_ONLINE}", online, always=True)
     parts += _with_targets(results, "h200", "With")
     parts += section("h200/pressure", f"## Memory pressure on one H200\n\n{H200_PRESSURE}", pressure)
-    parts += section("h200/kernels", f"## Attention kernels on one H200\n\n{H200_KERNELS}", kernels, always=True)
+    newer = results.get("h200/kernels_decode")
+    attention = functools.partial(kernels, newer=newer)
+    parts += section("h200/kernels", f"## Attention kernels on one H200\n\n{H200_KERNELS}", attention, always=True)
+    parts += [source("h200/kernels_decode", newer)] if newer else []
     parts += section("h200/gpu_tests", "## GPU tests on one H200\n\n", gpu_tests)
     return parts
 
@@ -443,6 +449,17 @@ def lost_time(content: Content) -> str:
     return table(heading, lines)
 
 
+def power(content: Content) -> str:
+    """Clock and power of the card, row by row."""
+    lines = []
+    for row in content["rows"]:
+        clock = row["sm_mhz"]
+        values = [f"{clock['least']:,.0f}", f"{clock['median']:,.0f}", f"{clock['most']:,.0f}"]
+        lines.append([row["workload"], *values, f"{row['watts']:.0f}", f"{row['at_power_cap']:.0%}"])
+    heading = ["workload", "least SM MHz", "median", "most", "median W", "samples at the power cap"]
+    return table(heading, lines)
+
+
 def pressure(content: Content) -> str:
     """Modes of preemption side by side, by size of the pool, then `auto` beside the better of the other two, which have
     no headroom. Rows that say nothing of it are from before there was one."""
@@ -519,12 +536,14 @@ def online(content: Content | None, only: float | None = None) -> str:
     return _unmeasured(content) + table(heading, lines)
 
 
-def kernels(content: Content | None) -> str:
-    """Attention beside FlashAttention-3 on the same paged cache."""
+def kernels(content: Content | None, newer: Content | None = None) -> str:
+    """Attention beside FlashAttention-3 on the same paged cache; rows of `newer` count for those of the same sizes."""
     lines = []
-    for row in (content or {}).get("rows", []):
-        if row["kernel"] not in ATTENTION:
-            continue
+    rows = (content or {}).get("rows", []) + (newer or {}).get("rows", [])
+    shown = {
+        (row["kernel"], row["batch"], row["new"], row["context"]): row for row in rows if row["kernel"] in ATTENTION
+    }
+    for row in shown.values():
         rate = f"{row['tb_s']:.2f} TB/s" if "tb_s" in row else f"{row['tflop_s']:.0f} TFLOP/s"
         shape = f"{row['kernel'].split()[0]} {row['batch']} x {row['new']}, context {row['context']}"
         peer = row.get("peer_us")
