@@ -143,9 +143,9 @@ why was not looked into. With graphs its warm-up ran out of memory, so that it c
 
 """
 PLANNING_SINCE = """
-With late plans and the second tier on, beside that commit in one hour on a machine that took 3.5 times as long for
-either: a steady step at 256 1.19 times as long (131 us against 110), crowded 1.08, an admission 0.99; at 1,024
-454 us there.
+With all that is in since (late plans, the second tier, headroom), beside that commit within minutes on a slower machine
+([planning_now.json](../benchmarks/results/planning_now.json)): a steady step at 256 takes 63 us against 51, crowded 88
+against 73, at 1,024 130 against 115; an admission, in turns, 0.98 of that commit's (36.4 us against 37.1).
 """
 H100_TESTS = """`make test-gpu`: the kernels against their torch twins; models and whole services against transformers
 on the CPU, token for token in float32 while requests are swapped and recomputed, logits within bounds in bfloat16;
