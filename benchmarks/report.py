@@ -125,7 +125,7 @@ BETTER_MODE = """
 H200_KERNELS = """Replays of graphs of 16 launches and more. Decode as from a model's second layer on, where a
 launch reads lengths and older keys before the kernel in front is done
 ([decision 57](decisions/0057-kernels-read-what-is-settled-before-they-wait.md)): nine of ten rows are at
-FlashAttention-3's times or below, 64 x 4096 is 0.4 % above. In a first layer they take 2 to 5 us more, and five are
+FlashAttention-3's times or below, 64 x 4096 is 0.4 % above. In a first layer they take 2 to 5 us more, and four are
 above ([kernels_decode.json](../benchmarks/results/h200/kernels_decode.json)). Prefill is faster in all.
 
 """
