@@ -41,8 +41,6 @@ from pagewire.types import Piece
 
 HEAVY = 20
 """Requests of the heavy tenant for one of the light one."""
-LOOK_S = 0.05
-"""Between two looks at what a worker carries."""
 LONG_ANSWER = 1024
 """Tokens: a request is parked long before its end."""
 ROW_LIMIT_S = 200.0
@@ -63,6 +61,10 @@ class Size:
     rows: int = 72
     group: int = 4
     """Samples, or beams, of one request."""
+    answer: int = 256
+    """Tokens of an answer of a group."""
+    look_s: float = 0.05
+    """Between looks at how many blocks are held."""
     parked: tuple[int, ...] = (1024, 4096, 8192)
     """Tokens of a request that is parked."""
     repeat: int = 5
@@ -82,6 +84,8 @@ SMALL = Size(
     turn_rate=20.0,
     one_off_requests=12,
     rows=12,
+    answer=1500,
+    look_s=0.002,
     parked=(1024,),
     repeat=1,
 )
@@ -231,7 +235,7 @@ async def groups(bench: Bench, kinds: Sequence[str]) -> Row:
     """All rows at once, each kind its share: prompts of 512 tokens, answers of 256. The load runs twice and the second
     time counts: its prompts are found in the prefix cache, so that it decodes and little else."""
     size, tenant = bench.size, bench.new_tenant()
-    tokens = size.length(256)
+    tokens = size.length(size.answer)
     width = {"greedy": 1, "samples": size.group, "beams": size.group}
     counts = {kind: size.rows // len(kinds) // width[kind] for kind in kinds}
     every: Options = {"max_tokens": tokens, "ignore_eos": True, "token_ids_only": True, "tenant": tenant}
@@ -252,7 +256,7 @@ async def groups(bench: Bench, kinds: Sequence[str]) -> Row:
         while True:
             carried = await loads(bench.runner.scheduler)
             most = max(most, sum(load.total_blocks - load.free_blocks for load in carried.loads))
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(size.look_s)
 
     seconds = 0.0
     async with AsyncClient(bench.runner.gateways[0]) as client:
