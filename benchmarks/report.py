@@ -236,10 +236,8 @@ def _h200(results: dict[str, Content]) -> list[str]:
     parts += section("h200/online", f"{online_head}{H200_ONLINE}", online, always=True)
     parts += _with_targets(results, "h200", "With")
     parts += section("h200/pressure", f"## Memory pressure on one H200\n\n{H200_PRESSURE}", pressure)
-    newer = results.get("h200/kernels_decode")
-    attention = functools.partial(kernels, newer=newer)
-    parts += section("h200/kernels", f"## Attention kernels on one H200\n\n{H200_KERNELS}", attention, always=True)
-    parts += [source("h200/kernels_decode", newer)] if newer else []
+    parts.append(f"## Attention kernels on one H200\n\n{H200_KERNELS}{kernels(_rows(results, 'h200/kernels'))}")
+    parts += [source(name, content) for name, content in _parts(results, "h200/kernels")]
     parts += section("h200/gpu_tests", "## GPU tests on one H200\n\n", gpu_tests)
     return parts
 
@@ -392,11 +390,16 @@ def _findings(row: Content) -> str:
     return f"{found}, cut short in {unfinished}" if unfinished else found
 
 
-def kernels_h100(rows: Sequence[Content]) -> str:
-    """Attention as a share of what each card reads or computes. A later row of the same sizes counts."""
+def _attention(rows: Sequence[Content]) -> list[Content]:
+    """Rows of kernels that are shown. A later row of the same sizes counts."""
     shown = [row for row in rows if row["kernel"] in ATTENTION]
+    return list({(row["kernel"], row["batch"], row["new"], row["context"]): row for row in shown}.values())
+
+
+def kernels_h100(rows: Sequence[Content]) -> str:
+    """Attention as a share of what each card reads or computes."""
     lines = []
-    for row in {(row["kernel"], row["batch"], row["new"], row["context"]): row for row in shown}.values():
+    for row in _attention(rows):
         decode = row["kernel"] == "decode"
         rate, ours, theirs = ("tb_s", H100_TB_S, H200_TB_S) if decode else ("tflop_s", H100_TFLOP_S, H200_TFLOP_S)
         peer_us = row.get("peer_us")
@@ -536,21 +539,17 @@ def online(content: Content | None, only: float | None = None) -> str:
     return _unmeasured(content) + table(heading, lines)
 
 
-def kernels(content: Content | None, newer: Content | None = None) -> str:
-    """Attention beside FlashAttention-3 on the same paged cache; rows of `newer` count for those of the same sizes."""
+def kernels(rows: Sequence[Content]) -> str:
+    """Attention beside FlashAttention-3 on the same paged cache."""
     lines = []
-    rows = (content or {}).get("rows", []) + (newer or {}).get("rows", [])
-    shown = {
-        (row["kernel"], row["batch"], row["new"], row["context"]): row for row in rows if row["kernel"] in ATTENTION
-    }
-    for row in shown.values():
+    for row in _attention(rows):
         rate = f"{row['tb_s']:.2f} TB/s" if "tb_s" in row else f"{row['tflop_s']:.0f} TFLOP/s"
         shape = f"{row['kernel'].split()[0]} {row['batch']} x {row['new']}, context {row['context']}"
         peer = row.get("peer_us")
         ratio = f"{peer / row['us']:.2f}x" if peer else "-"
         lines.append([shape, f"{row['us']:.1f}", rate, f"{peer:g}" if peer else "-", ratio, f"{row['limit_us']:.1f}"])
     heading = ["sequences x new tokens", "us", "rate", "FlashAttention-3 us", "ratio", "limit us"]
-    return _unmeasured(content) + (table(heading, lines) if lines else "")
+    return table(heading, lines) if lines else _unmeasured(None)
 
 
 def planning(content: Content | None) -> str:

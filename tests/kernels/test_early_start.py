@@ -63,28 +63,20 @@ def decode_beside_chunks_after_the_first_layer() -> tuple[Run, Sequence[torch.Te
     return settled_decode(16, settled=Settled.LENGTHS)
 
 
-def rotation() -> tuple[Run, Sequence[torch.Tensor]]:
+def rotation(settled: bool = False) -> tuple[Run, Sequence[torch.Tensor]]:
     fused, positions, slots = rand(4, 10, 64), torch.tensor([0, 7, 31, 2]), torch.tensor([5, 0, -1, 30])
     cos_sin, pool = torch.rand(32, 64), torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)
 
     def run() -> torch.Tensor:
         query, key, value = fused.split((6, 2, 2), dim=1)
-        rotated = cache.rope_and_cache(query, key, value, positions, cos_sin, pool, slots)
+        rotated = cache.rope_and_cache(query, key, value, positions, cos_sin, pool, slots, settled=settled)
         return torch.cat((rotated.flatten(), pool.flatten()))
 
-    return run, [fused, positions, slots]
+    return run, [fused] if settled else [fused, positions, slots]
 
 
 def rotation_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
-    fused, positions, slots = rand(4, 10, 64), torch.tensor([0, 7, 31, 2]), torch.tensor([5, 0, -1, 30])
-    cos_sin, pool = torch.rand(32, 64), torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)
-
-    def run() -> torch.Tensor:
-        query, key, value = fused.split((6, 2, 2), dim=1)
-        rotated = cache.rope_and_cache(query, key, value, positions, cos_sin, pool, slots, settled=True)
-        return torch.cat((rotated.flatten(), pool.flatten()))
-
-    return run, [fused]
+    return rotation(settled=True)
 
 
 def norms() -> tuple[Run, Sequence[torch.Tensor]]:
