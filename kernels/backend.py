@@ -20,10 +20,10 @@ from typing import Protocol
 
 import torch
 
-from kernels import attention, cache, reference, sampling, swap
+from kernels import attention, cache, reference, sampling, step, swap
 from kernels import compile as kernel_compile
 from kernels.kv_layout import KvLayout
-from kernels.reference import Settled, SharedPrefix, TokenLogprobRows
+from kernels.reference import DecodeInputs, Settled, SharedPrefix, TokenLogprobRows
 
 
 class PagedKernels(Protocol):
@@ -91,6 +91,21 @@ class PagedKernels(Protocol):
         """Copies blocks between two pools."""
 
 
+class StepKernels(Protocol):
+    """What a decode step begins and ends with. `kernels.reference` documents both."""
+
+    def decode_inputs(
+        self, slots: torch.Tensor, tokens: torch.Tensor, block_tables: torch.Tensor, columns: int, block_size: int
+    ) -> DecodeInputs:
+        """Inputs of the rows in these slots."""
+        ...
+
+    def move_on(
+        self, tokens: torch.Tensor, slots: torch.Tensor, known: torch.Tensor, encoded: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Notes what rows have sampled."""
+
+
 class SamplingKernels(Protocol):
     """The operations on logits. `kernels.reference` documents each."""
 
@@ -137,7 +152,7 @@ class SamplingKernels(Protocol):
         ...
 
 
-class Kernels(PagedKernels, SamplingKernels, Protocol):
+class Kernels(PagedKernels, SamplingKernels, StepKernels, Protocol):
     """All of them."""
 
 
@@ -147,6 +162,8 @@ class CudaKernels:
     def __init__(self, layout: KvLayout | None = None) -> None:
         self.write_kv = cache.write_kv
         self.rope_and_cache = cache.rope_and_cache
+        self.decode_inputs = step.decode_inputs
+        self.move_on = step.move_on
         self.argmax = sampling.argmax
         self.sample = sampling.sample
         self.apply_penalties = sampling.apply_penalties

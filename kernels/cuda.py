@@ -16,6 +16,7 @@ from kernels.sampling import (
     sample,
     token_logprobs,
 )
+from kernels.step import decode_inputs, move_on
 from kernels.swap import swap_blocks
 
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "apply_penalties",
     "argmax",
     "copy_blocks",
+    "decode_inputs",
     "gather_rows",
     "linear",
     "linear_gated",
     "linear_parts",
     "mask_tokens",
+    "move_on",
     "paged_attention_decode",
     "paged_attention_prefill",
     "rms_norm",

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.kv_layout import KvLayout
+from kernels.reference.step import KNOWN, LAST, PROMPT
 from worker.sampling_state import SamplingState, Slots
 from worker.shared_prefix import Prefix
 from worker.shared_prefix import largest as largest_prefix
@@ -32,9 +33,6 @@ NO_PROMPT_LOGPROBS = -1
 
 SHARING_STEP = 32
 """Decode sets that share a prefix are padded to multiples of it."""
-
-LAST, KNOWN, PROMPT = 0, 1, 2
-"""Rows of `Batch.tokens`."""
 
 _NO_SLOTS: Slots = np.zeros(0, dtype=np.int64)
 

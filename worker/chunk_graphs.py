@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.backend import PagedKernels
+from kernels.backend import Kernels
 from worker.attention_batch import AttentionBatch
 from worker.batch import Batch, StepLayout
 from worker.decode import capture_graph, decode_rows
@@ -46,7 +46,7 @@ class ChunkStep:
         self,
         model: PagedModel,
         pool: torch.Tensor,
-        kernels: PagedKernels,
+        kernels: Kernels,
         batch: Batch,
         on_progress: Callable[[], None],
         most_tokens: int,
@@ -90,7 +90,7 @@ class ChunkStep:
         """Hidden states of the decode rows and of the chunks' rows: [size.decode + size.tokens, hidden_size]."""
         batch = self.batch
         token_ids, positions, slot_mapping = self.rows[:, : size.tokens]
-        decode = decode_rows(batch, size.decode, batch.columns)
+        decode = decode_rows(self.kernels, batch, size.decode, batch.columns)
         if size.decode:
             token_ids = torch.cat((decode.token_ids, token_ids))
             positions = torch.cat((decode.positions, positions))

@@ -11,17 +11,16 @@ from __future__ import annotations
 import enum
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kernels.backend import PagedKernels
+from kernels.backend import Kernels, StepKernels
 from kernels.compile import KernelError
-from kernels.reference import SharedPrefix
+from kernels.reference import DecodeInputs, SharedPrefix
 from pagewire.runtime.logs import get_logger
 from worker.attention_batch import AttentionBatch
-from worker.batch import KNOWN, LAST, PROMPT, Batch
+from worker.batch import Batch
 from worker.models.base import PagedModel
 from worker.sampler import SamplePlan, Sampler
 
@@ -39,52 +38,10 @@ class Mode(enum.Enum):
     """To logits: some row has penalties or a bias, or wants log-probabilities, and sampling goes on eagerly."""
 
 
-@dataclass(frozen=True)
-class DecodeRows:
-    """The inputs of B decode rows, all on the device."""
-
-    slots: torch.Tensor
-    """int64 [B]."""
-    known: torch.Tensor
-    """int64 [B]: tokens of each row; 0 in padding."""
-    output_lens: torch.Tensor
-    """int64 [B]: output tokens so far."""
-    token_ids: torch.Tensor
-    """int64 [B]: what each row sampled last."""
-    positions: torch.Tensor
-    """int64 [B]: where that token is; 0 in padding."""
-    slot_mapping: torch.Tensor
-    """int64 [B]: -1 in padding."""
-    block_tables: torch.Tensor
-    """int32 [B, columns]."""
-    context_lens: torch.Tensor
-    """int32 [B]."""
-    shared: SharedPrefix | None
-    """What some of the rows have in common; None: nobody looked."""
-
-
-def decode_rows(batch: Batch, count: int, columns: int, *, shared: bool = False) -> DecodeRows:
-    """The first `count` rows of the decode set and its padding; block tables of `columns` blocks; with what is
-    `shared` if that is worth a kernel of its own."""
+def decode_rows(kernels: StepKernels, batch: Batch, count: int, columns: int) -> DecodeInputs:
+    """Of the first `count` rows of the decode set and its padding; block tables of `columns` blocks."""
     slots = batch.decode_rows[:count]
-    tokens = batch.tokens.index_select(1, slots)
-    known = tokens[KNOWN]
-    positions = (known - 1).clamp_(min=0)
-    tables = batch.block_tables[:, :columns].index_select(0, slots)
-    shift = batch.layout.block_size.bit_length() - 1  # block sizes are powers of two
-    blocks = tables.gather(1, (positions >> shift).unsqueeze(1)).squeeze(1).long()
-    places = (blocks << shift) + (positions & (batch.layout.block_size - 1))
-    return DecodeRows(
-        slots=slots,
-        known=known,
-        output_lens=known - tokens[PROMPT],
-        token_ids=tokens[LAST],
-        positions=positions,
-        slot_mapping=places.masked_fill_(known == 0, -1),
-        block_tables=tables,
-        context_lens=known.int(),
-        shared=shared_prefix(batch, slots, columns) if shared else None,
-    )
+    return kernels.decode_inputs(slots, batch.tokens, batch.block_tables, columns, batch.layout.block_size)
 
 
 def shared_prefix(batch: Batch, slots: torch.Tensor, columns: int) -> SharedPrefix:
@@ -104,7 +61,7 @@ class DecodeStep:
         self,
         model: PagedModel,
         pool: torch.Tensor,
-        kernels: PagedKernels,
+        kernels: Kernels,
         batch: Batch,
         sampler: Sampler,
         on_progress: Callable[[], None],
@@ -128,7 +85,8 @@ class DecodeStep:
 
         In mode LOGITS nothing moves on: the caller samples. `shared`: rows have something in common.
         """
-        rows = decode_rows(self.batch, count, columns, shared=shared)
+        slots = self.batch.decode_rows[:count]
+        rows = decode_rows(self.kernels, self.batch, count, columns)
         attention = AttentionBatch(
             layout=self.batch.layout,
             pool=self.pool,
@@ -141,14 +99,14 @@ class DecodeStep:
             chunk_context_lens=self._nothing,
             chunk_query_start=self._query_start,
             on_progress=self.on_progress,
-            decode_shared=rows.shared,
+            decode_shared=shared_prefix(self.batch, slots, columns) if shared else None,
         )
         logits = self.model.logits(self.model.forward(rows.token_ids, rows.positions, attention))
         if mode is Mode.LOGITS:
             return logits if self.logits is None else self.logits[:count].copy_(logits)
-        sampled = self.sampler.sample(logits, rows.slots, rows.output_lens, SamplePlan(random=mode is Mode.RANDOM))
-        self.batch.note_sampled(rows.slots, rows.known, sampled.token_ids)
-        return self.encoded[:count].copy_(sampled.encoded)
+        sampled = self.sampler.sample(logits, slots, rows.output_lens, SamplePlan(random=mode is Mode.RANDOM))
+        self.kernels.move_on(self.batch.tokens, slots, rows.known, sampled.encoded, self.encoded[:count])
+        return self.encoded[:count]
 
     def output(self, count: int, mode: Mode) -> torch.Tensor:
         """What the last run of this size and mode returned."""

@@ -18,12 +18,13 @@ import torch
 
 from kernels.backend import Kernels, kernels_for, shares_prefixes
 from kernels.reference import TokenLogprobRows
+from kernels.reference.step import KNOWN, PROMPT
 from pagewire.runtime.fault_points import fault_point
 from pagewire.runtime.logs import get_logger
 from worker.attention_batch import AttentionBatch
-from worker.batch import KNOWN, NO_PROMPT_LOGPROBS, PROMPT, Batch, StepLayout
+from worker.batch import NO_PROMPT_LOGPROBS, Batch, StepLayout
 from worker.chunk_graphs import CHUNK_TOKENS, ChunkGraphs, ChunkStep, Size
-from worker.decode import DecodeGraphs, DecodeStep, Mode, decode_rows
+from worker.decode import DecodeGraphs, DecodeStep, Mode, decode_rows, shared_prefix
 from worker.device import DeviceRuntime, runtime_for
 from worker.kv_pool import KvPool
 from worker.models.base import PagedModel
@@ -401,8 +402,10 @@ class Executor:
         layout, batch = work.layout, self.batch
         inputs = {name: placed.tensor for name, placed in work.chunk_inputs.items()}
         token_ids, positions, slot_mapping = inputs["token_ids"], inputs["positions"], inputs["slot_mapping"]
-        shared = batch.shared is not None
-        decode = decode_rows(batch, layout.num_decode, layout.decode_columns, shared=shared)
+        decode = decode_rows(self.kernels, batch, layout.num_decode, layout.decode_columns)
+        shared = None
+        if batch.shared is not None:
+            shared = shared_prefix(batch, batch.decode_rows[: layout.num_decode], layout.decode_columns)
         if layout.num_decode:
             token_ids = torch.cat((decode.token_ids, token_ids))
             positions = torch.cat((decode.positions, positions))
@@ -419,7 +422,7 @@ class Executor:
             chunk_context_lens=inputs["chunk_lens"],
             chunk_query_start=inputs["query_start"],
             on_progress=self.progress.advance,
-            decode_shared=decode.shared,
+            decode_shared=shared,
         )
         return self.model.forward(token_ids, positions, attention)
 

@@ -18,8 +18,10 @@ from kernels.reference.sampling import (
     sample,
     token_logprobs,
 )
+from kernels.reference.step import DecodeInputs, decode_inputs, move_on
 
 __all__ = [
+    "DecodeInputs",
     "Product",
     "Settled",
     "SharedPrefix",
@@ -29,10 +31,12 @@ __all__ = [
     "apply_penalties",
     "argmax",
     "copy_blocks",
+    "decode_inputs",
     "linear",
     "linear_gated",
     "linear_parts",
     "mask_tokens",
+    "move_on",
     "paged_attention_decode",
     "paged_attention_prefill",
     "philox4x32",

@@ -20,5 +20,5 @@ def test_a_wrapper_takes_what_its_twin_takes(name: str) -> None:
 
 
 def test_every_twin_the_worker_uses_has_a_kernel() -> None:
-    others = {"Product", "Settled", "SharedPrefix", "TokenLogprobRows", "philox4x32"}
+    others = {"DecodeInputs", "Product", "Settled", "SharedPrefix", "TokenLogprobRows", "philox4x32"}
     assert set(reference.__all__) - set(cuda.__all__) <= others
