@@ -451,6 +451,12 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
 
     if (!QUERIES_AHEAD && segment_end < end) load_queries(coming, q);
 
+    // Where all other teams of a cut unit have delivered, this one need not say that it has.
+    const bool whole = unit.begin >= begin && unit.end <= end;
+    const int first_team = whole ? 0 : unit.begin / share, last_team = whole ? 0 : (unit.end - 1) / share;
+    int* arrived = arrivals + unit.seq * heads + unit.head;
+    const bool others_have = !whole && team_tid == 0 && load_acquire(arrived) == last_team - first_team;
+
     // Merge the team's warps: each writes its O and (max, sum) to its idle stage, then all threads add them up.
     __syncwarp();  // the idle stage's last reads are done
     float* own = (float*)(stages + idle * STAGE_BYTES);
@@ -472,10 +478,10 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
           }
         }
       }
-    if (lane == 0) idle_stage[warp] = (int)((unsigned char*)own - shared);
+    if (lane == 0) idle_stage[warp] = (int)((unsigned char*)own - shared) | (int)others_have;  // in a bit that places do not have
     meet();
 
-    const bool whole = unit.begin >= begin && unit.end <= end;
+    const bool at_once = idle_stage[first_warp] & 1;
     const int slot = 2 * team + (unit.begin > share_begin);  // a share cuts at most the unit it begins in and the one it ends in
     for (int i = team_tid; i < rows * (HEAD_DIM / 4); i += team_threads) {
       const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
@@ -490,7 +496,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
         // No branch, so that all warps' parts are loaded at the same time.
         const float2 stats = w < team_warps ? merge_stats[(first_warp + w) * ROWS + row] : make_float2(NEGATIVE_INFINITY, 0.0f);
         const float weight = exp2_fast(stats.x - reference);
-        const float* part = (const float*)(shared + (w < team_warps ? idle_stage[first_warp + w] : 0)) + row * MERGE_PITCH + column;
+        const float* part = (const float*)(shared + (w < team_warps ? idle_stage[first_warp + w] & ~1 : 0)) + row * MERGE_PITCH + column;
         const float4 x = w < team_warps ? *(const float4*)part : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         sum += weight * stats.y;
         acc.x += weight * x.x, acc.y += weight * x.y, acc.z += weight * x.z, acc.w += weight * x.w;
@@ -499,28 +505,30 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
         const int r = row_base + row;
         add_shared(unit.seq, kv_head * group + r % group, column, SHARED_PREFIX ? first_token : 0, top, sum, acc);
         const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-        Vector<DTYPE, 4> y = {{from_float<DTYPE>(acc.x * inverse), from_float<DTYPE>(acc.y * inverse),
-                               from_float<DTYPE>(acc.z * inverse), from_float<DTYPE>(acc.w * inverse)}};
-        *(Vector<DTYPE, 4>*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
-                             (i64)(kv_head * group + r % group) * HEAD_DIM + column) = y;
+        const uint2 y = {pack<DTYPE>(acc.x * inverse, acc.y * inverse), pack<DTYPE>(acc.z * inverse, acc.w * inverse)};
+        store_vector((uint2*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
+                             (i64)(kv_head * group + r % group) * HEAD_DIM + column), y);
       } else {
-        *(float4*)(partial_out + ((i64)slot * ROWS + row) * HEAD_DIM + column) = acc;
+        store_vector((float4*)(partial_out + ((i64)slot * ROWS + row) * HEAD_DIM + column), acc);
         if (column == 0) partial_stats[slot * ROWS + row] = make_float2(top, sum);
       }
     }
     if (!whole) {
-      __threadfence();  // the partial results before the arrival
-      meet();
-      const int first_team = unit.begin / share, last_team = (unit.end - 1) / share;
-      if (team_tid == 0) {
-        int* arrived = arrivals + unit.seq * heads + unit.head;
-        const bool last = atomicAdd(arrived, 1) == last_team - first_team;
-        if (last) *arrived = 0;  // for the next launch
-        is_last[first_warp] = last;
-        __threadfence();
+      if (at_once) {
+        if (team_tid == 0) *arrived = 0;  // for the next launch
+        meet();
+      } else {
+        __threadfence();  // the partial results before the arrival
+        meet();
+        if (team_tid == 0) {
+          const bool last = atomicAdd(arrived, 1) == last_team - first_team;
+          if (last) *arrived = 0;
+          is_last[first_warp] = last;
+          __threadfence();
+        }
+        meet();
       }
-      meet();
-      if (is_last[first_warp]) {
+      if (at_once || is_last[first_warp]) {
         for (int i = team_tid; i < rows * (HEAD_DIM / 4); i += team_threads) {
           const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
           float top = NEGATIVE_INFINITY, sum = 0.0f;
@@ -540,12 +548,13 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
             float grown = top;
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) grown = fmaxf(grown, stats[b].x);
-            if (grown == NEGATIVE_INFINITY) continue;
-            const float factor = exp2_fast(top - grown);
+            // No branch, so that all is loaded at the same time.
+            const float reference = grown == NEGATIVE_INFINITY ? 0.0f : grown;
+            const float factor = exp2_fast(top - reference);
             sum *= factor, acc.x *= factor, acc.y *= factor, acc.z *= factor, acc.w *= factor;
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) {
-              const float weight = exp2_fast(stats[b].x - grown);
+              const float weight = exp2_fast(stats[b].x - reference);
               sum += weight * stats[b].y;
               acc.x += weight * x[b].x, acc.y += weight * x[b].y, acc.z += weight * x[b].z, acc.w += weight * x[b].w;
             }
@@ -554,10 +563,9 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
           const int r = row_base + row;
           add_shared(unit.seq, kv_head * group + r % group, column, SHARED_PREFIX ? first_token : 0, top, sum, acc);
           const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-          Vector<DTYPE, 4> y = {{from_float<DTYPE>(acc.x * inverse), from_float<DTYPE>(acc.y * inverse),
-                                 from_float<DTYPE>(acc.z * inverse), from_float<DTYPE>(acc.w * inverse)}};
-          *(Vector<DTYPE, 4>*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
-                               (i64)(kv_head * group + r % group) * HEAD_DIM + column) = y;
+          const uint2 y = {pack<DTYPE>(acc.x * inverse, acc.y * inverse), pack<DTYPE>(acc.z * inverse, acc.w * inverse)};
+          store_vector((uint2*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
+                               (i64)(kv_head * group + r % group) * HEAD_DIM + column), y);
         }
       }
     } else {

@@ -12,18 +12,15 @@ static_assert(HALF % VECTOR == 0 && HEAD_DIM % VECTOR == 0, "whole items");
 typedef Vector<DTYPE, VECTOR> Packed;
 
 struct Angles {
-  float cosine[VECTOR], sine[VECTOR];
+  Vector<float, VECTOR> cosine, sine;
 };
 
 // Of item `item` of a head. cos_sin: HALF cosines, then HALF sines.
 DEVICE Angles load_angles(const float* cos_sin, int item) {
   Angles angles = {};
   if (item < TURNS) {
-#pragma unroll
-    for (int j = 0; j < VECTOR; ++j) {
-      angles.cosine[j] = cos_sin[item * VECTOR + j];
-      angles.sine[j] = cos_sin[HALF + item * VECTOR + j];
-    }
+    angles.cosine = *(const Vector<float, VECTOR>*)(cos_sin + item * VECTOR);
+    angles.sine = *(const Vector<float, VECTOR>*)(cos_sin + HALF + item * VECTOR);
   }
   return angles;
 }
@@ -44,7 +41,7 @@ DEVICE void turn(DTYPE* out, const DTYPE* in, const Angles& angles, int item) {
 #pragma unroll
   for (int j = 0; j < VECTOR; ++j) {
     const int low = INTERLEAVED ? 2 * j : j, high = INTERLEAVED ? 2 * j + 1 : VECTOR + j;
-    const float c = angles.cosine[j], s = angles.sine[j];
+    const float c = angles.cosine.values[j], s = angles.sine.values[j];
     const float p = to_float(x[low]), q = to_float(x[high]);
     y[low] = from_float<DTYPE>(p * c - q * s);
     y[high] = from_float<DTYPE>(q * c + p * s);

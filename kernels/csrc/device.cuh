@@ -175,6 +175,12 @@ DEVICE void wait_for_previous() {
 #endif
 }
 
+// One access each: the compiler may take a store of a vector apart.
+DEVICE void store_vector(uint2* to, uint2 x) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory"); }
+DEVICE void store_vector(float4* to, float4 x) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+
 // Loads that skip L1, for data that another CTA of the same launch wrote.
 DEVICE float load_l2(const float* p) { return __ldcg(p); }
 DEVICE float4 load_l2(const float4* p) { return __ldcg(p); }

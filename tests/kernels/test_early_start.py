@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from kernels import activation, attention, cache, linear_tall, linear_wgmma, norm
+from kernels import activation, attention, cache, linear_tall, linear_wgmma, norm, step
 from kernels import compile as kernel_compile
 from kernels.linear_tall import TallConfig
 from kernels.linear_wgmma import WgmmaConfig
@@ -79,6 +79,27 @@ def rotation_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
     return rotation(settled=True)
 
 
+def step_inputs() -> tuple[Run, Sequence[torch.Tensor]]:
+    tokens, tables = torch.arange(1, 16).view(3, 5), torch.arange(20, dtype=torch.int32).view(5, 4)
+    slots = torch.tensor([2, 0, 4])
+
+    def run() -> torch.Tensor:
+        return torch.cat([x.flatten().long() for x in step.decode_inputs(slots, tokens, tables, 4, 16)])
+
+    return run, [slots, tokens, tables]
+
+
+def step_end() -> tuple[Run, Sequence[torch.Tensor]]:
+    slots, known, encoded = torch.tensor([2, 0, 4]), torch.tensor([5, 0, 7]), torch.tensor([70, 71, ~72])
+
+    def run() -> torch.Tensor:
+        tokens, out = torch.zeros((3, 5), dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+        step.move_on(tokens, slots, known, encoded, out)
+        return torch.cat((tokens.flatten(), out))
+
+    return run, [slots, known, encoded]
+
+
 def norms() -> tuple[Run, Sequence[torch.Tensor]]:
     hidden, residual, weight = rand(3, 2048), rand(3, 2048, seed=1), rand(2048, seed=2)
 
@@ -115,6 +136,8 @@ def gating() -> tuple[Run, Sequence[torch.Tensor]]:
         decode_beside_chunks_after_the_first_layer,
         rotation,
         rotation_after_the_first_layer,
+        step_inputs,
+        step_end,
         norms,
         products,
         tall_tiles,

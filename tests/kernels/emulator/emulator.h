@@ -367,6 +367,8 @@ template <class T>
 T __ldg(const T* p) { return *p; }
 template <class T>
 T load_l2(const T* p) { return *p; }
+template <class T>
+void store_vector(T* to, T x) { *to = x; }
 inline int load_acquire(const int* p) { return *p; }
 template <class T>
 T atomicAdd(T* p, T x) { T old = *p; *p = old + x; return old; }
