@@ -21,19 +21,21 @@ TOKENS = (64, 96, 128, 192, 256)
 """Tokens that a tile may have."""
 STORING, PARTS, GATING = range(3)
 """EPILOGUE of the source."""
-ROWS = 128
-"""Rows of weights in a tile."""
-THREADS = 384
+ROWS = (128, 64)
+"""Rows of weights that a tile may have."""
 _CHUNK = 64
 _FIXED_BYTES = 1024
 """Of shared memory: to begin at a swizzle atom."""
-_MAX_STAGES = 8
+_MOST_BYTES_IN_FLIGHT = 1 << 17
+"""Of weights, of a CTA."""
 _MOST_PARTS = 6
 """Of a product by `linear_parts`; what adds them up has to read them all."""
 _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
 _MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 192, "linear_gated": 256}
 """With more the library is as fast, or `kernels.linear_tall` faster (docs/kernels/linear.md)."""
+_FULL_RATE_SHARE = 0.7
+"""Of the multiprocessors; fewer do not read as fast as memory delivers."""
 _LEAST_SHARE: dict[Product, float] = {"linear": 0.35, "linear_parts": 0.45, "linear_gated": 0.75}
 """Of the multiprocessors; with fewer busy the library is faster."""
 _LONG, _MOST_TOKENS_OF_LONG = 8192, 256
@@ -56,16 +58,19 @@ class WgmmaConfig:
     ctas: int
     split: int = 1
     """Parts of K that are multiplied apart."""
+    rows: int = ROWS[0]
+    """Of weights in a tile."""
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a launch."""
-        return _FIXED_BYTES + self.stages * _stage_bytes(self.tokens)
+        return _FIXED_BYTES + self.stages * _stage_bytes(self.rows, self.tokens)
 
     @property
     def defines(self) -> dict[str, int]:
         """What the source is compiled with for this shape."""
         return {
+            "ROWS": self.rows,
             "TOKENS": self.tokens,
             "CLUSTER": self.cluster,
             "STAGES": self.stages,
@@ -73,9 +78,15 @@ class WgmmaConfig:
         }
 
 
-def _stage_bytes(tokens: int) -> int:
+    @property
+    def threads(self) -> int:
+        """Of a CTA."""
+        return 128 + self.rows // 64 * 128
+
+
+def _stage_bytes(rows: int, tokens: int) -> int:
     """Of shared memory: a stage and its barriers."""
-    return (ROWS + tokens) * _CHUNK * 2 + 16
+    return (rows + tokens) * _CHUNK * 2 + 16
 
 
 @functools.lru_cache(maxsize=8192)
@@ -84,15 +95,17 @@ def wgmma_config(
 ) -> WgmmaConfig | None:
     """How the function of this name multiplies num_tokens rows by a [rows, width] matrix: every CTA takes equally many
     tiles. None: not by this kernel."""
-    if not limits.wgmma or not 1 <= num_tokens <= TOKENS[-1] or width % _CHUNK or rows % ROWS:
+    if not limits.wgmma or not 1 <= num_tokens <= TOKENS[-1] or width % _CHUNK or rows % ROWS[0]:
         return None
     tokens = next(tokens for tokens in TOKENS if tokens >= num_tokens)
-    tiles, split = rows // ROWS, 1
+    tile_rows = ROWS[by == "linear" and rows // ROWS[0] < limits.processors * _FULL_RATE_SHARE]
+    tiles, split = rows // tile_rows, 1
     if by == "linear_parts":
         share = _LEAST_SHARE[by] if num_tokens in _FEWER_PARTS_OF else _SHARE
         busy = limits.processors * (_SHARE_OF_LONG if width >= _LONG else share)
         split = min(_MOST_PARTS, width // _CHUNK, math.ceil(busy / tiles))
-    stages = min(_MAX_STAGES, (limits.shared_bytes - _FIXED_BYTES) // _stage_bytes(tokens))
+    stages = (limits.shared_bytes - _FIXED_BYTES) // _stage_bytes(tile_rows, tokens)
+    stages = min(_MOST_BYTES_IN_FLIGHT // (tile_rows * _CHUNK * 2), stages)
     clusters = (1,) if by != "linear_gated" else (2, 1) if tokens == 256 else (4, 2, 1)
     best: WgmmaConfig | None = None
     for cluster in clusters:
@@ -102,7 +115,7 @@ def wgmma_config(
         shares = tiles // cluster * split
         ctas = math.ceil(shares / math.ceil(shares / room)) * cluster
         if best is None or ctas > best.ctas:
-            best = WgmmaConfig(tokens, cluster, stages, ctas, split)
+            best = WgmmaConfig(tokens, cluster, stages, ctas, split, tile_rows)
     return best
 
 
@@ -173,10 +186,10 @@ def _launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: 
     )
     kernel(
         (config.ctas, 1, 1),
-        THREADS,
+        config.threads,
         config.shared_bytes,
         out.data_ptr(),
-        _weight_map(device, weight.data_ptr(), dtype, weight.shape[0], width, epilogue),
+        _weight_map(device, weight.data_ptr(), dtype, weight.shape[0], width, epilogue, config.rows),
         token_map(device, x.data_ptr(), dtype, x.shape[0], width, (_CHUNK, own_tokens)),
         x.shape[0],
         own_tokens,
@@ -185,9 +198,11 @@ def _launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: 
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_map(device: torch.device, address: int, dtype: torch.dtype, rows: int, width: int, epilogue: int) -> bytes:
+def _weight_map(
+    device: torch.device, address: int, dtype: torch.dtype, rows: int, width: int, epilogue: int, tile_rows: int
+) -> bytes:
     """Of a matrix in sixteens of rows: with GATING eight of the first half and eight of the second."""
     row = width * 2
     strides = (row, rows // 2 * row, 8 * row) if epilogue == GATING else (row, 8 * row, 16 * row)
-    view = TensorMap(address, dtype, (width, 8, 2, rows // 16), strides, (_CHUNK, 8, 2, ROWS // 16))
+    view = TensorMap(address, dtype, (width, 8, 2, rows // 16), strides, (_CHUNK, 8, 2, tile_rows // 16))
     return kernel_compile.tensor_map(device, view)

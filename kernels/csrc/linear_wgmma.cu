@@ -1,17 +1,18 @@
 // Matrix products with wgmma, for compute capability 9.0: out[B, N] = x[B, K] . weight[N, K]^T, with SwiGLU behind.
 //
 // A product of up to 256 tokens has to read every weight once from memory, and for every tile of weights all tokens from L2, which for some
-// hundred tokens is more than L2 delivers. So a tile has all tokens (TOKENS of them, the columns of the products) and 128 rows of weights,
+// hundred tokens is more than L2 delivers. So a tile has all tokens (TOKENS of them, the columns of the products) and ROWS rows of weights,
 // CLUSTER CTAs take neighbouring tiles at the same time, and each of them copies a part of the tokens to all. Weights leave L2 first: nobody
-// needs them again, and what they would push out costs 2 to 7 % of the time (docs/kernels/linear.md).
+// needs them again, and what they would push out costs 2 to 7 % of the time (docs/kernels/linear.md). Where that makes fewer tiles than
+// the multiprocessors that it takes to read at full rate, a tile has 64 rows.
 //
-// One thread copies boxes, two warpgroups compute. The producer fills the ring with weights before the kernel in front has ended, and
-// waits only then for its tokens (programmatic dependent launch).
+// One thread copies boxes, a warpgroup for every 64 rows computes. The producer fills the ring with weights before the kernel in front
+// has ended, and waits only then for its tokens (programmatic dependent launch).
 //
 // Shared memory of a stage, CHUNK = 64 elements of K: [ROWS] of weights and [TOKENS] in the 128-byte swizzle, see wgmma.cuh. Rows of weights
 // lie in sixteens, with GATING eight gate rows and the eight up rows of the same columns, so that one thread has both.
 //
-// Defines: DTYPE (bfloat16 | float16), K (multiple of 64), TOKENS (64 | 96 | 128 | 192 | 256), CLUSTER (1 | 2 | 4), STAGES,
+// Defines: DTYPE (bfloat16 | float16), K (multiple of 64), ROWS (64 | 128), TOKENS (64 | 96 | 128 | 192 | 256), CLUSTER (1 | 2 | 4), STAGES,
 //   SPLIT     CTAs that share a tile's K, 1 unless PARTS
 //   EPILOGUE  STORING: out [B, N];  PARTS: out [SPLIT, B, N] float, to be added up by who reads it;
 //             GATING: weight is [2 * N, K], gate rows, then up rows; out [B, N] = silu(gate) * up
@@ -28,19 +29,20 @@ typedef DTYPE Out;
 
 constexpr int CHUNK = 64;
 constexpr int CHUNKS = K / CHUNK;
-constexpr int ROWS = 128;
+constexpr int THREADS = 128 + ROWS / 64 * 128;
 constexpr int WEIGHT_BYTES = ROWS * CHUNK * 2, STAGE = WEIGHT_BYTES + TOKENS * CHUNK * 2;
 constexpr int QUADS = TOKENS / 8;                                 // of a thread: its sums of eight tokens
 constexpr int COLUMNS = EPILOGUE == GATING ? ROWS / 2 : ROWS;     // of out that a tile makes
 static_assert(K % CHUNK == 0 && TOKENS % (8 * CLUSTER) == 0 && STAGES >= 2, "whole chunks and swizzle atoms");
+static_assert(ROWS % 64 == 0, "whole warpgroups");
 static_assert(SPLIT == 1 || EPILOGUE == PARTS, "nobody adds up what is stored otherwise");
 
-// Grid: [a multiple of CLUSTER]. Block: [384]. Shared: 1024 + STAGES * STAGE + STAGES * 16 bytes.
+// Grid: [a multiple of CLUSTER]. Block: [THREADS]. Shared: 1024 + STAGES * STAGE + STAGES * 16 bytes.
 //   weight  boxes of (64, 8, 2, ROWS / 16) of (K, 8, 2, rows / 16), rows in sixteens as above
 //   x       boxes of (64, own_tokens) of (K, num_tokens); own_tokens, which every CTA of a cluster copies: a multiple of 8, at most
 //           TOKENS / CLUSTER, together all. Rows of a box that do not exist cost more than rows that do
 //   out     [num_tokens, num_columns] as EPILOGUE says; num_columns a multiple of CLUSTER * COLUMNS
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, int num_tokens, int own_tokens,
              int num_columns) {
   SHARED_MEMORY(dynamic);
@@ -60,7 +62,7 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
   if (tid == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + i, 1);
-      barrier_init(empty + i, CLUSTER * 8);
+      barrier_init(empty + i, CLUSTER * (ROWS / 16));
     }
     barriers_initialised();
   }
@@ -146,7 +148,7 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
         continue;
       }
       // Transposed, of token g and of columns 2 t and 2 t + 1 of eight.
-      DTYPE* to = (DTYPE*)out + (i64)g * num_columns + tile * COLUMNS + sixteen * (COLUMNS / 8) + 2 * t;
+      DTYPE* to = (DTYPE*)out + (i64)g * num_columns + tile * COLUMNS + sixteen * (COLUMNS * 16 / ROWS) + 2 * t;
 #pragma unroll
       for (int n = 0; n < QUADS; ++n, to += (i64)8 * num_columns) {
         const float(&q)[4] = sums[n];

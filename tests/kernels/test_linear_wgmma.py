@@ -32,6 +32,8 @@ CASES = [
     (130, 384, 128, WgmmaConfig(192, 1, 3, 1)),  # three tiles a CTA, each shorter than the ring
     (256, 256, 256, WgmmaConfig(256, 2, 3, 2)),
     (40, 768, 256, WgmmaConfig(64, 2, 3, 4)),  # clusters of one tile a CTA and of two
+    (40, 320, 256, WgmmaConfig(64, 1, 3, 3, rows=64)),  # one warpgroup that computes
+    (9, 384, 320, WgmmaConfig(64, 2, 4, 4, rows=64)),
 ]
 
 
@@ -124,7 +126,7 @@ def test_a_box_has_as_many_tokens_as_there_are_for_each_of_a_cluster_rounded_up_
         ("linear_gated", 17, 28672, 4096, WgmmaConfig(64, 4, 8, 112)),
         ("linear_gated", 193, 28672, 4096, WgmmaConfig(256, 2, 4, 112)),
         ("linear_gated", 128, 128256, 4096, WgmmaConfig(128, 2, 7, 126)),
-        ("linear", 64, 6144, 4096, WgmmaConfig(64, 1, 8, 48)),
+        ("linear", 64, 6144, 4096, WgmmaConfig(64, 1, 14, 96, rows=64)),
         ("linear_parts", 32, 4096, 4096, WgmmaConfig(64, 1, 8, 96, 3)),
         ("linear_parts", 33, 4096, 4096, WgmmaConfig(64, 1, 8, 64, 2)),
         ("linear_parts", 64, 4096, 8192 - 64, WgmmaConfig(64, 1, 8, 64, 2)),
@@ -152,7 +154,7 @@ def test_a_configuration_holds_all_tokens_fits_and_leaves_nobody_a_round_without
 ) -> None:
     config = linear_wgmma.wgmma_config(by, tokens, rows, width, H100)
     assert config is not None
-    tiles = rows // linear_wgmma.ROWS
+    tiles = rows // config.rows
     shares = tiles * config.split
     assert config.tokens >= tokens
     assert config.shared_bytes <= H100.shared_bytes
