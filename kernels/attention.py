@@ -6,6 +6,7 @@ bfloat16 and float16 run on tensor cores; float32, which only comparisons need, 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ class DecodeConfig:
     """Groups of eight (query token, query head) rows that share one pass over the keys."""
     warps: int
     """Warps of a CTA, each with its own pipeline."""
+    team: int
+    """Warps that share a unit where a CTA's do not stand side by side."""
     stages: int
     """Tiles of a warp's pipeline: one read, the others in flight."""
     ctas: int
@@ -50,10 +53,9 @@ def _stage_bytes(head_dim: int) -> int:
 
 _FEW_SEQUENCES = 256
 _MANY_UNITS = 256
-_MANY_UNITS_SHAPE = (2, 4, 3)
-"""Warps, CTAs, fewest stages."""
-_ANY_SHAPES = ((4, 2, 3), (4, 1, 2), (2, 1, 2))
-"""The same, best first."""
+_PROCESSOR_WARPS = 8
+_ANY_SHAPES = ((4, 4, 2, 3), (4, 4, 1, 2), (2, 2, 1, 2))
+"""Warps, warps of a team, CTAs, fewest stages, best first."""
 
 
 @functools.cache
@@ -62,18 +64,22 @@ def decode_config(
 ) -> DecodeConfig:
     """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError.
 
-    Of many units (sequence, KV head) fewer warps share one: a CTA's warps meet at every unit's end, unless the kernel
-    finds units so short that each warp takes its own. Measured on an H100 (docs/kernels/decode.md).
+    Of many units (sequence, KV head) a CTA has as many warps side by side as heads allow, so that it reads long pieces
+    of memory, and if contexts are short teams of two: warps of a team meet at every unit's end (docs/kernels/decode.md).
     """
+    # O of 16 rows of 256 elements does not fit the registers: two passes over the keys there.
+    query_tiles = 2 if rows > 8 and head_dim <= 128 else 1
+    shapes = _ANY_SHAPES
+    if num_seqs * num_kv_heads >= _MANY_UNITS:
+        side = math.gcd(_PROCESSOR_WARPS, num_kv_heads * math.ceil(rows / (8 * query_tiles)))
+        shapes = ((side, min(max(side // 2, 1), 2), _PROCESSOR_WARPS // side, 3), *shapes)
     # A power of two: few kernels to compile, and room for the prefix sums of no more sequences than there may be.
     sequences = max(_FEW_SEQUENCES, 1 << (num_seqs - 1).bit_length())
-    shapes = (_MANY_UNITS_SHAPE, *_ANY_SHAPES) if num_seqs * num_kv_heads >= _MANY_UNITS else _ANY_SHAPES
-    for warps, ctas, fewest_stages in shapes:
+    for warps, team, ctas, fewest_stages in shapes:
         room = min(limits.shared_bytes, limits.processor_shared_bytes // ctas - _RESERVED_SHARED)
         stages = (room - (sequences + 128) * 4) // (warps * _stage_bytes(head_dim))
         if stages >= fewest_stages:
-            # O of 16 rows of 256 elements does not fit the registers: two passes over the keys there.
-            return DecodeConfig(2 if rows > 8 and head_dim <= 128 else 1, warps, min(stages, 6), ctas)
+            return DecodeConfig(query_tiles, warps, team, min(stages, 6), ctas)
     raise ValueError(f"head_dim {head_dim} needs more shared memory than this GPU has; use dtype float32")
 
 
@@ -218,6 +224,7 @@ def paged_attention_decode(
         BLOCK_SIZE=block_size,
         QUERY_TILES=config.query_tiles,
         WARPS=config.warps,
+        TEAM=config.team,
         STAGES=config.stages,
         MIN_CTAS=config.ctas,
         SHARED_PREFIX=int(found is not None),
@@ -246,7 +253,6 @@ def paged_attention_decode(
         scale,
         sliding_window or 0,
         soft_cap or 0.0,
-        config.warps,
         int(settled),
         *shared_addresses,
     )

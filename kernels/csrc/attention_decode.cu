@@ -5,9 +5,10 @@
 // for a longer one. A long unit cut by a share's edge leaves partial results; the team that arrives last combines them. A short one
 // is never cut: it belongs to the share it begins in, for combining costs more than what the shares then differ by.
 //
-// A team is a CTA; or, where units are short and every warp gets one, a warp alone, so that none waits for another at a unit's end.
-// Within a team the warps take the tiles of its share in turn, each with its own pipeline of cp.async stages, so the main loop has
-// no barrier across warps; at the end of a unit's segment they merge through shared memory while the next tiles are in flight.
+// Where there is enough to read, a CTA's warps stand side by side: each takes the same tokens of another head. A layer's heads lie next
+// to each other in a block, so memory is read in long pieces, which it is faster at; and no warp waits for another at a unit's end.
+// Elsewhere TEAM warps are a team. They take the tiles of its share in turn, and merge at the end of a unit's segment through shared
+// memory while the next tiles are in flight. Each warp has its own pipeline of cp.async stages: the main loop has no barrier.
 //
 // The query heads of one KV head (times the query tokens of the sequence) are the N side of mma.m16n8k16, tokens the M side:
 //   S^T[16 tokens][8 rows]  = K[16][D] . Q^T[D][8]          A = K by ldmatrix,         B = Q from registers
@@ -20,8 +21,8 @@
 // Launched early, a CTA does what it can before it waits for the kernel before: from a model's second layer on it knows its share, and
 // fills its pipelines with what earlier steps have stored, while that kernel rotates and stores this step's tokens (`settled`).
 //
-// Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, STAGES, MIN_CTAS,
-// SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window).
+// Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, TEAM (divides WARPS),
+// STAGES, MIN_CTAS, SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window).
 #include "device.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -32,28 +33,40 @@ constexpr int TILE_BYTES = TILE * PITCH;
 constexpr int STAGE_BYTES = 2 * TILE_BYTES;        // keys, then values
 constexpr int CHUNKS = HEAD_DIM / 8;               // 16-byte pieces of a row
 constexpr int K_STEPS = HEAD_DIM / 16;
+constexpr int PIECES = HEAD_DIM / 4;               // of a row of results, four elements each
 constexpr int MERGE_PITCH = HEAD_DIM + 4;          // floats of a row of the merge buffer
 static_assert(ROWS * MERGE_PITCH * 4 <= STAGE_BYTES, "the merge buffer is one idle stage");
 constexpr int SHORT_UNIT = 16;                     // tiles of a unit that is not cut
+constexpr int LEAST_SIDE_SHARE = 16;               // tiles from which on warps side by side are worth it,
+constexpr int MOST_PARTS = 4;                      // if no unit has many more parts
+constexpr int TEAMS = WARPS / TEAM;                // of a CTA
 constexpr bool QUERIES_AHEAD = QUERY_TILES * K_STEPS <= 8;  // whether registers have room for the next unit's queries all along
 static_assert(STAGES >= 2, "a stage is filled while another is read");
+static_assert(WARPS % TEAM == 0, "whole teams");
 
 // A place in the flat list: which unit it lies in, and where that unit begins and ends.
 struct Unit {
   int seq, head, begin, end;  // head = KV head * row tiles + row tile
 };
 
+// How the flat list has a sequence's heads: one after another, or as many as there are warps side by side.
+struct Heads {
+  int groups;       // how often the sequence's tiles are in the list
+  int side, own;    // heads of a group; which of them is this warp's
+};
+
 // Moves `unit` forward to the one that holds `flat`. prefix[s] = tiles per head of the sequences before s; bounded by their number.
-DEVICE void seek_sequence(Unit& unit, int flat, const int* prefix, int heads) {
-  while (flat >= prefix[unit.seq + 1] * heads) ++unit.seq;
+DEVICE void seek_sequence(Unit& unit, int flat, const int* prefix, const Heads& heads) {
+  while (flat >= prefix[unit.seq + 1] * heads.groups) ++unit.seq;
 }
 
-DEVICE void seek(Unit& unit, int flat, const int* prefix, int heads) {
+DEVICE void seek(Unit& unit, int flat, const int* prefix, const Heads& heads) {
   seek_sequence(unit, flat, prefix, heads);
   int tiles = prefix[unit.seq + 1] - prefix[unit.seq];
-  int begin = prefix[unit.seq] * heads;
-  unit.head = (flat - begin) / tiles;
-  unit.begin = begin + unit.head * tiles;
+  int begin = prefix[unit.seq] * heads.groups;
+  int group = (flat - begin) / tiles;
+  unit.head = group * heads.side + heads.own;
+  unit.begin = begin + group * tiles;
   unit.end = unit.begin + tiles;
 }
 
@@ -86,7 +99,6 @@ DEVICE int first_visible(const Length& len, int query_len, int window) {
 //   partial_out     [2 * CTAs * WARPS, ROWS, HEAD_DIM] float32, scratch;  partial_stats the same without HEAD_DIM, (max, sum)
 //   arrivals        [num_seqs * num_kv_heads * row tiles] int32, zero before the first launch; every launch leaves it zero
 //   group           query heads per KV head;  window: tokens a query sees, itself included, 0 = all;  soft_cap: 0 = none
-//   min_share       fewest tiles a team takes, so that short contexts are not cut into crumbs
 //   settled         what no kernel writes that may still run: 0 nothing; 1 block_tables, context_lens and shared_lens; 2 also the cache,
 //                   but for the last query_len tokens of every sequence. Before a launch with 1 or 2 came one with 0 (device.cuh)
 //   shared_lens     [num_seqs] int32, multiples of 16: tokens at the beginning that shared_out is about; 0 or as many as the context: none
@@ -97,7 +109,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
                        const int* block_tables, const int* context_lens, float* partial_out,
                        float2* partial_stats, int* arrivals, int num_seqs, int query_len, int num_kv_heads, int group,
                        int table_stride, i64 block_stride, i64 value_offset, i64 query_stride, i64 out_stride, float scale,
-                       int window, float soft_cap, int min_share, int settled, const int* shared_lens, const float* shared_out,
+                       int window, float soft_cap, int settled, const int* shared_lens, const float* shared_out,
                        const float* shared_lse) {
   SHARED_MEMORY(shared);
   if (settled == 0) wait_for_previous();
@@ -107,7 +119,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   const int g = lane / 4, t = lane % 4;
   const int num_rows = query_len * group;
   const int row_tiles = ceil_div(num_rows, ROWS);
-  const int heads = num_kv_heads * row_tiles;
+  const int all_heads = num_kv_heads * row_tiles;
 
   unsigned char* stages = shared + warp * STAGES * STAGE_BYTES;
   float2* merge_stats = (float2*)(shared + WARPS * STAGES * STAGE_BYTES);  // [WARPS][ROWS]
@@ -160,15 +172,25 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     __syncthreads();
   }
 
-  // From here on a warp of a team of one meets no other: barriers are the team's.
-  const int total = prefix[num_seqs] * heads;
-  const int units = num_seqs * heads;
-  const bool alone = WARPS > 1 && units >= (int)gridDim.x * WARPS && total <= (i64)units * SHORT_UNIT;
-  const int team_warps = alone ? 1 : WARPS, team_threads = team_warps * 32;
-  const int first_warp = alone ? warp : 0, member = warp - first_warp, team_tid = member * 32 + lane;
-  const int team = alone ? (int)blockIdx.x * WARPS + warp : (int)blockIdx.x, teams = alone ? gridDim.x * WARPS : gridDim.x;
+  // Short units are not cut, so warps stand side by side if most CTAs have equally many; long ones if their parts are neither too short
+  // nor too many.
+  const int ctas = gridDim.x, tiles = prefix[num_seqs], groups = all_heads / WARPS;
+  const bool units_are_short = tiles <= num_seqs * SHORT_UNIT;
+  const int rounds = ceil_div(num_seqs * groups, ctas), in_last_round = num_seqs * groups - (rounds - 1) * ctas;
+  const bool side_by_side = TEAM < WARPS && all_heads % WARPS == 0 &&
+                            (units_are_short ? rounds > 6 || in_last_round * 8 >= ctas * 5
+                                             : (i64)tiles * groups >= (i64)ctas * LEAST_SIDE_SHARE && num_seqs * groups * MOST_PARTS >= ctas);
+
+  // From here on barriers are the team's, and warps side by side meet no other.
+  const Heads heads = side_by_side ? Heads{groups, WARPS, warp} : Heads{all_heads, 1, 0};
+  const int total = tiles * heads.groups;
+  const int team_warps = side_by_side ? 1 : TEAM, team_threads = team_warps * 32;
+  const int first_warp = warp / team_warps * team_warps, member = warp - first_warp, team_tid = member * 32 + lane;
+  const int team = side_by_side ? (int)blockIdx.x : (int)blockIdx.x * TEAMS + warp / TEAM, teams = side_by_side ? ctas : ctas * TEAMS;
   auto meet = [&]() {
-    if (alone) __syncwarp(); else __syncthreads();
+    if (side_by_side || TEAM == 1) __syncwarp();
+    else if (TEAM == WARPS) __syncthreads();
+    else named_barrier_sync(1 + warp / TEAM, TEAM * 32);
   };
 
   auto wait = [&]() {
@@ -187,7 +209,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     }
   };
 
-  const int share = max(ceil_div(total, teams), min_share);
+  const int share = max(ceil_div(total, teams), team_warps);  // every warp gets a tile
   const i64 share_begin = (i64)team * share;
   if (share_begin >= total) return wait_and_clear_unused();
   int begin = (int)share_begin, end = min(begin + share, total);
@@ -197,7 +219,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     int low = 0, high = num_seqs - 1;  // the sequence that holds tile `begin`
     while (low < high) {
       int middle = (low + high) / 2;
-      if (prefix[middle + 1] * heads <= begin) low = middle + 1; else high = middle;
+      if (prefix[middle + 1] * heads.groups <= begin) low = middle + 1; else high = middle;
     }
     unit.seq = low;
   }
@@ -454,8 +476,70 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     // Where all other teams of a cut unit have delivered, this one need not say that it has.
     const bool whole = unit.begin >= begin && unit.end <= end;
     const int first_team = whole ? 0 : unit.begin / share, last_team = whole ? 0 : (unit.end - 1) / share;
-    int* arrived = arrivals + unit.seq * heads + unit.head;
+    int* arrived = arrivals + unit.seq * all_heads + unit.head;
     const bool others_have = !whole && team_tid == 0 && load_acquire(arrived) == last_team - first_team;
+
+    // Four elements of a row of the output, from its sums, which are relative to 2^top.
+    auto put = [&](int row, int column, float top, float sum, float4 acc) {
+      const int r = row_base + row, head = kv_head * group + r % group;
+      add_shared(unit.seq, head, column, SHARED_PREFIX ? first_token : 0, top, sum, acc);
+      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      const uint2 y = {pack<DTYPE>(acc.x * inverse, acc.y * inverse), pack<DTYPE>(acc.z * inverse, acc.w * inverse)};
+      store_vector((uint2*)(out + (i64)(unit.seq * query_len + r / group) * out_stride + (i64)head * HEAD_DIM + column), y);
+    };
+    // Where a team leaves what it has of this unit: a share cuts at most the one it begins in and the one it ends in.
+    auto slot_of = [&](int of) { return 2 * (of * heads.side + heads.own) + (unit.begin > of * share); };
+    // Puts together what all teams have of this unit.
+    auto combine = [&]() {
+      constexpr int PIECES_AT_A_TIME = TEAM < WARPS ? 2 : 1, BATCH = 8;  // loads in flight: their product
+      for (int i = team_tid; i < rows * PIECES; i += PIECES_AT_A_TIME * team_threads) {
+        float top[PIECES_AT_A_TIME], sum[PIECES_AT_A_TIME];
+        float4 acc[PIECES_AT_A_TIME];
+        auto row = [&](int n) { return (i + n * team_threads) / PIECES; };
+        auto column = [&](int n) { return (i + n * team_threads) % PIECES * 4; };
+#pragma unroll
+        for (int n = 0; n < PIECES_AT_A_TIME; ++n) {
+          top[n] = NEGATIVE_INFINITY, sum[n] = 0.0f;
+          acc[n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+        for (int c = first_team; c <= last_team; c += BATCH) {
+          // No branch, so that all is loaded at the same time.
+          float2 stats[PIECES_AT_A_TIME][BATCH];
+          float4 x[PIECES_AT_A_TIME][BATCH];
+#pragma unroll
+          for (int b = 0; b < BATCH; ++b) {
+            const i64 slot = (i64)slot_of(min(c + b, last_team)) * ROWS;
+#pragma unroll
+            for (int n = 0; n < PIECES_AT_A_TIME; ++n) {
+              const int of = min(row(n), rows - 1);
+              stats[n][b] = load_l2(&partial_stats[slot + of]);
+              if (c + b > last_team) stats[n][b].x = NEGATIVE_INFINITY;
+              x[n][b] = load_l2((const float4*)(partial_out + (slot + of) * HEAD_DIM + column(n)));
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < PIECES_AT_A_TIME; ++n) {
+            float grown = top[n];
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) grown = fmaxf(grown, stats[n][b].x);
+            const float reference = grown == NEGATIVE_INFINITY ? 0.0f : grown;
+            const float factor = exp2_fast(top[n] - reference);
+            sum[n] *= factor, acc[n].x *= factor, acc[n].y *= factor, acc[n].z *= factor, acc[n].w *= factor;
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+              const float weight = exp2_fast(stats[n][b].x - reference);
+              sum[n] += weight * stats[n][b].y;
+              acc[n].x += weight * x[n][b].x, acc[n].y += weight * x[n][b].y;
+              acc[n].z += weight * x[n][b].z, acc[n].w += weight * x[n][b].w;
+            }
+            top[n] = grown;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < PIECES_AT_A_TIME; ++n)
+          if (row(n) < rows) put(row(n), column(n), top[n], sum[n], acc[n]);
+      }
+    };
 
     // Merge the team's warps: each writes its O and (max, sum) to its idle stage, then all threads add them up.
     __syncwarp();  // the idle stage's last reads are done
@@ -482,17 +566,17 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     meet();
 
     const bool at_once = idle_stage[first_warp] & 1;
-    const int slot = 2 * team + (unit.begin > share_begin);  // a share cuts at most the unit it begins in and the one it ends in
-    for (int i = team_tid; i < rows * (HEAD_DIM / 4); i += team_threads) {
-      const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+    const int slot = slot_of(team);
+    for (int i = team_tid; i < rows * PIECES; i += team_threads) {
+      const int row = i / PIECES, column = i % PIECES * 4;
       float top = NEGATIVE_INFINITY, sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w)
+      for (int w = 0; w < TEAM; ++w)
         if (w < team_warps) top = fmaxf(top, merge_stats[(first_warp + w) * ROWS + row].x);
       const float reference = top == NEGATIVE_INFINITY ? 0.0f : top;
       float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) {
+      for (int w = 0; w < TEAM; ++w) {
         // No branch, so that all warps' parts are loaded at the same time.
         const float2 stats = w < team_warps ? merge_stats[(first_warp + w) * ROWS + row] : make_float2(NEGATIVE_INFINITY, 0.0f);
         const float weight = exp2_fast(stats.x - reference);
@@ -502,12 +586,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
         acc.x += weight * x.x, acc.y += weight * x.y, acc.z += weight * x.z, acc.w += weight * x.w;
       }
       if (whole) {
-        const int r = row_base + row;
-        add_shared(unit.seq, kv_head * group + r % group, column, SHARED_PREFIX ? first_token : 0, top, sum, acc);
-        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-        const uint2 y = {pack<DTYPE>(acc.x * inverse, acc.y * inverse), pack<DTYPE>(acc.z * inverse, acc.w * inverse)};
-        store_vector((uint2*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
-                             (i64)(kv_head * group + r % group) * HEAD_DIM + column), y);
+        put(row, column, top, sum, acc);
       } else {
         store_vector((float4*)(partial_out + ((i64)slot * ROWS + row) * HEAD_DIM + column), acc);
         if (column == 0) partial_stats[slot * ROWS + row] = make_float2(top, sum);
@@ -528,46 +607,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
         }
         meet();
       }
-      if (at_once || is_last[first_warp]) {
-        for (int i = team_tid; i < rows * (HEAD_DIM / 4); i += team_threads) {
-          const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
-          float top = NEGATIVE_INFINITY, sum = 0.0f;
-          float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          constexpr int BATCH = 8;  // loads in flight
-          for (int c = first_team; c <= last_team; c += BATCH) {
-            float2 stats[BATCH];
-            float4 x[BATCH];
-#pragma unroll
-            for (int b = 0; b < BATCH; ++b) {
-              const int from = min(c + b, last_team);
-              const int part = 2 * from + (unit.begin > from * share);
-              stats[b].x = c + b <= last_team ? load_l2(&partial_stats[part * ROWS + row].x) : NEGATIVE_INFINITY;
-              stats[b].y = load_l2(&partial_stats[part * ROWS + row].y);
-              x[b] = load_l2((const float4*)(partial_out + ((i64)part * ROWS + row) * HEAD_DIM + column));
-            }
-            float grown = top;
-#pragma unroll
-            for (int b = 0; b < BATCH; ++b) grown = fmaxf(grown, stats[b].x);
-            // No branch, so that all is loaded at the same time.
-            const float reference = grown == NEGATIVE_INFINITY ? 0.0f : grown;
-            const float factor = exp2_fast(top - reference);
-            sum *= factor, acc.x *= factor, acc.y *= factor, acc.z *= factor, acc.w *= factor;
-#pragma unroll
-            for (int b = 0; b < BATCH; ++b) {
-              const float weight = exp2_fast(stats[b].x - reference);
-              sum += weight * stats[b].y;
-              acc.x += weight * x[b].x, acc.y += weight * x[b].y, acc.z += weight * x[b].z, acc.w += weight * x[b].w;
-            }
-            top = grown;
-          }
-          const int r = row_base + row;
-          add_shared(unit.seq, kv_head * group + r % group, column, SHARED_PREFIX ? first_token : 0, top, sum, acc);
-          const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-          const uint2 y = {pack<DTYPE>(acc.x * inverse, acc.y * inverse), pack<DTYPE>(acc.z * inverse, acc.w * inverse)};
-          store_vector((uint2*)(out + (i64)(unit.seq * query_len + r / group) * out_stride +
-                               (i64)(kv_head * group + r % group) * HEAD_DIM + column), y);
-        }
-      }
+      if (at_once || is_last[first_warp]) combine();
     } else {
       meet();  // the merge buffers are stages again
     }

@@ -157,6 +157,10 @@ DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// Barriers 1 to 15 of some of a CTA's warps; `threads` counts those that sync and those that arrive.
+DEVICE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // Programmatic dependent launch: the next kernel of the stream may start its CTAs wherever there is room, now ...
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
@@ -183,6 +187,7 @@ DEVICE void store_vector(float4* to, float4 x) {
 
 // Loads that skip L1, for data that another CTA of the same launch wrote.
 DEVICE float load_l2(const float* p) { return __ldcg(p); }
+DEVICE float2 load_l2(const float2* p) { return __ldcg(p); }
 DEVICE float4 load_l2(const float4* p) { return __ldcg(p); }
 // What other CTAs wrote before they set this is there afterwards.
 DEVICE int load_acquire(const int* p) {

@@ -97,10 +97,6 @@ DEVICE void copy_box_to(u32 ctas, void* to, const TensorMap* map, u64* barrier, 
       : "memory");
 }
 
-// Barriers 1 to 15 of some of a CTA's warps; `threads` counts those that sync and those that arrive.
-DEVICE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-DEVICE void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // A warpgroup's registers a thread, a multiple of 8.
 template <int REGISTERS>
 DEVICE void take_registers() {

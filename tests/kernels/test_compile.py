@@ -79,6 +79,7 @@ def test_decode_fits_registers_and_shared_memory(
             BLOCK_SIZE=16,
             QUERY_TILES=config.query_tiles,
             WARPS=config.warps,
+            TEAM=config.team,
             STAGES=config.stages,
             MIN_CTAS=config.ctas,
             SHARED_PREFIX=shared_prefix,
@@ -116,6 +117,7 @@ def test_decode_compiles_for_every_block_size(arch: str, block_size: int) -> Non
             BLOCK_SIZE=block_size,
             QUERY_TILES=1,
             WARPS=config.warps,
+            TEAM=config.team,
             STAGES=config.stages,
             MIN_CTAS=config.ctas,
             SHARED_PREFIX=0,
@@ -265,6 +267,7 @@ def test_only_a_kernel_that_waits_itself_is_launched_before_those_in_front_of_it
     ("by", "rows", "width", "epilogue"),
     [
         ("linear", 128256, 4096, linear_wgmma.STORING),
+        ("linear", 6144, 4096, linear_wgmma.STORING),
         ("linear_parts", 4096, 14336, linear_wgmma.PARTS),
         ("linear_gated", 28672, 4096, linear_wgmma.GATING),
     ],
@@ -279,7 +282,7 @@ def test_products_by_boxes_keep_their_sums_in_registers(
     cubin = build("linear_wgmma.cu", "sm_90a", DTYPE=dtype, K=width, EPILOGUE=epilogue, **config.defines)
     assert_no_spills(cubin)
     registers = cubin.resources["linear_wgmma"].registers
-    assert linear_wgmma.THREADS * registers <= REGISTERS_OF_A_PROCESSOR
+    assert config.threads * registers <= REGISTERS_OF_A_PROCESSOR
     assert config.shared_bytes <= LIMITS["sm_90a"].shared_bytes
 
 

@@ -162,6 +162,67 @@ def test_a_warp_alone_adds_what_its_sequences_share(emulator: EmulatorBackend) -
     assert relative_error(decode(case, shared=shared), expected(case)) < TOLERANCE[BF16]
 
 
+def mixed(count: int) -> list[int]:
+    """Lengths that are 0, short, and long enough to be cut."""
+    return [(0, 5, 300, 16, 470, 17, 85, 700)[n % 8] for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "query_len", "heads", "kv_heads", "head_dim", "block_size", "sliding_window", "soft_cap"),
+    [
+        (32, 1, 16, 8, 64, 16, None, None),  # eight warps side by side
+        (32, 1, 16, 8, 64, 16, 100, 5.0),
+        (6, 1, 8, 4, 128, 16, None, None),  # four
+        (6, 3, 16, 4, 64, 4, None, None),
+        (6, 5, 8, 2, 64, 32, None, None),  # two row tiles of two KV heads
+        (130, 1, 4, 2, 64, 16, None, None),
+        (260, 1, 2, 1, 64, 16, None, None),
+    ],
+)
+@pytest.mark.parametrize("num_processors", [1, 3])
+def test_warps_side_by_side_take_neighbouring_heads_of_the_same_tokens(
+    emulator: EmulatorBackend,
+    num_processors: int,
+    count: int,
+    query_len: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> None:
+    emulator.num_processors = num_processors
+    kernel_compile.limits.cache_clear()
+    case = make_case(
+        mixed(count),
+        new_lens=[query_len] * count,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+    )
+    out = decode(case, query_len, sliding_window, soft_cap)
+    assert relative_error(out, expected(case, sliding_window, soft_cap)) < TOLERANCE[BF16]
+
+
+def test_warps_side_by_side_add_what_their_sequences_share(emulator: EmulatorBackend) -> None:
+    emulator.num_processors = 1
+    kernel_compile.limits.cache_clear()
+    case, shared = share_prefix(make_case([31, 70, 0, 65, 500, 900], new_lens=[1] * 6, kv_heads=4), [1, 3, 4, 5], 64)
+    assert relative_error(decode(case, shared=shared), expected(case)) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize("length", [40, 90])
+def test_many_units_with_too_little_to_read_are_shared_by_teams_of_a_cta(
+    emulator: EmulatorBackend, length: int
+) -> None:
+    emulator.num_processors = 90
+    kernel_compile.limits.cache_clear()
+    case = make_case([length] * 31 + [600], heads=8, kv_heads=8)
+    assert relative_error(decode(case), expected(case)) < TOLERANCE[BF16]
+
+
 def test_short_contexts_give_the_same_bits_whatever_else_is_in_the_batch(emulator: EmulatorBackend) -> None:
     outs = []
     for num_processors in (1, 2, 3):

@@ -78,6 +78,11 @@ struct Warp {
   unsigned generation = 0;
 };
 
+struct NamedBarrier {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
 struct Cta {
   alignas(1024) unsigned char shared_memory[SHARED_LIMIT];
   bool unfenced[SHARED_LIMIT / 16];  // 16-byte units that cp.async wrote and no proxy fence followed
@@ -85,6 +90,7 @@ struct Cta {
   int rank;  // in its cluster
   int barrier_arrived, live;
   unsigned barrier_generation;
+  NamedBarrier named_barriers[16];
   std::vector<Warp> warps;
   std::vector<unsigned char> variables;  // its __shared__ ones while another CTA of the cluster runs
 };
@@ -248,6 +254,7 @@ inline int launch(Index3 grid, int threads, size_t shared, int ctas, unsigned se
       member->variables.assign(variables, 0xff);
       member->barrier_arrived = 0;
       member->live = threads;
+      for (auto& barrier : member->named_barriers) barrier = {};
       for (auto& warp : member->warps) warp = Warp();
     }
     for (auto& one : late) std::memset(one.place, 0xff, one.value.size());
@@ -385,6 +392,18 @@ inline void wait_for_previous() {
 
 // Barriers and warp-wide instructions.
 inline void __syncthreads() { emulator::barrier(); }
+inline void named_barrier_arrive(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32) emulator::fail("named barriers are 1 to 15, of whole warps");
+  auto& b = emulator::cta->named_barriers[id];
+  ++emulator::events;
+  if (++b.arrived == threads) b.arrived = 0, ++b.generation;
+}
+inline void named_barrier_sync(int id, int threads) {
+  const unsigned& generation = emulator::cta->named_barriers[id & 15].generation;
+  const unsigned before = generation;
+  named_barrier_arrive(id, threads);
+  emulator::wait_while(&generation, ~0u, before);
+}
 inline void __syncwarp(u32 = FULL_MASK) { emulator::exchange(emulator::SYNC_WARP, 0); }
 template <class T>
 T __shfl_sync(u32, T x, int source) { return emulator::exchange(emulator::SHUFFLE, x)[source & 31]; }

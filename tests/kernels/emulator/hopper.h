@@ -42,10 +42,6 @@ struct Thread {
   std::deque<std::vector<Issued>> groups;
   long count = 0;
 };
-struct NamedBarrier {
-  int arrived;
-  unsigned generation;
-};
 struct Arrival {
   Cta* cta;
   std::vector<Copy> copies;
@@ -69,7 +65,6 @@ struct HopperCta {
   std::vector<Warpgroup> warpgroups;
   std::vector<Thread> threads;
   std::vector<int> landed_units;  // of arrivals: any thread's fence will do
-  NamedBarrier named_barriers[16];
   Initialisation barriers[SHARED_LIMIT / 8];
 };
 // On its way to a CTA: a part of a box with its bytes, or an arrival from another CTA.
@@ -449,18 +444,6 @@ inline void copy_box_to(u32 ctas, void* to, const TensorMap* map, u64* barrier, 
   emulator::send_box<2>(ctas, to, map, barrier, {a, b});
 }
 
-inline void named_barrier_arrive(int id, int threads) {
-  if (id < 1 || id > 15 || threads % 32) emulator::fail("named barriers are 1 to 15, of whole warps");
-  auto& b = emulator::here().named_barriers[id];
-  ++emulator::events;
-  if (++b.arrived == threads) b.arrived = 0, ++b.generation;
-}
-inline void named_barrier_sync(int id, int threads) {
-  const unsigned& generation = emulator::here().named_barriers[id & 15].generation;
-  const unsigned before = generation;
-  named_barrier_arrive(id, threads);
-  emulator::wait_while(&generation, ~0u, before);
-}
 inline void fence_async_proxy() {
   auto& landed = emulator::here().landed_units;
   for (int unit : emulator::current->unfenced_units) emulator::cta->unfenced[unit] = false;
