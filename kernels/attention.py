@@ -65,7 +65,7 @@ def decode_config(
     """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError.
 
     Of many units (sequence, KV head) a CTA has as many warps side by side as heads allow, so that it reads long pieces
-    of memory, and if contexts are short teams of two: warps of a team meet at every unit's end (docs/kernels/decode.md).
+    of memory, and teams of two for short contexts: warps of a team meet at a unit's end (docs/kernels/decode.md).
     """
     # O of 16 rows of 256 elements does not fit the registers: two passes over the keys there.
     query_tiles = 2 if rows > 8 and head_dim <= 128 else 1

@@ -77,7 +77,6 @@ class WgmmaConfig:
             "SPLIT": self.split,
         }
 
-
     @property
     def threads(self) -> int:
         """Of a CTA."""

@@ -248,4 +248,5 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "crossover": crossover,
     "h200": h200,
     "measured": measured,
+    "measured_tokens": measured,
 }

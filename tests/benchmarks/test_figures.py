@@ -196,14 +196,14 @@ def test_the_page_says_what_a_sanitizer_found_and_where_it_was_cut_short() -> No
 
     planted = {"tool": "memcheck", "planted": "x", "errors": 0}
     results: dict[str, report.Content] = {
-        "h100/sanitize": {"rows": [row("memcheck", 2, []), row("racecheck", 0, ["a", "b"]), planted]}
+        "h200/sanitize": {"rows": [row("memcheck", 2, []), row("racecheck", 0, ["a", "b"]), planted]}
     }
     page = report.sanitizer(results)
     assert "| test_decode.py | 9 | 2 | 0, cut short in 2 |" in page
     assert "| x | memcheck | not found |" in page
     bare = {**row("racecheck", 0, []), "without_options": 4}
-    assert "| test_decode.py | 9 | 0, 4 without options |" in report.sanitizer({"h100/sanitize": {"rows": [bare]}})
-    results["h100/sanitize_again"] = {"rows": [row("racecheck", 0, []), {**row("memcheck", 1, []), "file": "more"}]}
+    assert "| test_decode.py | 9 | 0, 4 without options |" in report.sanitizer({"h200/sanitize": {"rows": [bare]}})
+    results["h200/sanitize_again"] = {"rows": [row("racecheck", 0, []), {**row("memcheck", 1, []), "file": "more"}]}
     assert "| test_decode.py | 9 | 2 | 0 |" in report.sanitizer(results)
     assert "| more.py | 9 | 1 | not run |" in report.sanitizer(results)
 

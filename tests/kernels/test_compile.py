@@ -100,9 +100,23 @@ def test_prefix_sums_of_every_number_of_sequences_fit_shared_memory(arch: str, n
     assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
 
 
-def test_a_step_of_480_rows_leaves_four_pairs_of_warps_on_an_h100() -> None:
-    config = attention.decode_config(128, 4, LIMITS["sm_90a"], 480, 8)
-    assert (config.warps, config.stages, config.ctas) == (2, 3, 4)
+@pytest.mark.parametrize(
+    ("num_seqs", "kv_heads", "warps", "team", "ctas"),
+    [
+        (480, 8, 8, 2, 1),
+        (32, 8, 8, 2, 1),
+        (31, 8, 4, 4, 2),
+        (480, 4, 4, 2, 2),
+        (480, 2, 2, 1, 4),
+        (256, 5, 1, 1, 8),
+        (480, 5, 4, 4, 2),
+    ],
+)
+def test_of_many_units_as_many_warps_stand_side_by_side_as_heads_allow(
+    num_seqs: int, kv_heads: int, warps: int, team: int, ctas: int
+) -> None:
+    config = attention.decode_config(128, 4, LIMITS["sm_90a"], num_seqs, kv_heads)
+    assert (config.warps, config.team, config.stages, config.ctas) == (warps, team, 3, ctas)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 32, 64, 128, 256])
