@@ -69,7 +69,7 @@ def decode_config(
     """
     # O of 16 rows of 256 elements does not fit the registers: two passes over the keys there.
     query_tiles = 2 if rows > 8 and head_dim <= 128 else 1
-    shapes = _ANY_SHAPES
+    shapes: tuple[tuple[int, int, int, int], ...] = _ANY_SHAPES
     if num_seqs * num_kv_heads >= _MANY_UNITS:
         side = math.gcd(_PROCESSOR_WARPS, num_kv_heads * math.ceil(rows / (8 * query_tiles)))
         shapes = ((side, min(max(side // 2, 1), 2), _PROCESSOR_WARPS // side, 3), *shapes)
