@@ -32,7 +32,8 @@ there has the machine, the versions, the commit and the command that made it. Th
 
 The peer is vLLM 0.24.0 (FlashAttention-3, torch.compile, CUDA graphs, prefix caching, 512 sequences, greedy) on one
 NVIDIA H200, with random bf16 weights in the shape of Llama-3.1-8B. The limit is what weights, arithmetic and KV need
-at that card's measured rates (4.2 TB/s, 742 TFLOP/s), without launches or host time. Pagewire's offline rows are
+at that card's measured rates (4.2 TB/s, 742 TFLOP/s), without launches or host time; that it reads long pieces at 4.68
+[was found later](kernels/decode.md#what-reading-costs). Pagewire's offline rows are
 taken at the scheduler's token-level session, with scheduler and worker as processes and gRPC between them; the peer's
 at its Python API.
 

@@ -130,7 +130,7 @@ def test_the_result_does_not_depend_on_how_many_processors_share_the_work(
         (1, 2, 2, 256, 16, None, None),
     ],
 )
-def test_a_warp_alone_takes_a_short_unit_and_its_share_of_a_long_one(
+def test_teams_take_short_units_and_their_share_of_long_ones(
     emulator: EmulatorBackend,
     query_len: int,
     heads: int,
@@ -155,7 +155,7 @@ def test_a_warp_alone_takes_a_short_unit_and_its_share_of_a_long_one(
     assert relative_error(out, expected(case, sliding_window, soft_cap)) < TOLERANCE[BF16]
 
 
-def test_a_warp_alone_adds_what_its_sequences_share(emulator: EmulatorBackend) -> None:
+def test_teams_add_what_their_sequences_share(emulator: EmulatorBackend) -> None:
     emulator.num_processors = 1
     kernel_compile.limits.cache_clear()
     case, shared = share_prefix(make_case([31, 70, 0, 65, 500, 90], new_lens=[1] * 6), [1, 3, 4], 64)
