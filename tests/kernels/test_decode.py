@@ -120,39 +120,61 @@ def test_the_result_does_not_depend_on_how_many_processors_share_the_work(
     assert relative_error(decode(case), expected(case)) < TOLERANCE[BF16]
 
 
+def mixed(count: int) -> list[int]:
+    """Lengths that are 0, short, and long enough to be cut."""
+    return [(0, 5, 300, 16, 470, 17, 85, 700)[n % 8] for n in range(count)]
+
+
 @pytest.mark.parametrize(
-    ("query_len", "heads", "kv_heads", "head_dim", "block_size", "sliding_window", "soft_cap"),
+    ("num_processors", "lengths", "query_len", "heads", "kv_heads", "head_dim", "block_size", "window", "soft_cap"),
     [
-        (1, 4, 2, 64, 16, None, None),
-        (1, 8, 2, 128, 16, None, 20.0),
-        (3, 8, 2, 128, 4, None, None),  # more queries than registers hold twice
-        (5, 4, 2, 64, 32, 100, None),
-        (1, 2, 2, 256, 16, None, None),
+        # Teams take short units whole and their share of long ones.
+        *(
+            (1, [85, 5, 0, 600, 256, 257, 16, 17, 85, 0, 90], *shape)
+            for shape in (
+                (1, 4, 2, 64, 16, None, None),
+                (1, 8, 2, 128, 16, None, 20.0),
+                (3, 8, 2, 128, 4, None, None),  # more queries than registers hold twice
+                (5, 4, 2, 64, 32, 100, None),
+                (1, 2, 2, 256, 16, None, None),
+            )
+        ),
+        # Warps side by side take neighbouring heads of the same tokens.
+        *(
+            (num_processors, mixed(count), *shape)
+            for num_processors in (1, 3)
+            for count, *shape in (
+                (32, 1, 16, 8, 64, 16, None, None),  # eight warps
+                (32, 1, 16, 8, 64, 16, 100, 5.0),
+                (65, 1, 8, 4, 128, 16, None, None),  # four
+                (65, 3, 16, 4, 64, 4, None, None),
+                (130, 5, 8, 2, 64, 32, None, None),  # two row tiles of two KV heads
+                (130, 1, 4, 2, 64, 16, None, None),
+                (260, 1, 2, 1, 64, 16, None, None),  # a warp alone
+            )
+        ),
     ],
 )
-def test_teams_take_short_units_and_their_share_of_long_ones(
+def test_work_is_shared_among_teams_and_among_warps_side_by_side(
     emulator: EmulatorBackend,
+    num_processors: int,
+    lengths: list[int],
     query_len: int,
     heads: int,
     kv_heads: int,
     head_dim: int,
     block_size: int,
-    sliding_window: int | None,
+    window: int | None,
     soft_cap: float | None,
 ) -> None:
-    emulator.num_processors = 1
+    emulator.num_processors = num_processors
     kernel_compile.limits.cache_clear()
-    lengths = [85, 5, 0, 600, 256, 257, 16, 17, 85, 0, 90]
+    new_lens = [query_len] * len(lengths)
     case = make_case(
-        lengths,
-        new_lens=[query_len] * len(lengths),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
+        lengths, new_lens=new_lens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size
     )
-    out = decode(case, query_len, sliding_window, soft_cap)
-    assert relative_error(out, expected(case, sliding_window, soft_cap)) < TOLERANCE[BF16]
+    out = decode(case, query_len, window, soft_cap)
+    assert relative_error(out, expected(case, window, soft_cap)) < TOLERANCE[BF16]
 
 
 def test_teams_add_what_their_sequences_share(emulator: EmulatorBackend) -> None:
@@ -162,54 +184,12 @@ def test_teams_add_what_their_sequences_share(emulator: EmulatorBackend) -> None
     assert relative_error(decode(case, shared=shared), expected(case)) < TOLERANCE[BF16]
 
 
-def mixed(count: int) -> list[int]:
-    """Lengths that are 0, short, and long enough to be cut."""
-    return [(0, 5, 300, 16, 470, 17, 85, 700)[n % 8] for n in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("count", "query_len", "heads", "kv_heads", "head_dim", "block_size", "sliding_window", "soft_cap"),
-    [
-        (32, 1, 16, 8, 64, 16, None, None),  # eight warps side by side
-        (32, 1, 16, 8, 64, 16, 100, 5.0),
-        (6, 1, 8, 4, 128, 16, None, None),  # four
-        (6, 3, 16, 4, 64, 4, None, None),
-        (6, 5, 8, 2, 64, 32, None, None),  # two row tiles of two KV heads
-        (130, 1, 4, 2, 64, 16, None, None),
-        (260, 1, 2, 1, 64, 16, None, None),
-    ],
-)
-@pytest.mark.parametrize("num_processors", [1, 3])
-def test_warps_side_by_side_take_neighbouring_heads_of_the_same_tokens(
-    emulator: EmulatorBackend,
-    num_processors: int,
-    count: int,
-    query_len: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    sliding_window: int | None,
-    soft_cap: float | None,
-) -> None:
-    emulator.num_processors = num_processors
-    kernel_compile.limits.cache_clear()
-    case = make_case(
-        mixed(count),
-        new_lens=[query_len] * count,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-    )
-    out = decode(case, query_len, sliding_window, soft_cap)
-    assert relative_error(out, expected(case, sliding_window, soft_cap)) < TOLERANCE[BF16]
-
-
 def test_warps_side_by_side_add_what_their_sequences_share(emulator: EmulatorBackend) -> None:
     emulator.num_processors = 1
     kernel_compile.limits.cache_clear()
-    case, shared = share_prefix(make_case([31, 70, 0, 65, 500, 900], new_lens=[1] * 6, kv_heads=4), [1, 3, 4, 5], 64)
+    lengths = mixed(64)
+    share = [row for row, length in enumerate(lengths) if length > 64 and row % 3]
+    case, shared = share_prefix(make_case(lengths, new_lens=[1] * 64, kv_heads=4), share, 64)
     assert relative_error(decode(case, shared=shared), expected(case)) < TOLERANCE[BF16]
 
 
