@@ -294,20 +294,10 @@ def sweep() -> list[Row]:
     original = attention.decode_config
     default = original(HEAD_DIM, HEADS // KV_HEADS, kernel_compile.limits(torch.device("cuda", 0)))
     for warps, stages, ctas in ((4, 3, 2), (8, 3, 1), (2, 3, 4), (2, 2, 6), (1, 3, 8), (1, 2, 8), (1, 4, 6)):
-        config = replace(default, warps=warps, stages=stages, ctas=ctas)
+        config = replace(default, warps=warps, team=warps, stages=stages, ctas=ctas)
         attention.decode_config = lambda *_, config=config: config  # type: ignore[assignment]
         try:
-            for batch, context in (
-                (1, 1024),
-                (8, 2048),
-                (1, 65536),
-                (32, 1024),
-                (64, 512),
-                (64, 4096),
-                (128, 256),
-                (256, 256),
-                (256, 512),
-            ):
+            for batch, context in SWEPT:
                 row = decode_row(batch, context)
                 rows.append({**row, "warps": warps, "stages": stages, "ctas": ctas})
         except kernel_compile.KernelError as error:

@@ -47,14 +47,15 @@ def _check_layer(kv_layer: torch.Tensor, key: torch.Tensor, slot_mapping: torch.
         raise ValueError(f"kv_layer must be contiguous inside a block: strides {kv_layer.stride()}")
     if kv_layer.dtype != key.dtype or kv_layer.device != key.device:
         raise TypeError(f"kv_layer must be {key.dtype} on {key.device}: {kv_layer.dtype} on {kv_layer.device}")
-    _check_index("slot_mapping", slot_mapping, key)
+    check_index("slot_mapping", slot_mapping, key.shape[0], key.device)
 
 
-def _check_index(name: str, index: torch.Tensor, key: torch.Tensor) -> None:
-    if index.dtype != torch.int64 or index.shape != (key.shape[0],) or not index.is_contiguous():
-        raise ValueError(f"{name} must be contiguous int64 [{key.shape[0]}]: {tuple(index.shape)} {index.dtype}")
-    if index.device != key.device:
-        raise ValueError(f"{name} must be on {key.device}")
+def check_index(name: str, index: torch.Tensor, count: int, device: torch.device) -> None:
+    """Raises ValueError for what is not contiguous int64 [count] on `device`."""
+    if index.dtype != torch.int64 or index.shape != (count,) or not index.is_contiguous():
+        raise ValueError(f"{name} must be contiguous int64 [{count}]: {tuple(index.shape)} {index.dtype}")
+    if index.device != device:
+        raise ValueError(f"{name} must be on {device}")
 
 
 def _launch(
@@ -75,7 +76,7 @@ def _launch(
     rotary_dim = 0
     if cos_sin is not None:
         assert positions is not None
-        _check_index("positions", positions, key)
+        check_index("positions", positions, key.shape[0], key.device)
         rotary_dim = cos_sin.shape[1]
         if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous() or rotary_dim % 2 or rotary_dim > head_dim:
             raise ValueError(f"cos_sin must be contiguous float32 [positions, even]: {tuple(cos_sin.shape)}")

@@ -97,7 +97,9 @@ def wgmma_config(
     if not limits.wgmma or not 1 <= num_tokens <= TOKENS[-1] or width % _CHUNK or rows % ROWS[0]:
         return None
     tokens = next(tokens for tokens in TOKENS if tokens >= num_tokens)
-    tile_rows = ROWS[by == "linear" and rows // ROWS[0] < limits.processors * _FULL_RATE_SHARE]
+    most_rows, fewer_rows = ROWS
+    too_few = by == "linear" and rows // most_rows < limits.processors * _FULL_RATE_SHARE
+    tile_rows = fewer_rows if too_few else most_rows
     tiles, split = rows // tile_rows, 1
     if by == "linear_parts":
         share = _LEAST_SHARE[by] if num_tokens in _FEWER_PARTS_OF else _SHARE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels import compile as kernel_compile
+from kernels.cache import check_index
 from kernels.reference.step import DecodeInputs
 
 _THREADS = 128
@@ -13,10 +14,7 @@ _THREADS = 128
 def _check(rows: int, tokens: torch.Tensor, **vectors: torch.Tensor) -> None:
     """Raises ValueError: what is no contiguous int64 [rows], or no int64 [3, slots], on one device."""
     for name, vector in vectors.items():
-        if vector.dtype != torch.int64 or vector.shape != (rows,) or not vector.is_contiguous():
-            raise ValueError(f"{name} must be contiguous int64 [{rows}]: {vector.dtype} {tuple(vector.shape)}")
-        if vector.device != tokens.device:
-            raise ValueError(f"{name} must be on {tokens.device}")
+        check_index(name, vector, rows, tokens.device)
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] != 3 or tokens.stride(1) != 1:
         raise ValueError(f"tokens must be int64 [3, slots] with contiguous rows: {tokens.dtype} {tuple(tokens.shape)}")
 

@@ -126,7 +126,6 @@ class Batch:
         widest = max(max_slots, *self.buckets) if self.buckets else max_slots
         self.decode_rows = torch.full((widest,), self.padding_slot, dtype=torch.int64, device=device)
         """The slots of the decode set in its order, then padding."""
-        self._padding_known = self.tokens[KNOWN, max_slots:]
         self.shared_lens = torch.zeros(max_slots + 1, dtype=torch.int32, device=device)
         """Tokens at a row's beginning that it has in common with others of the decode set."""
         self.shared_slot = torch.full((1,), self.padding_slot, dtype=torch.int64, device=device)
@@ -375,12 +374,6 @@ class Batch:
         output_lens: Slots = self.known[slots] - self.prompt_tokens[slots]
         self.known[slots] += 1
         return slots, output_lens
-
-    def note_sampled(self, slots: torch.Tensor, known: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """On the device: rows `slots`, int64 [R], of `known` tokens have sampled `token_ids`."""
-        self.tokens[LAST].index_copy_(0, slots, token_ids)
-        self.tokens[KNOWN].index_copy_(0, slots, known + 1)
-        self._padding_known.zero_()
 
     def given_tokens(self, slot: int) -> Slots:
         """The tokens the row was given. Only until its last chunk is computed."""

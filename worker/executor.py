@@ -443,15 +443,15 @@ class Executor:
             slots = work.other_slots.tensor
             known = self.batch.tokens.index_select(1, slots)[KNOWN]
             parts.append(torch.zeros_like(slots))
-            self.batch.note_sampled(slots, known, parts[-1])
+            self.kernels.move_on(self.batch.tokens, slots, known, parts[-1], parts[-1])
         step.encoded = torch.cat(parts) if parts else None
 
     def _sample(self, logits: torch.Tensor, slots: torch.Tensor, plan: SamplePlan, step: _Outcome) -> None:
         """Samples rows of these slots, int64 [R], and moves them on."""
         tokens = self.batch.tokens.index_select(1, slots)
         sampled = self.sampler.sample(logits, slots, tokens[KNOWN] - tokens[PROMPT], plan)
-        self.batch.note_sampled(slots, tokens[KNOWN], sampled.token_ids)
         step.encoded, step.logprobs = sampled.encoded, sampled.logprobs
+        self.kernels.move_on(self.batch.tokens, slots, tokens[KNOWN], step.encoded, step.encoded)
 
     def _prompt_wants(self, layout: StepLayout, padding: int, upload: Upload) -> list[_PromptWant]:
         """Which prompt tokens' log-probabilities this step's chunks give; `padding` rows stand in front of the chunks.

@@ -10,7 +10,7 @@ import torch
 
 from kernels.backend import SamplingKernels
 from kernels.reference import TokenLogprobRows
-from kernels.reference.sampling import encode_finite
+from kernels.reference.sampling import decode_ids, encode_finite
 from worker.sampling_state import INDEX, MIN_P, SEED, TEMPERATURE, TOP_K, TOP_P, SamplingState, Slots
 from worker.step import TokenLogprobs
 from worker.upload import Placed, Upload
@@ -53,11 +53,6 @@ class Sampled:
     def token_ids(self) -> torch.Tensor:
         """int64 [R]: ids within the vocabulary, also of rows that are not finite."""
         return decode_ids(self.encoded)
-
-
-def decode_ids(encoded: torch.Tensor) -> torch.Tensor:
-    """The ids, int64 [R], of encoded ones."""
-    return encoded ^ (encoded >> 63)
 
 
 class Sampler:

@@ -30,7 +30,7 @@ decode_inputs(i64* known, i64* output_lens, i64* token_ids, i64* positions, i64*
 
 // Grid: [ceil(rows / 128)]. Block: [128]. Shared: none.
 //   tokens, slots, known  as above; of rows with known tokens the last token and their number move on
-//   out, encoded          [rows] int64: what rows have sampled, all bits turned where that is no number to go by
+//   out, encoded          [rows] int64: what rows have sampled, all bits turned where that is no number to go by; may be one
 extern "C" __global__ void __launch_bounds__(128)
 move_on(i64* out, i64* tokens, const i64* slots, const i64* known, const i64* encoded, i64 tokens_stride, int rows) {
   let_next_start();

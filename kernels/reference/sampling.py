@@ -56,6 +56,11 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     return encode_finite(logits.argmax(dim=-1), logits)
 
 
+def decode_ids(encoded: torch.Tensor) -> torch.Tensor:
+    """The ids, int64 [R], within the vocabulary, of encoded ones: also of rows that are not finite."""
+    return encoded ^ (encoded >> 63)
+
+
 def encode_finite(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """int64 [R]: the ids, with all bits turned where a row of logits, floating [R, V], is not all finite."""
     lowest, highest = logits.aminmax(dim=-1)

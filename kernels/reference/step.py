@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.reference.sampling import decode_ids
+
 LAST, KNOWN, PROMPT = 0, 1, 2
 """Rows of the batch's tokens, int64 [3, slots]: the token each slot sampled last, how many it knows (0: it is padding),
 how many of those are its prompt."""
@@ -57,9 +59,10 @@ def move_on(
     tokens: torch.Tensor, slots: torch.Tensor, known: torch.Tensor, encoded: torch.Tensor, out: torch.Tensor
 ) -> None:
     """Rows in these slots, which knew so many tokens, have sampled `encoded`, all int64 [B]: tokens has it afterwards,
-    but for padding, and out, int64 [B], is `encoded`. A slot that is no padding appears once."""
+    but for padding, and out, int64 [B], which may be `encoded`, is equal to it. A slot that is no padding appears once.
+    """
     held = known > 0
     of = slots[held]
-    tokens[LAST, of] = (encoded ^ (encoded >> 63))[held]
+    tokens[LAST, of] = decode_ids(encoded[held])
     tokens[KNOWN, of] = known[held] + 1
     out.copy_(encoded)

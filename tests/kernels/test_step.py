@@ -46,6 +46,14 @@ def test_rows_move_on_as_with_the_twin_and_padding_stays(device: torch.device) -
     assert moved[0][:2, 0].tolist() == [51, 5]
 
 
+def test_what_rows_have_sampled_may_stay_in_its_place(device: torch.device) -> None:
+    slots, tokens = torch.tensor([3, 1], device=device), batch()[0].to(device)
+    encoded = torch.tensor([50, ~51], device=device)
+    step.move_on(tokens, slots, tokens[1, slots], encoded, encoded)
+    assert encoded.tolist() == [50, ~51]
+    assert tokens[:2, [3, 1]].tolist() == [[50, 51], [34, 18]]
+
+
 def test_what_does_not_fit_is_refused_before_the_launch(emulator: EmulatorBackend) -> None:
     tokens, tables = batch()
     slots = torch.tensor(SLOTS)
