@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import compile as kernel_compile
+from kernels.compile import TensorMap
 from kernels.kv_layout import MAX_BLOCK_SIZE
 from kernels.reference import Settled, SharedPrefix
 
@@ -22,6 +23,8 @@ MAX_SEQUENCES = 2048
 _MAX_ROWS, _MAX_HEAD_DIM = 16, 256
 _MAX_UNITS = 1 << 18
 _MOST_CTAS = 8
+_SWIZZLE_ATOM = 1024
+"""Bytes of shared memory; stages that boxes are copied to begin at one."""
 _RESERVED_SHARED = 1024
 """Shared memory that the system takes of every resident CTA."""
 
@@ -40,15 +43,22 @@ class DecodeConfig:
     """Tiles of a warp's pipeline: one read, the others in flight."""
     ctas: int
     """CTAs resident on a multiprocessor."""
+    boxes: bool = False
+    """Whether keys and values are copied as boxes of a tensor map."""
 
     def shared_bytes(self, head_dim: int, num_seqs: int) -> int:
         """Dynamic shared memory of a launch."""
-        stages = self.warps * self.stages * _stage_bytes(head_dim)
-        return stages + self.warps * 8 * self.query_tiles * 8 + (2 * self.warps + num_seqs + 1) * 4
+        stages = self.warps * self.stages * _stage_bytes(head_dim, self.query_tiles, boxes=self.boxes)
+        fixed = self.boxes * _SWIZZLE_ATOM
+        return fixed + stages + self.warps * 8 * self.query_tiles * 8 + (2 * self.warps + num_seqs + 1) * 4
 
 
-def _stage_bytes(head_dim: int) -> int:
-    return 2 * TILE * (2 * head_dim + 16)
+def _stage_bytes(head_dim: int, query_tiles: int, *, boxes: bool) -> int:
+    """Of shared memory: a stage and its barrier."""
+    if not boxes:
+        return 2 * TILE * (2 * head_dim + 16)
+    merged = 8 * query_tiles * (head_dim + 4) * 4
+    return max(2 * TILE * 2 * head_dim, -(-merged // _SWIZZLE_ATOM) * _SWIZZLE_ATOM) + 8
 
 
 _FEW_SEQUENCES = 256
@@ -60,7 +70,13 @@ _ANY_SHAPES = ((4, 4, 2, 3), (4, 4, 1, 2), (2, 2, 1, 2))
 
 @functools.cache
 def decode_config(
-    head_dim: int, rows: int, limits: kernel_compile.DeviceLimits, num_seqs: int = 1, num_kv_heads: int = 1
+    head_dim: int,
+    rows: int,
+    limits: kernel_compile.DeviceLimits,
+    num_seqs: int = 1,
+    num_kv_heads: int = 1,
+    *,
+    boxes: bool = False,
 ) -> DecodeConfig:
     """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError.
 
@@ -77,9 +93,10 @@ def decode_config(
     sequences = max(_FEW_SEQUENCES, 1 << (num_seqs - 1).bit_length())
     for warps, team, ctas, fewest_stages in shapes:
         room = min(limits.shared_bytes, limits.processor_shared_bytes // ctas - _RESERVED_SHARED)
-        stages = (room - (sequences + 128) * 4) // (warps * _stage_bytes(head_dim))
+        room -= (sequences + 128) * 4 + boxes * _SWIZZLE_ATOM
+        stages = room // (warps * _stage_bytes(head_dim, query_tiles, boxes=boxes))
         if stages >= fewest_stages:
-            return DecodeConfig(query_tiles, warps, team, min(stages, 6), ctas)
+            return DecodeConfig(query_tiles, warps, team, min(stages, 6), ctas, boxes)
     raise ValueError(f"head_dim {head_dim} needs more shared memory than this GPU has; use dtype float32")
 
 
@@ -204,7 +221,8 @@ def paged_attention_decode(
     device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
     limits = kernel_compile.limits(device)
     rows = query_len * group
-    config = decode_config(head_dim, rows, limits, num_seqs, num_kv_heads)
+    boxes = _kv_boxes(kv_layer) if limits.wgmma else None
+    config = decode_config(head_dim, rows, limits, num_seqs, num_kv_heads, boxes=boxes is not None)
     units = num_seqs * num_kv_heads * -(-rows // (8 * config.query_tiles))
     if units > _MAX_UNITS:
         raise ValueError(f"{units} pairs of sequence and head in one launch; at most {_MAX_UNITS}")
@@ -228,6 +246,7 @@ def paged_attention_decode(
         STAGES=config.stages,
         MIN_CTAS=config.ctas,
         SHARED_PREFIX=int(found is not None),
+        BOXES=int(config.boxes),
     )
     kernel(
         (limits.processors * config.ctas, 1, 1),
@@ -236,6 +255,7 @@ def paged_attention_decode(
         out.data_ptr(),
         query.data_ptr(),
         kv_layer.data_ptr(),
+        _NO_MAP if boxes is None else _encoded(device, boxes),
         block_tables.data_ptr(),
         context_lens.data_ptr(),
         workspace.partial_out.data_ptr(),
@@ -257,6 +277,24 @@ def paged_attention_decode(
         *shared_addresses,
     )
     return out
+
+
+_NO_MAP = bytes(128)
+_encoded = functools.lru_cache(maxsize=4096)(kernel_compile.tensor_map)
+
+
+def _kv_boxes(kv_layer: torch.Tensor) -> TensorMap | None:
+    """Boxes of 16 tokens of a head, keys and values. None: the layer is not laid out for them."""
+    blocks, _, num_kv_heads, block_size, head_dim = kv_layer.shape
+    head = block_size * head_dim
+    block_stride, value_offset = kv_layer.stride()[:2]
+    if head_dim % 64 or block_size < TILE or not blocks or block_stride % head or value_offset % 8:
+        return None
+    if kv_layer.data_ptr() % 16:
+        return None
+    sizes = (64, block_size, head_dim // 64, 2, (blocks - 1) * (block_stride // head) + num_kv_heads)
+    strides = tuple(2 * elements for elements in (head_dim, 64, value_offset, head))
+    return TensorMap(kv_layer.data_ptr(), kv_layer.dtype, sizes, strides, (64, TILE, head_dim // 64, 2, 1))
 
 
 def shares_prefixes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -8,7 +8,11 @@
 // Where there is enough to read, a CTA's warps stand side by side: each takes the same tokens of another head. A layer's heads lie next
 // to each other in a block, so memory is read in long pieces, which it is faster at; and no warp waits for another at a unit's end.
 // Elsewhere TEAM warps are a team. They take the tiles of its share in turn, and merge at the end of a unit's segment through shared
-// memory while the next tiles are in flight. Each warp has its own pipeline of cp.async stages: the main loop has no barrier.
+// memory while the next tiles are in flight. Each warp has its own pipeline of stages: the main loop has no barrier of several warps.
+//
+// Stages are filled by boxes of a tensor map where there are such (BOXES), a tile's keys and values in one: copies of long pieces are faster
+// and cost less power than those of 16 bytes a lane by cp.async (docs/kernels/decode.md). A box has a tile's slots that nobody has
+// written, too: their scores are masked, and their values must be, for they may be NaN.
 //
 // The query heads of one KV head (times the query tokens of the sequence) are the N side of mma.m16n8k16, tokens the M side:
 //   S^T[16 tokens][8 rows]  = K[16][D] . Q^T[D][8]          A = K by ldmatrix,         B = Q from registers
@@ -22,20 +26,22 @@
 // fills its pipelines with what earlier steps have stored, while that kernel rotates and stores this step's tokens (`settled`).
 //
 // Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, TEAM (divides WARPS),
-// STAGES, MIN_CTAS, SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window).
-#include "device.cuh"
+// STAGES, MIN_CTAS, SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window), BOXES (0 | 1; 1: compute capability 9.0, HEAD_DIM a
+// multiple of 64, BLOCK_SIZE at least 16).
+#include "hopper.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int TILE = 16;                           // tokens of one step of one warp
 constexpr int ROWS = 8 * QUERY_TILES;              // (query token, query head) rows of a row tile
-constexpr int PITCH = HEAD_DIM * 2 + 16;           // bytes of a row in shared memory: an odd number of 16-byte units, so ldmatrix has no conflicts
-constexpr int TILE_BYTES = TILE * PITCH;
-constexpr int STAGE_BYTES = 2 * TILE_BYTES;        // keys, then values
+constexpr int PITCH = HEAD_DIM * 2 + 16;           // bytes of a row that cp.async wrote: an odd number of 16-byte units, so ldmatrix has no conflicts
+constexpr int TILE_BYTES = BOXES ? TILE * HEAD_DIM * 2 : TILE * PITCH;
 constexpr int CHUNKS = HEAD_DIM / 8;               // 16-byte pieces of a row
 constexpr int K_STEPS = HEAD_DIM / 16;
 constexpr int PIECES = HEAD_DIM / 4;               // of a row of results, four elements each
-constexpr int MERGE_PITCH = HEAD_DIM + 4;          // floats of a row of the merge buffer
-static_assert(ROWS * MERGE_PITCH * 4 <= STAGE_BYTES, "the merge buffer is one idle stage");
+constexpr int MERGE_PITCH = HEAD_DIM + 4;          // floats of a row of the merge buffer, which is one idle stage
+constexpr int MERGE_BYTES = ROWS * MERGE_PITCH * 4;
+constexpr int STAGE_BYTES = 2 * TILE_BYTES >= MERGE_BYTES ? 2 * TILE_BYTES : (MERGE_BYTES + 1023) / 1024 * 1024;  // keys, then values
+static_assert(!BOXES || (HEAD_DIM % 64 == 0 && BLOCK_SIZE >= TILE && STAGE_BYTES % 1024 == 0), "whole swizzle atoms and tiles");
 constexpr int SHORT_UNIT = 16;                     // tiles of a unit that is not cut
 constexpr int LEAST_SIDE_SHARE = 16;               // tiles from which on warps side by side are worth it,
 constexpr int MOST_PARTS = 4;                      // if no unit has many more parts
@@ -89,11 +95,13 @@ DEVICE int first_visible(const Length& len, int query_len, int window) {
 }
 
 // Grid: [CTAs], at most as many as are resident at once is best; any number is correct. Block: [WARPS * 32].
-// Shared: WARPS * STAGES * STAGE_BYTES + WARPS * ROWS * 8 + (2 * WARPS + num_seqs + 1) * 4 bytes.
+// Shared: with BOXES 1024 + WARPS * STAGES * 8; WARPS * STAGES * STAGE_BYTES + WARPS * ROWS * 8 + (2 * WARPS + num_seqs + 1) * 4 bytes.
 //   out             [num_seqs * query_len, heads, HEAD_DIM] DTYPE, out_stride elements from token to token; zeros where context_len = 0
 //   query           like out, query_stride
 //   kv              one layer of the pool, [blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM] DTYPE: block_stride elements from block to
 //                   block, value_offset from keys to values, the rest contiguous; slots beyond context_lens are never read
+//   boxes           with BOXES: boxes of (64, 16, HEAD_DIM / 64, 2, 1) of that layer as (64, BLOCK_SIZE, HEAD_DIM / 64, 2, heads), where heads are
+//                   those of a block, BLOCK_SIZE * HEAD_DIM elements each, and as many places further as block_stride has of them the next block's
 //   block_tables    [num_seqs, table_stride] int32
 //   context_lens    [num_seqs] int32, tokens in the cache, the query tokens (the last query_len) included
 //   partial_out     [2 * CTAs * WARPS, ROWS, HEAD_DIM] float32, scratch;  partial_stats the same without HEAD_DIM, (max, sum)
@@ -105,13 +113,14 @@ DEVICE int first_visible(const Length& len, int query_len, int window) {
 //   shared_out      [num_seqs, heads, HEAD_DIM] float32, attention to those tokens alone
 //   shared_lse      [num_seqs, heads] float32, the base-2 logarithm of the sum of their exponentials, 2^score
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
-paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
+paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv, const __grid_constant__ TensorMap boxes,
                        const int* block_tables, const int* context_lens, float* partial_out,
                        float2* partial_stats, int* arrivals, int num_seqs, int query_len, int num_kv_heads, int group,
                        int table_stride, i64 block_stride, i64 value_offset, i64 query_stride, i64 out_stride, float scale,
                        int window, float soft_cap, int settled, const int* shared_lens, const float* shared_out,
                        const float* shared_lse) {
-  SHARED_MEMORY(shared);
+  SHARED_MEMORY(dynamic);
+  unsigned char* shared = dynamic + (BOXES ? (1024 - shared_address(dynamic) % 1024) % 1024 : 0);
   if (settled == 0) wait_for_previous();
   let_next_start();
   bool waited = settled == 0;
@@ -126,7 +135,8 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   int* idle_stage = (int*)(merge_stats + WARPS * ROWS);                    // [WARPS] byte offset of the stage a warp leaves to the merge
   int* scan = idle_stage + WARPS;                                          // [WARPS]
   int* is_last = scan;                                                     // [WARPS], afterwards: whether a team arrived last
-  int* prefix = scan + WARPS;                                              // [num_seqs + 1]
+  u64* full = (u64*)(scan + WARPS) + warp * STAGES;                        // BOXES: [WARPS][STAGES] whether a stage's boxes have landed
+  int* prefix = scan + WARPS + (BOXES ? WARPS * STAGES * 2 : 0);           // [num_seqs + 1]
 
   // Tiles of every sequence, summed up. Where there are several for a thread it takes a run of neighbours, of odd length for the banks
   // of shared memory, whose lengths all threads have loaded before, eight in flight each.
@@ -272,9 +282,17 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   };
   // Where the address that a copy goes to is a sum with a part that is the same in all lanes, such as where shared memory begins,
   // ptxas 13 gives it and the copy's policy registers that the H100 refuses (illegal instruction). So it must not know any such part.
-  const int zero = zero_in_every_lane();
+  const int zero = BOXES ? 0 : zero_in_every_lane();
   unsigned char* copied_to = (unsigned char*)((u64)stages | (u64)zero);
   auto load = [&](int stage) {
+    if (BOXES) {
+      if (pending && lane == 0) {
+        barrier_arrive_expecting(full + stage, 2 * TILE_BYTES);
+        copy_box(stages + stage * STAGE_BYTES, &boxes, full + stage, 0, next_token % BLOCK_SIZE, 0, 0,
+                 next_block * (int)(block_stride / (BLOCK_SIZE * HEAD_DIM)) + next_kv_head, EVICT_FIRST);
+      }
+      return;
+    }
     if (pending) {
       unsigned char* keys = copied_to + stage * STAGE_BYTES;
       const i64 head_offset = (i64)next_kv_head * (BLOCK_SIZE * HEAD_DIM);
@@ -316,6 +334,13 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
 
   // What a segment begins with is loaded while the one before it is read, so that no load stands between them. Queries too, or, where
   // there are no registers for that, before the merge.
+  if (BOXES) {
+    if (lane == 0) {
+      for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + stage, 1);
+      barriers_initialised();
+    }
+    __syncwarp();
+  }
   refresh(false);
   fetch();
   Unit coming = unit;
@@ -333,6 +358,14 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
   int flat = begin + member;     // this warp's next tile to read
   int stage = zero;              // its stage
   int idle = STAGES - 1 + zero;  // the stage read last, not yet refilled
+  u32 parity = 0;                // BOXES: of the phase in which a stage is filled
+
+  // Where lanes read keys and values in a tile, and how far 16 elements further are.
+  const int key_row = lane % 16, key_piece = lane / 16, value_row = lane % 8 + lane / 16 * 8, value_piece = lane / 8 % 2;
+  auto place = [&](int row, int piece, int sixteen) {
+    if (!BOXES) return row * PITCH + sixteen * 32 + piece * 16;
+    return sixteen / 4 * (TILE * 128) + ((row * 128 + (piece ^ row % 8) * 16) ^ sixteen % 4 * 32);
+  };
   const float scale_log2 = soft_cap > 0.0f ? scale / soft_cap : scale * LOG2_E;
   const float cap_log2 = soft_cap * LOG2_E;
 
@@ -385,7 +418,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
     }
 
     for (; flat < segment_end; flat += team_warps) {
-      copy_async_wait<STAGES - 2>();
+      if (BOXES) barrier_wait(full + stage, parity); else copy_async_wait<STAGES - 2>();
       __syncwarp();  // every lane's pieces of this stage are there, and every lane is done with the idle one
       load(idle);
       fetch();
@@ -400,13 +433,21 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
 #pragma unroll
       for (int k = 0; k < K_STEPS; ++k) {
         u32 a[4];  // K[token][dim]: matrices (tokens 0-7, dims 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15)
-        load_matrix_x4(a, keys + (lane % 16) * PITCH + k * 32 + (lane / 16) * 16);
+        load_matrix_x4(a, keys + place(key_row, key_piece, k));
 #pragma unroll
         for (int n = 0; n < QUERY_TILES; ++n) mma<DTYPE>(s[k % 2][n], a, q[n][k][0], q[n][k][1]);
       }
 
       const int token = (first_token / TILE + flat - unit.begin) * TILE;
       const bool masked = token + TILE > context_len - query_len + 1 || (window > 0 && token < context_len - window);
+      u32 written[2] = {~0u, ~0u};  // bits of values of tokens 2t and 2t + 1, and 8 further
+      if (BOXES && masked) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int position = token + 2 * t + e / 2 * 8 + e % 2;
+          if (position < first_token || position >= context_len) written[e / 2] &= e % 2 ? 0x0000ffffu : 0xffff0000u;
+        }
+      }
       float tile_max[QUERY_TILES][2];
       bool grew = false;
 #pragma unroll
@@ -463,12 +504,14 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
 #pragma unroll
       for (int m = 0; m < K_STEPS; ++m) {
         u32 a[4];  // V^T[dim][token]: matrices in memory (tokens 0-7, dims 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15), transposed
-        load_matrix_x4_trans(a, values + (lane % 8 + (lane / 16) * 8) * PITCH + m * 32 + ((lane / 8) % 2) * 16);
+        load_matrix_x4_trans(a, values + place(value_row, value_piece, m));
+        if (BOXES) a[0] &= written[0], a[1] &= written[0], a[2] &= written[1], a[3] &= written[1];
 #pragma unroll
         for (int n = 0; n < QUERY_TILES; ++n) mma<DTYPE>(o[m][n], a, p[n][0], p[n][1]);
       }
       idle = stage;
       stage = stage + 1 == STAGES ? 0 : stage + 1;
+      if (stage == 0) parity ^= 1;
     }
 
     if (!QUERIES_AHEAD && segment_end < end) load_queries(coming, q);
@@ -592,6 +635,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv,
         if (column == 0) partial_stats[slot * ROWS + row] = make_float2(top, sum);
       }
     }
+    if (BOXES) fence_async_proxy();  // boxes come to the merge buffers again
     if (!whole) {
       if (at_once) {
         if (team_tid == 0) *arrived = 0;  // for the next launch

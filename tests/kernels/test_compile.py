@@ -69,35 +69,38 @@ DECODES = [(dtype, head_dim, rows, 1) for dtype in HALVES for head_dim in HEAD_D
 def test_decode_fits_registers_and_shared_memory(
     arch: str, dtype: str, head_dim: int, rows: int, num_seqs: int
 ) -> None:
-    config = attention.decode_config(head_dim, rows, LIMITS[arch], num_seqs, 8)
-    for shared_prefix in (0, 1) if arch == "sm_90a" and head_dim in (64, 128, 256) else (0,):
-        cubin = build(
-            "attention_decode.cu",
-            arch,
-            DTYPE=dtype,
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=16,
-            QUERY_TILES=config.query_tiles,
-            WARPS=config.warps,
-            TEAM=config.team,
-            STAGES=config.stages,
-            MIN_CTAS=config.ctas,
-            SHARED_PREFIX=shared_prefix,
-        )
-        assert_no_spills(cubin)
-        registers = cubin.resources["paged_attention_decode"].registers
-        assert config.ctas * config.warps * 32 * registers <= REGISTERS_OF_A_PROCESSOR
-    shared = config.shared_bytes(head_dim, max(num_seqs, 256))
-    assert shared <= LIMITS[arch].shared_bytes
-    assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
+    for boxes in (False, True) if arch == "sm_90a" and head_dim % 64 == 0 else (False,):
+        config = attention.decode_config(head_dim, rows, LIMITS[arch], num_seqs, 8, boxes=boxes)
+        for shared_prefix in (0, 1) if arch == "sm_90a" and head_dim in (64, 128, 256) else (0,):
+            cubin = build(
+                "attention_decode.cu",
+                arch,
+                DTYPE=dtype,
+                HEAD_DIM=head_dim,
+                BLOCK_SIZE=16,
+                QUERY_TILES=config.query_tiles,
+                WARPS=config.warps,
+                TEAM=config.team,
+                STAGES=config.stages,
+                MIN_CTAS=config.ctas,
+                SHARED_PREFIX=shared_prefix,
+                BOXES=int(boxes),
+            )
+            assert_no_spills(cubin)
+            registers = cubin.resources["paged_attention_decode"].registers
+            assert config.ctas * config.warps * 32 * registers <= REGISTERS_OF_A_PROCESSOR
+        shared = config.shared_bytes(head_dim, max(num_seqs, 256))
+        assert shared <= LIMITS[arch].shared_bytes
+        assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
 
 
 @pytest.mark.parametrize("num_seqs", [1, 257, 480, 513, 1024, 1025, attention.MAX_SEQUENCES])
 def test_prefix_sums_of_every_number_of_sequences_fit_shared_memory(arch: str, num_seqs: int) -> None:
-    config = attention.decode_config(128, 4, LIMITS[arch], num_seqs, 8)
-    shared = config.shared_bytes(128, num_seqs)
-    assert shared <= LIMITS[arch].shared_bytes
-    assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
+    for boxes in (False, True):
+        config = attention.decode_config(128, 4, LIMITS[arch], num_seqs, 8, boxes=boxes)
+        shared = config.shared_bytes(128, num_seqs)
+        assert shared <= LIMITS[arch].shared_bytes
+        assert config.ctas * (shared + 1024) <= LIMITS[arch].processor_shared_bytes
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,7 @@ def test_decode_compiles_for_every_block_size(arch: str, block_size: int) -> Non
             STAGES=config.stages,
             MIN_CTAS=config.ctas,
             SHARED_PREFIX=0,
+            BOXES=0,
         )
     )
 

@@ -203,6 +203,30 @@ def test_many_units_with_too_little_to_read_are_shared_by_teams_of_a_cta(
     assert relative_error(decode(case), expected(case)) < TOLERANCE[BF16]
 
 
+@pytest.mark.parametrize(
+    ("query_len", "head_dim", "block_size"), [(1, 128, 16), (5, 128, 32), (1, 64, 16), (1, 256, 16)]
+)
+def test_a_device_without_tensor_maps_copies_by_lanes(
+    emulator: EmulatorBackend, query_len: int, head_dim: int, block_size: int
+) -> None:
+    emulator.wgmma = False
+    kernel_compile.limits.cache_clear()
+    lengths = [70, 300, 5, 16]
+    case = make_case(lengths, new_lens=[query_len] * 4, heads=8, head_dim=head_dim, block_size=block_size)
+    assert relative_error(decode(case, query_len), expected(case)) < TOLERANCE[BF16]
+    assert relative_error(decode(case, query_len, 20), expected(case, 20)) < TOLERANCE[BF16]
+    assert emulator.bank_conflicts() == 0
+
+
+def test_a_layer_whose_blocks_are_no_whole_heads_apart_is_copied_by_lanes(device: torch.device) -> None:
+    case = make_case([70, 300, 5], device=device)
+    blocks, _, kv_heads, block_size, head_dim = case.kv_layer.shape
+    pool = torch.full((blocks, 2 * kv_heads * block_size * head_dim + 8), float("nan"), dtype=BF16, device=device)
+    layer = pool[:, :-8].unflatten(1, (2, kv_heads, block_size, head_dim))
+    layer.copy_(case.kv_layer)
+    assert relative_error(decode(replace(case, kv_layer=layer)), expected(case)) < TOLERANCE[BF16]
+
+
 def test_short_contexts_give_the_same_bits_whatever_else_is_in_the_batch(emulator: EmulatorBackend) -> None:
     outs = []
     for num_processors in (1, 2, 3):
