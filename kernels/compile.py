@@ -180,7 +180,8 @@ def _read(file: str) -> str:
 
 
 def source(file: str, defines: Mapping[str, object]) -> str:
-    """The text of `csrc/<file>` with `defines` in front and its headers written in place, each once.
+    """The text of `csrc/<file>`, or of another file by its whole path, with `defines` in front and its headers written
+    in place, each once.
 
     Raises KernelError for a header that is not in csrc.
     """
