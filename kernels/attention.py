@@ -221,7 +221,7 @@ def paged_attention_decode(
     device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
     limits = kernel_compile.limits(device)
     rows = query_len * group
-    boxes = _kv_boxes(kv_layer) if limits.wgmma else None
+    boxes = _kv_boxes(kv_layer, head_dim // 64, 2) if limits.wgmma else None
     config = decode_config(head_dim, rows, limits, num_seqs, num_kv_heads, boxes=boxes is not None)
     units = num_seqs * num_kv_heads * -(-rows // (8 * config.query_tiles))
     if units > _MAX_UNITS:
@@ -283,8 +283,9 @@ _NO_MAP = bytes(128)
 _encoded = functools.lru_cache(maxsize=4096)(kernel_compile.tensor_map)
 
 
-def _kv_boxes(kv_layer: torch.Tensor) -> TensorMap | None:
-    """Boxes of 16 tokens of a head, keys and values. None: the layer is not laid out for them."""
+def _kv_boxes(kv_layer: torch.Tensor, panels: int, kinds: int) -> TensorMap | None:
+    """Boxes of 16 tokens of a head: of so many times 64 elements, of keys or values (1 of 2 kinds) or both. None: the
+    layer is not laid out for them."""
     blocks, _, num_kv_heads, block_size, head_dim = kv_layer.shape
     head = block_size * head_dim
     block_stride, value_offset = kv_layer.stride()[:2]
@@ -294,7 +295,7 @@ def _kv_boxes(kv_layer: torch.Tensor) -> TensorMap | None:
         return None
     sizes = (64, block_size, head_dim // 64, 2, (blocks - 1) * (block_stride // head) + num_kv_heads)
     strides = tuple(2 * elements for elements in (head_dim, 64, value_offset, head))
-    return TensorMap(kv_layer.data_ptr(), kv_layer.dtype, sizes, strides, (64, TILE, head_dim // 64, 2, 1))
+    return TensorMap(kv_layer.data_ptr(), kv_layer.dtype, sizes, strides, (64, TILE, panels, kinds, 1))
 
 
 def shares_prefixes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -310,8 +311,8 @@ def _attend_to_shared(
     sum up to, float32 [B, Hq]. None: there is no kernel for these sizes. Raises ValueError."""
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_layer.shape[2:4]
-    config = hopper_config(head_dim, block_size, kernel_compile.limits(query.device))
-    if config is None:
+    config, boxes = hopper_config(head_dim, block_size, kernel_compile.limits(query.device)), _kv_boxes(kv_layer, 1, 1)
+    if config is None or boxes is None:
         return None
     for name, tensor, shape in (
         ("block_table", shared.block_table, (1, shared.block_table.shape[-1])),
@@ -327,6 +328,7 @@ def _attend_to_shared(
     _launch_prefill(
         config, out, query, kv_layer, shared.block_table, shared.length, shared.query_start, scale, None, soft_cap,
         tiles=-(-num_rows * group // config.rows),
+        boxes=boxes,
         sums=sums,
     )  # fmt: skip
     return out, sums
@@ -358,13 +360,14 @@ def paged_attention_prefill(
         return out
     head_dim = query.shape[-1]
     limits = kernel_compile.limits(query.device)
-    hopper = hopper_config(head_dim, block_size, limits) if SPECIALISED_PREFILL and scale > 0 else None
+    boxes = _kv_boxes(kv_layer, 1, 1) if SPECIALISED_PREFILL and scale > 0 else None
+    hopper = None if boxes is None else hopper_config(head_dim, block_size, limits)
     config: HopperConfig | PrefillConfig = hopper or prefill_config(head_dim, limits)
     # A sequence's last tile may be part empty: one more per sequence than the rows fill.
     tiles = query.shape[0] * group // config.rows + num_seqs
     _launch_prefill(
         config, out, query, kv_layer, block_tables, context_lens, query_start, scale, sliding_window, soft_cap,
-        tiles=tiles,
+        tiles=tiles, boxes=None if hopper is None else boxes,
     )  # fmt: skip
     return out
 
@@ -382,13 +385,17 @@ def _launch_prefill(
     soft_cap: float | None,
     *,
     tiles: int,
+    boxes: TensorMap | None = None,
     sums: torch.Tensor | None = None,
 ) -> None:
-    """Launches one prefill kernel; with `sums`, which only specialised warpgroups write, as for a shared prefix."""
+    """Launches one prefill kernel; that of specialised warpgroups with `boxes`, and with `sums` as for a shared
+    prefix."""
     head_dim, (num_kv_heads, block_size) = query.shape[-1], kv_layer.shape[2:4]
     defines = {"DTYPE": kernel_compile.CUDA_NAMES[query.dtype], "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
-    if isinstance(config, HopperConfig):
+    own: tuple[int | bytes, ...] = ()
+    if boxes is not None:
         defines["SHARED_PREFIX"] = int(sums is not None)
+        own = (_encoded(query.device, boxes), 0 if sums is None else sums.data_ptr())
     kernel = kernel_compile.kernel(config.file, config.kernel, query.device, **defines, **config.defines(soft_cap))
     kernel(
         (num_kv_heads, tiles, 1),
@@ -410,7 +417,7 @@ def _launch_prefill(
         scale,
         sliding_window or 0,
         soft_cap or 0.0,
-        *((0 if sums is None else sums.data_ptr(),) if isinstance(config, HopperConfig) else ()),
+        *own,
     )
 
 
@@ -492,8 +499,6 @@ class HopperConfig:
     """Slots of the ring."""
     consumers: int = 2
     """Warpgroups that compute, 64 rows each; one more copies."""
-    lag: int = 2
-    """Slots asked for before one is waited for; 0: copies report themselves."""
     ping_pong: bool = True
     """Whether two consumers take turns at issuing products."""
     producer_registers: int = 56
@@ -517,7 +522,6 @@ class HopperConfig:
             "CONSUMERS": self.consumers,
             "KV_TILE": self.kv_tile,
             "STAGES": self.stages,
-            "LAG": self.lag,
             "PING_PONG": int(self.ping_pong),
             "SOFT_CAP": int(bool(soft_cap)),
             "PRODUCER_REGISTERS": self.producer_registers,

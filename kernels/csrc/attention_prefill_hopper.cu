@@ -2,10 +2,10 @@
 // FlashAttention-3 (arXiv:2407.08608). Arguments, rows and the order of CTAs are as there.
 //
 // One warpgroup copies, CONSUMERS warpgroups compute, 64 rows each.
-//   The producer fills a ring of STAGES slots of one tile (KV_TILE tokens of keys or of values) with cp.async, in the order in which the
-//   consumers use them up: K0, K1, V0, K2, V1, .. , V(n-1). A slot's `full` barrier says that its copies are there: with LAG = 0 the
-//   copies themselves arrive at it, otherwise the producer does, after it has asked for LAG more tiles. Its `empty` barrier says that all
-//   consumers have read it.
+//   The producer fills a ring of STAGES slots of one tile (KV_TILE tokens of keys or of values), in the order in which the consumers use
+//   them up: K0, K1, V0, K2, V1, .. , V(n-1). 16 tokens that are all seen come as boxes of a tensor map; others are copied by lanes,
+//   with zeros for what is not seen: nobody may have written it. A slot's `full` barrier says that all of that is there, its `empty`
+//   barrier that all consumers have read it.
 //   A consumer issues S = Q . K of a tile, then O += P . V of the tile before, and does the softmax of S while the latter runs. Two
 //   consumers take turns at issuing (PING_PONG), so that one's softmax hides behind the other's products.
 //
@@ -14,7 +14,7 @@
 // With SHARED_PREFIX, all tokens see the whole context (the queries of many sequences, and what these have in common at their
 // beginning); out is float32 then, and the logarithms of the sums go out beside it, for attention_decode.cu to go on from.
 //
-// Defines: DTYPE (bfloat16 | float16), HEAD_DIM (64, 128, 256), BLOCK_SIZE (16 or more), CONSUMERS, KV_TILE (64, 128, 256), STAGES, LAG,
+// Defines: DTYPE (bfloat16 | float16), HEAD_DIM (64, 128, 256), BLOCK_SIZE (16 or more), CONSUMERS, KV_TILE (64, 128, 256), STAGES,
 // PING_PONG (0 | 1), SOFT_CAP (0 | 1: there is one), SHARED_PREFIX (0 | 1), PRODUCER_REGISTERS, CONSUMER_REGISTERS.
 #include "hopper.cuh"
 #include "prefill_tiles.cuh"
@@ -31,10 +31,11 @@ constexpr int WARP_GROUPS = GROUPS / 4;         // that one of the producer's wa
 constexpr int LANE_ROWS = 32 / CHUNKS;           // tokens that a warp copies at a time
 static_assert(HEAD_DIM % 64 == 0 && HEAD_DIM <= 256, "whole swizzle atoms, a warp copies whole rows");
 static_assert(KV_TILE % 64 == 0 && BLOCK_SIZE % 16 == 0, "a group of tokens lies in one block");
-static_assert(STAGES >= LAG + 2, "consumers hold two slots while they wait for a third");
+static_assert(STAGES >= 3, "consumers hold two slots while they wait for a third");
 static_assert(!PING_PONG || CONSUMERS == 2, "two take turns");
 
 // Grid: [num_kv_heads, row tiles of CTAs: at least sum over sequences of ceil(tokens * group / ROWS)]. Block: [THREADS].
+// boxes: of (64, 16, 1, 1, 1) of the layer as (64, BLOCK_SIZE, HEAD_DIM / 64, 2, heads), as attention_decode.cu has it.
 // lse: with SHARED_PREFIX, [tokens, heads] float32, the base-2 logarithm of the sum of 2^score, as attention_decode.cu has it.
 // Shared: 1024 + HEAD_DIM * 2 * (ROWS + STAGES * KV_TILE) + STAGES * 16 + (WARPS + 4) * 4 bytes. scale must be positive.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -42,7 +43,7 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
                                const int* __restrict__ block_tables, const int* __restrict__ context_lens,
                                const int* __restrict__ query_start, int num_seqs, int group, int table_stride, i64 block_stride,
                                i64 value_offset, i64 query_stride, i64 out_stride, float scale, int window, float soft_cap,
-                               float* __restrict__ lse) {
+                               const __grid_constant__ TensorMap boxes, float* __restrict__ lse) {
   SHARED_MEMORY(dynamic);
   unsigned char* queries = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // [HEAD_DIM / 64][ROWS][128]
   unsigned char* ring = queries + HEAD_DIM / 64 * QUERY_PANEL;                         // [STAGES][HEAD_DIM / 64][KV_TILE][128]
@@ -56,9 +57,10 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
 
   if (tid == 0)
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(full + i, LAG ? 4 : 128);
+      barrier_init(full + i, 4);
       barrier_init(empty + i, CONSUMERS * 4);
     }
+  if (tid == 0) barriers_initialised();
   find_tile<ROWS, WARPS>(query_start, num_seqs, group, scan, found);  // its barriers are also those of the lines above
   const int seq = found[0];
   if (seq < 0) return;  // the grid is an upper bound
@@ -81,7 +83,8 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
     const int chunk = lane % CHUNKS, lane_row = lane / CHUNKS;
     const u32 lane_target = chunk / 8 * PANEL + lane_row * 128;
     const u32 unit = chunk % 8 ^ lane_row;
-    int slot = 0, done = 0, issued = 0;
+    const int block_heads = (int)(block_stride / (BLOCK_SIZE * HEAD_DIM));
+    int slot = 0;
     u32 parity = 1;
 
     auto load_ids = [&](int (&ids)[WARP_GROUPS], int tile) {
@@ -92,49 +95,55 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
         ids[i] = visible ? table[token / BLOCK_SIZE] : 0;
       }
     };
-    auto deliver = [&]() {
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(full + done);
-      done = done + 1 == STAGES ? 0 : done + 1;
-    };
-    auto load = [&](const int (&ids)[WARP_GROUPS], int tile, i64 offset) {
+    auto load = [&](const int (&ids)[WARP_GROUPS], int tile, bool of_values) {
       barrier_wait(empty + slot, parity);
-      unsigned char* target = ring + slot * SLOT + lane_target;
+      unsigned char* tile_target = ring + slot * SLOT;
+      auto first_of = [&](int i) { return tile * KV_TILE + (warp + 4 * i) * 16; };
+      auto seen_whole = [&](int i) { return first_of(i) >= visible_begin && first_of(i) + 16 <= visible_end; };
+      int whole = 0;
 #pragma unroll
       for (int i = 0; i < WARP_GROUPS; ++i) {
-        const int first = tile * KV_TILE + (warp + 4 * i) * 16;
-        const DTYPE* source = lane_source + (i64)ids[i] * block_stride + offset + first % BLOCK_SIZE * HEAD_DIM;
+        whole += seen_whole(i);
+        if (seen_whole(i)) continue;
+        const DTYPE* source = lane_source + (i64)ids[i] * block_stride + of_values * value_offset + first_of(i) % BLOCK_SIZE * HEAD_DIM;
 #pragma unroll
         for (int r = 0; r < 16; r += LANE_ROWS) {
-          const int token = first + r + lane_row;
-          copy_async_16(target + ((warp + 4 * i) * 16 + r) * 128 + (unit ^ r % 8) * 16, source + r * HEAD_DIM,
+          const int token = first_of(i) + r + lane_row;
+          copy_async_16(tile_target + lane_target + ((warp + 4 * i) * 16 + r) * 128 + (unit ^ r % 8) * 16, source + r * HEAD_DIM,
                         token >= visible_begin && token < visible_end);
         }
       }
-      if (LAG == 0) barrier_arrive_after_copies(full + slot);
-      copy_async_commit();
-      if (++slot == STAGES) slot = 0, parity ^= 1;
-      if (LAG && ++issued > LAG) {
-        copy_async_wait<LAG>();
-        deliver();
+      if (whole < WARP_GROUPS) {
+        copy_async_commit();
+        copy_async_wait<0>();
+        fence_async_proxy();
+        __syncwarp();
       }
+      if (lane == 0) {
+        barrier_arrive_expecting(full + slot, whole * (16 * HEAD_DIM * 2));
+#pragma unroll
+        for (int i = 0; i < WARP_GROUPS; ++i)
+          if (seen_whole(i))
+#pragma unroll
+            for (int panel = 0; panel < HEAD_DIM / 64; ++panel)
+              copy_box(tile_target + panel * PANEL + (warp + 4 * i) * (16 * 128), &boxes, full + slot, 0, first_of(i) % BLOCK_SIZE, panel,
+                       of_values, ids[i] * block_heads + kv_head, EVICT_NORMAL);
+      }
+      if (++slot == STAGES) slot = 0, parity ^= 1;
     };
 
     int keys[WARP_GROUPS], values[WARP_GROUPS], next[WARP_GROUPS];
     load_ids(keys, first_tile);
     load_ids(next, first_tile + 1);
-    load(keys, first_tile, 0);
+    load(keys, first_tile, false);
     for (int tile = first_tile + 1; tile < end_tile; ++tile) {
 #pragma unroll
       for (int i = 0; i < WARP_GROUPS; ++i) values[i] = keys[i], keys[i] = next[i];
       load_ids(next, tile + 1);
-      load(keys, tile, 0);
-      load(values, tile - 1, value_offset);
+      load(keys, tile, false);
+      load(values, tile - 1, true);
     }
-    load(keys, end_tile - 1, value_offset);
-    copy_async_wait<0>();
-    for (int i = min(issued, LAG); i > 0; --i) deliver();
+    load(keys, end_tile - 1, true);
   } else {
     take_registers<CONSUMER_REGISTERS>();
     const int consumer = warp / 4 - 1, g = lane / 4, t = lane % 4;
@@ -175,7 +184,6 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
     const u64 key_operand = k_major_operand(ring), value_operand = n_major_operand(ring, PANEL);
     auto wait_full = [&]() -> int {
       barrier_wait(full + slot, parity);
-      if (LAG == 0) fence_async_proxy();
       const int mine = slot;
       if (++slot == STAGES) slot = 0, parity ^= 1;
       return mine;
