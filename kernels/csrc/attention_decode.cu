@@ -121,6 +121,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv, const __
                        const float* shared_lse) {
   SHARED_MEMORY(dynamic);
   unsigned char* shared = dynamic + (BOXES ? (1024 - shared_address(dynamic) % 1024) % 1024 : 0);
+  if (BOXES && threadIdx.x == 0) prefetch_map(&boxes);
   if (settled == 0) wait_for_previous();
   let_next_start();
   bool waited = settled == 0;

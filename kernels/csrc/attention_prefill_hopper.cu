@@ -55,12 +55,14 @@ paged_attention_prefill_hopper(DTYPE* __restrict__ out, const DTYPE* __restrict_
   const int warp = __shfl_sync(FULL_MASK, tid / 32, 0);  // so that the compiler sees it is the same in all lanes
   const int kv_head = blockIdx.x;
 
-  if (tid == 0)
+  if (tid == 0) {
+    prefetch_map(&boxes);
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + i, 4);
       barrier_init(empty + i, CONSUMERS * 4);
     }
-  if (tid == 0) barriers_initialised();
+    barriers_initialised();
+  }
   find_tile<ROWS, WARPS>(query_start, num_seqs, group, scan, found);  // its barriers are also those of the lines above
   const int seq = found[0];
   if (seq < 0) return;  // the grid is an upper bound

@@ -67,6 +67,8 @@ DEVICE void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Asks for a tensor map, well before the first of its boxes.
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // Copies the box at these coordinates, first dimension first, and then counts its bytes at the barrier. `once` is as in copy_async_16_once, `policy` L2's.
 DEVICE void copy_box_once(void* to, const TensorMap* map, u64* barrier, int a, int b, int c, int d) {
   asm volatile(
