@@ -292,10 +292,11 @@ def sweep() -> list[Row]:
     """Decode with other pipelines than the default: which warps, stages and CTAs are best at each size."""
     rows = []
     original = attention.decode_config
-    default = original(HEAD_DIM, HEADS // KV_HEADS, kernel_compile.limits(torch.device("cuda", 0)))
+    limits = kernel_compile.limits(torch.device("cuda", 0))
+    default = original(HEAD_DIM, HEADS // KV_HEADS, limits, boxes=limits.wgmma)
     for warps, stages, ctas in ((4, 3, 2), (8, 3, 1), (2, 3, 4), (2, 2, 6), (1, 3, 8), (1, 2, 8), (1, 4, 6)):
         config = replace(default, warps=warps, team=warps, stages=stages, ctas=ctas)
-        attention.decode_config = lambda *_, config=config: config  # type: ignore[assignment]
+        attention.decode_config = lambda *_, config=config, **__: config  # type: ignore[assignment]
         try:
             for batch, context in SWEPT:
                 row = decode_row(batch, context)
