@@ -6,7 +6,6 @@ the choice between two of them wrong. What contexts and sampling add is learned 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 
 from scheduler.policy import ChunkStep
@@ -21,34 +20,27 @@ more such steps and hardly shorter ones."""
 class ChunkSizes:
     """The sizes and their times, in nanoseconds."""
 
-    __slots__ = ("_beside", "_rows", "_sizes")
+    __slots__ = ("_beside", "_held", "_sizes")
 
     def __init__(self, steps: Sequence[ChunkStep]) -> None:
-        self._rows = sorted({step.decode_rows for step in steps})
         # A measurement that some hiccup made longer than that of a larger size counts as that one.
-        self._sizes = [
-            sorted(
-                (
-                    step.chunk_tokens,
-                    min(
-                        other.ns
-                        for other in steps
-                        if other.chunk_tokens >= step.chunk_tokens and other.decode_rows >= rows
-                    ),
-                )
-                for step in steps
-                if step.decode_rows == rows
+        self._sizes = sorted(
+            (
+                step.rows,
+                step.decode_rows,
+                min(other.ns for other in steps if other.rows >= step.rows and other.decode_rows >= step.decode_rows),
             )
-            for rows in self._rows
-        ]
+            for step in steps
+        )
+        self._held: dict[int, list[tuple[int, int]]] = {}  # by decode rows, as far as anybody asked
         self._beside = 0.0  # what contexts and sampling add to a step
 
     def observe(self, decode_tokens: int, chunk_tokens: int, ns: int) -> None:
         """A step with chunks has taken that long."""
-        sizes = self._holding(decode_tokens)
-        at = bisect_left(sizes, (chunk_tokens, 0))
-        if at < len(sizes):
-            beside = min(ns, 2 * sizes[at][1]) - sizes[at][1]  # a stall is no part of it
+        rows = decode_tokens + chunk_tokens
+        size_ns = next((ns for size, ns in self._holding(decode_tokens) if size >= rows), 0)
+        if size_ns:
+            beside = min(ns, 2 * size_ns) - size_ns  # a stall is no part of it
             self._beside = MEMORY * self._beside + (1 - MEMORY) * beside
 
     def budget(self, target_ns: int, decode_tokens: int) -> int | None:
@@ -58,10 +50,15 @@ class ChunkSizes:
         if not sizes:
             return None
         most = max(target_ns, STRETCH * (sizes[0][1] + self._beside))
-        return max((tokens for tokens, ns in sizes if ns + self._beside <= most), default=sizes[0][0])
+        fitting = [rows for rows, ns in sizes if ns + self._beside <= most]
+        return max(fitting, default=sizes[0][0]) - decode_tokens
 
     def _holding(self, decode_tokens: int) -> list[tuple[int, int]]:
-        """(chunk tokens, nanoseconds) of the sizes for that many decodes, ascending; none: there are no such."""
-        # Size 0 is for steps without decodes, the others for those with some.
-        at = bisect_left(self._rows, decode_tokens)
-        return self._sizes[at] if at < len(self._rows) else []
+        """(rows, nanoseconds) of the sizes for that many decodes and a chunk, ascending; none: there are no such."""
+        if decode_tokens not in self._held:
+            found: dict[int, int] = {}
+            for rows, decode_rows, ns in self._sizes:
+                if rows > decode_tokens and decode_rows >= decode_tokens and (decode_rows == 0) == (decode_tokens == 0):
+                    found.setdefault(rows, ns)
+            self._held[decode_tokens] = list(found.items())
+        return self._held[decode_tokens]

@@ -59,5 +59,5 @@ class ChunkStep:
     """A size of steps with chunks, and its time without what contexts and sampling add."""
 
     decode_rows: int
-    chunk_tokens: int
+    rows: int
     ns: int

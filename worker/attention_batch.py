@@ -14,7 +14,8 @@ from kernels.reference import Settled, SharedPrefix
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """The metadata of one step's T tokens: `num_decode` decode rows first, one token each, then S chunks.
+    """The metadata of one step's T tokens: `num_decode` decode rows first, one token each, then S chunks. Decode rows
+    of length 0 at the end of theirs may be chunks' or padding.
 
     All tensors are on the pool's device. Block table rows are as wide as the longest needs; what lies behind a row's
     last block is not read.
@@ -39,7 +40,9 @@ class AttentionBatch:
     chunk_context_lens: torch.Tensor
     """int32 [S]: tokens in the cache, the chunk's own included."""
     chunk_query_start: torch.Tensor
-    """int32 [S + 1]: chunk s is tokens chunk_query_start[s] to chunk_query_start[s + 1] after the decode rows."""
+    """int32 [S + 1]: chunk s is rows chunk_query_start[s] to chunk_query_start[s + 1] behind row `chunks_from`."""
+    chunks_from: int
+    """A row before which no chunk begins."""
     on_progress: Callable[[], None]
     """Called once per layer; feeds the heartbeat."""
     decode_shared: SharedPrefix | None = None
@@ -96,12 +99,12 @@ class AttentionBatch:
         soft_cap: float | None,
     ) -> torch.Tensor:
         """Attention of all rows, their keys and values being in the cache."""
-        num_decode = self.num_decode
+        num_decode, chunks_from, has_chunks = self.num_decode, self.chunks_from, len(self.chunk_context_lens) > 0
         # Both kinds of rows write their part of one tensor: nothing is put together afterwards.
         attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if num_decode:
             # The first layer's launch waits for what made this step's metadata. A chunk may store what a row sees.
-            later = Settled.CONTEXT if num_decode == len(query) else Settled.LENGTHS
+            later = Settled.LENGTHS if has_chunks else Settled.CONTEXT
             self.kernels.paged_attention_decode(
                 query[:num_decode],
                 kv_layer,
@@ -114,9 +117,9 @@ class AttentionBatch:
                 shared=self.decode_shared,
                 settled=later if layer > 0 else Settled.NOTHING,
             )
-        if num_decode < query.shape[0]:
+        if has_chunks:  # after decode attention, which makes zeros of rows of length 0
             self.kernels.paged_attention_prefill(
-                query[num_decode:],
+                query[chunks_from:],
                 kv_layer,
                 self.chunk_block_tables,
                 self.chunk_context_lens,
@@ -124,7 +127,7 @@ class AttentionBatch:
                 scale,
                 sliding_window,
                 soft_cap,
-                out=attended[num_decode:],
+                out=attended[chunks_from:],
             )
         self.on_progress()
         return attended

@@ -1,14 +1,16 @@
 """Steps with chunks as CUDA graphs: the forward pass over static buffers, padded to a few sizes.
 
-Launching a forward pass kernel by kernel takes the host longer than small chunks take the device. Padding rows belong
-to no sequence: they are stored nowhere and attend to nothing, and nobody reads their hidden states. Sampling stays
-outside.
+Launching a forward pass kernel by kernel takes the host longer than small chunks take the device. Rows are the decode
+set's, then the chunks', then padding, which belongs to no sequence: it is stored nowhere and attends to nothing, and
+nobody reads its hidden states. Where decode rows end is known on the device only; graphs differ in how many there may
+be. Sampling stays outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,22 +23,33 @@ from worker.device import DeviceRuntime
 from worker.models.base import PagedModel
 from worker.upload import Upload
 
-CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
-"""Sizes that the tokens of all chunks together are padded to. Longer steps last longer than launching them does."""
+ROWS = (*range(32, 256, 32), *range(256, 1024 + 1, 64))
+"""Sizes that a step's rows are padded to, all of them together. Longer steps last longer than launching them does."""
 MOST_CHUNKS = 16
 """Chunks of a step that a graph takes."""
-DECODE_ROWS = (8, 16, 32, 64, 128, 256, 512)
-"""Sizes that the decode set beside chunks is padded to, as far as it can grow; and 0."""
+DECODE_ROWS = (16, 64, 256)
+"""Of how many rows at most the decode set beside chunks is, as far as it can grow; and 0."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A step's rows with their padding."""
+    """What a graph takes."""
 
+    more_decode_than: int
+    """Rows that the decode set has more than."""
     decode: int
-    """Decode rows, the first ones."""
-    tokens: int
-    """Rows of the chunks."""
+    """Rows that the decode set has at most."""
+    rows: int
+    """Of all kinds."""
+
+    @property
+    def chunks_from(self) -> int:
+        """The first row that may be a chunk's."""
+        return self.more_decode_than + 1
+
+    def holds(self, num_decode: int, num_rows: int) -> bool:
+        """Whether a step of so many decode rows and rows of all kinds fits."""
+        return self.more_decode_than < num_decode <= self.decode and num_rows <= self.rows
 
 
 class ChunkStep:
@@ -49,35 +62,36 @@ class ChunkStep:
         kernels: Kernels,
         batch: Batch,
         on_progress: Callable[[], None],
-        most_tokens: int,
+        most_rows: int,
     ) -> None:
         self.model, self.pool, self.kernels, self.batch = model, pool, kernels, batch
         self.on_progress = on_progress
         device = batch.tokens.device
-        self.rows = torch.zeros((3, most_tokens), dtype=torch.int64, device=device)
-        """Token ids, positions and slot mapping of the chunks' rows."""
+        self.rows = torch.zeros((3, most_rows), dtype=torch.int64, device=device)
+        """Token ids, positions and slot mapping of all rows; of decode rows once they have been computed."""
         self.slots = torch.full((MOST_CHUNKS,), batch.padding_slot, dtype=torch.int64, device=device)
         self.lens = torch.zeros(MOST_CHUNKS, dtype=torch.int32, device=device)
         self.query_start = torch.zeros(MOST_CHUNKS + 1, dtype=torch.int32, device=device)
 
     def stage(self, layout: StepLayout, size: Size, upload: Upload) -> None:
         """Puts a step's inputs into the upload, padded."""
-        count, chunks = layout.token_ids.size, layout.chunk_slots.size
-        rows = np.zeros((3, size.tokens), dtype=np.int64)
+        first, chunks = layout.num_decode, layout.chunk_slots.size
+        rows = np.zeros((3, size.rows), dtype=np.int64)
         rows[2] = -1
-        rows[:, :count] = layout.token_ids, layout.positions, layout.slot_mapping
+        rows[:, first : layout.num_tokens] = layout.token_ids, layout.positions, layout.slot_mapping
         slots = np.full(MOST_CHUNKS, self.batch.padding_slot, dtype=np.int64)
         slots[:chunks] = layout.chunk_slots
         lens = np.zeros(MOST_CHUNKS, dtype=np.int32)
         lens[:chunks] = layout.chunk_lens
-        query_start = np.full(MOST_CHUNKS + 1, count, dtype=np.int32)
+        query_start = np.full(MOST_CHUNKS + 1, layout.query_start[-1], dtype=np.int32)
         query_start[: chunks + 1] = layout.query_start
+        query_start += first - size.chunks_from
         decode = np.full(size.decode, self.batch.padding_slot, dtype=np.int64)
-        decode[: layout.num_decode] = layout.decode_slots
+        decode[:first] = layout.decode_slots
         placed = [upload.put(numbers, numbers.dtype) for numbers in (rows, slots, lens, query_start, decode)]
 
         def fill() -> None:
-            self.rows[:, : size.tokens].copy_(placed[0].tensor.view(3, -1))
+            self.rows[:, : size.rows].copy_(placed[0].tensor.view(3, -1))
             self.slots.copy_(placed[1].tensor)
             self.lens.copy_(placed[2].tensor)
             self.query_start.copy_(placed[3].tensor)
@@ -87,14 +101,18 @@ class ChunkStep:
         upload.then(fill)
 
     def run(self, size: Size) -> torch.Tensor:
-        """Hidden states of the decode rows and of the chunks' rows: [size.decode + size.tokens, hidden_size]."""
+        """Hidden states of all rows: [size.rows, hidden_size]."""
         batch = self.batch
-        token_ids, positions, slot_mapping = self.rows[:, : size.tokens]
+        token_ids, positions, slot_mapping = self.rows[:, : size.rows]
         decode = decode_rows(self.kernels, batch, size.decode, batch.columns)
         if size.decode:
-            token_ids = torch.cat((decode.token_ids, token_ids))
-            positions = torch.cat((decode.positions, positions))
-            slot_mapping = torch.cat((decode.slot_mapping, slot_mapping))
+            is_decode = decode.context_lens > 0
+            for rows, computed in (
+                (token_ids, decode.token_ids),
+                (positions, decode.positions),
+                (slot_mapping, decode.slot_mapping),
+            ):
+                torch.where(is_decode, computed, rows[: size.decode], out=rows[: size.decode])
         attention = AttentionBatch(
             layout=batch.layout,
             pool=self.pool,
@@ -106,6 +124,7 @@ class ChunkStep:
             chunk_block_tables=batch.block_tables.index_select(0, self.slots),
             chunk_context_lens=self.lens,
             chunk_query_start=self.query_start,
+            chunks_from=size.chunks_from,
             on_progress=self.on_progress,
         )
         return self.model.forward(token_ids, positions, attention)
@@ -124,14 +143,8 @@ class ChunkGraphs:
             return None
         if self.step.batch.shared is not None:  # reading a prefix once gains more than launching costs
             return None
-        fitting = (
-            size
-            for size in self._graphs
-            if size.tokens >= layout.token_ids.size
-            and size.decode >= layout.num_decode
-            and (size.decode == 0) == (layout.num_decode == 0)
-        )
-        return min(fitting, key=lambda size: size.decode + size.tokens, default=None)
+        fitting = (size for size in self._graphs if size.holds(layout.num_decode, layout.num_tokens))
+        return min(fitting, key=lambda size: size.rows, default=None)
 
     def run(self, size: Size) -> torch.Tensor:
         """As ChunkStep.run; the tensor is written over by the next run."""
@@ -172,7 +185,12 @@ class ChunkGraphs:
             yield size, min(times)
 
     def _sizes(self, most_decode: int) -> Sequence[Size]:
-        most_tokens = self.step.rows.shape[1]
-        decode = [0, *(rows for rows in DECODE_ROWS if rows < most_decode), most_decode]
-        tokens = [*(count for count in CHUNK_TOKENS if count < most_tokens), most_tokens]
-        return sorted((Size(d, t) for d in decode for t in tokens), key=lambda s: s.decode + s.tokens, reverse=True)
+        most_rows = self.step.rows.shape[1]
+        decode = [-1, 0, *(rows for rows in DECODE_ROWS if rows < most_decode), most_decode]
+        rows = [*(count for count in ROWS if count < most_rows), most_rows]
+        return [
+            Size(fewer, min(most, count), count)
+            for count in reversed(rows)
+            for fewer, most in pairwise(decode)
+            if fewer + 1 < count
+        ]

@@ -98,6 +98,7 @@ class DecodeStep:
             chunk_block_tables=self._nothing.view(0, 0),
             chunk_context_lens=self._nothing,
             chunk_query_start=self._query_start,
+            chunks_from=count,
             on_progress=self.on_progress,
             decode_shared=shared_prefix(self.batch, slots, columns) if shared else None,
         )

@@ -23,7 +23,7 @@ from pagewire.runtime.fault_points import fault_point
 from pagewire.runtime.logs import get_logger
 from worker.attention_batch import AttentionBatch
 from worker.batch import NO_PROMPT_LOGPROBS, Batch, StepLayout
-from worker.chunk_graphs import CHUNK_TOKENS, ChunkGraphs, ChunkStep, Size
+from worker.chunk_graphs import ROWS, ChunkGraphs, ChunkStep, Size
 from worker.decode import DecodeGraphs, DecodeStep, Mode, decode_rows, shared_prefix
 from worker.device import DeviceRuntime, runtime_for
 from worker.kv_pool import KvPool
@@ -244,7 +244,7 @@ class Executor:
                 self.kernels,
                 self.batch,
                 self.progress.advance,
-                min(max_step_tokens, CHUNK_TOKENS[-1]),
+                min(max_step_tokens, ROWS[-1]),
             )
         )
         self._last_end: _End | None = None
@@ -322,8 +322,7 @@ class Executor:
             raise PlanError("forks in a plan without chunks")
         batch.stage(upload)
         chunk_size = self.chunk_graphs.size(layout)
-        padding = 0 if chunk_size is None else chunk_size.decode - layout.num_decode
-        prompt_wants = self._prompt_wants(layout, padding, upload)
+        prompt_wants = self._prompt_wants(layout, upload)
         # A copy of this very plan counts, too: it is enqueued before the forward pass.
         is_settled = self.swapper.is_settled and not (plan.swap_out.sources or plan.swap_in.sources)
         held_blocks = None if is_settled else batch.touched_blocks(layout)
@@ -331,7 +330,7 @@ class Executor:
         if chunk_size is not None:
             self.chunk_graphs.step.stage(layout, chunk_size, upload)
         chunk_inputs = _place_chunks(layout, upload) if chunk_size is None else {}
-        logit_rows = _place_logit_rows(layout, padding, upload)
+        logit_rows = _place_logit_rows(layout, upload)
         num_decode = layout.num_decode
         return _StepWork(
             layout=layout,
@@ -421,6 +420,7 @@ class Executor:
             chunk_block_tables=batch.block_tables[:, : layout.chunk_columns].index_select(0, inputs["chunk_slots"]),
             chunk_context_lens=inputs["chunk_lens"],
             chunk_query_start=inputs["query_start"],
+            chunks_from=layout.num_decode,
             on_progress=self.progress.advance,
             decode_shared=shared,
         )
@@ -453,8 +453,8 @@ class Executor:
         step.encoded, step.logprobs = sampled.encoded, sampled.logprobs
         self.kernels.move_on(self.batch.tokens, slots, tokens[KNOWN], step.encoded, step.encoded)
 
-    def _prompt_wants(self, layout: StepLayout, padding: int, upload: Upload) -> list[_PromptWant]:
-        """Which prompt tokens' log-probabilities this step's chunks give; `padding` rows stand in front of the chunks.
+    def _prompt_wants(self, layout: StepLayout, upload: Upload) -> list[_PromptWant]:
+        """Which prompt tokens' log-probabilities this step's chunks give.
 
         The hidden state at position p predicts the token at p + 1, so a chunk start..end gives prompt tokens
         start + 1..end, as far as the prompt goes. A long stretch comes in pieces.
@@ -469,7 +469,7 @@ class Executor:
             tokens = self.batch.given_tokens(chunk.slot)
             for first in range(chunk.start + 1, last + 1, piece):
                 part = upload.put(tokens[first : min(first + piece, last + 1)])
-                row = padding + chunk.first_row + first - 1 - chunk.start
+                row = chunk.first_row + first - 1 - chunk.start
                 wants.append(_PromptWant(chunk.slot, first, num_top, row, part))
         return wants
 
@@ -531,12 +531,11 @@ def _place_chunks(layout: StepLayout, upload: Upload) -> dict[str, Placed]:
     }
 
 
-def _place_logit_rows(layout: StepLayout, padding: int, upload: Upload) -> Placed | None:
-    """The rows of the hidden states that sample: decode rows, then, behind `padding` rows more, the last tokens of the
-    finishing chunks."""
+def _place_logit_rows(layout: StepLayout, upload: Upload) -> Placed | None:
+    """The rows of the hidden states that sample: decode rows, then the last tokens of the finishing chunks."""
     if not layout.chunks:
         return None
-    last_rows = [padding + chunk.first_row + chunk.num_tokens - 1 for chunk in layout.finishing]
+    last_rows = [chunk.first_row + chunk.num_tokens - 1 for chunk in layout.finishing]
     return upload.put(np.concatenate((np.arange(layout.num_decode), np.array(last_rows, dtype=np.int64))))
 
 

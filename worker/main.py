@@ -86,7 +86,7 @@ def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) ->
     """Introduces the worker; measures its rates first, which overwrites KV blocks."""
     swap_out, swap_in = executor.measure_swaps()
     chunk_steps = [
-        worker_pb2.ChunkStep(decode_rows=size.decode, chunk_tokens=size.tokens, nanoseconds=ns)
+        worker_pb2.ChunkStep(decode_rows=size.decode, rows=size.rows, nanoseconds=ns)
         for size, ns in executor.chunk_graphs.measure(executor.runtime)
     ]
     pool = executor.pool

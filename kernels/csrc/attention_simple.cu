@@ -46,7 +46,7 @@ paged_attention_simple(DTYPE* __restrict__ out, const DTYPE* __restrict__ query,
     }
     first_row = query_start[seq];
     rows = query_start[seq + 1] - first_row;
-    if (row >= first_row + rows) return;  // a row of no sequence
+    if (row < first_row || row >= first_row + rows) return;  // a row of no sequence
   }
   const int context_len = context_lens[seq];
   const int visible_end = context_len > 0 ? context_len - rows + (row - first_row) + 1 : 0;

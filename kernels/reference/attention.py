@@ -149,7 +149,7 @@ def paged_attention_prefill(
     tokens are the last of the context_lens[s] tokens in the cache. kv_layer is a layer view [num_blocks, 2, Hkv,
     block_size, D]; block_tables int32 [S, M]; context_lens int32 [S], this chunk included; query_start int32 [S + 1].
     scale, sliding_window and soft_cap as in `paged_attention_decode`. Returns [T, Hq, D] of query's dtype, in
-    `out` if given.
+    `out` if given; rows before the first chunk and behind the last stay what they are.
     """
     block_size, head_dim = kv_layer.shape[3:]
     starts, lengths = query_start.tolist(), context_lens.tolist()

@@ -82,6 +82,22 @@ def test_chunks_of_no_tokens_are_skipped(device: torch.device) -> None:
     assert relative_error(prefill(case), expected(case)) < TOLERANCE[BF16]
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_rows_before_the_first_chunk_and_behind_the_last_stay_what_they_are(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    case = make_case([30, 40, 20], new_lens=[10, 0, 20], dtype=dtype, device=device)
+    query = torch.cat(
+        (case.query.new_full((7, 4, 64), torch.nan), case.query, case.query.new_full((2, 4, 64), torch.nan))
+    )
+    out = torch.full_like(query, 3)
+    attention.paged_attention_prefill(
+        query, case.kv_layer, case.block_tables, case.context_lens, case.query_start + 7, case.scale, out=out
+    )
+    assert relative_error(out[7:-2], expected(case)) < TOLERANCE[dtype]
+    assert (out[:7] == 3).all() and (out[-2:] == 3).all()
+
+
 def test_more_sequences_than_a_block_has_threads_find_their_tiles(device: torch.device) -> None:
     lengths = [1 + i % 5 for i in range(300)]
     case = make_case(lengths, new_lens=lengths, heads=1, kv_heads=1, device=device)

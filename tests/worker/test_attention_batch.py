@@ -52,6 +52,7 @@ def test_the_first_layer_waits_for_all_and_later_ones_only_for_what_the_step_sto
         chunk_block_tables=torch.tensor([[1]] if chunk else [], dtype=torch.int32).reshape(-1, 1),
         chunk_context_lens=torch.tensor([tokens] if chunk else [], dtype=torch.int32),
         chunk_query_start=torch.tensor([0, chunk] if chunk else [0], dtype=torch.int32),
+        chunks_from=1,
         on_progress=lambda: None,
     )
     heads = torch.rand(3, tokens, 1, 8)

@@ -139,6 +139,7 @@ def test_a_single_kv_head_is_taken_with_the_strides_of_the_projection_that_it_wa
             chunk_block_tables=torch.ones(1, 1, dtype=torch.int32),
             chunk_context_lens=torch.tensor([tokens], dtype=torch.int32),
             chunk_query_start=torch.tensor([0, tokens], dtype=torch.int32),
+            chunks_from=0,
             on_progress=lambda: None,
         )
         outs.append(batch.attend(0, query, key, value, scale=0.25))

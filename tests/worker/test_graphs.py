@@ -150,7 +150,7 @@ def test_decode_steps_are_replayed_and_give_the_tokens_of_called_ones(cuda: Simp
 def test_steps_with_chunks_are_replayed_and_give_the_tokens_of_called_ones(
     cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunk_graphs, "CHUNK_TOKENS", (4, 16, 1024))
+    monkeypatch.setattr(chunk_graphs, "ROWS", (4, 16, 1024))
     monkeypatch.setattr(chunk_graphs, "DECODE_ROWS", (2,))
     monkeypatch.setattr(chunk_graphs, "MOST_CHUNKS", 3)
     model = ToyModel()
@@ -163,7 +163,11 @@ def test_steps_with_chunks_are_replayed_and_give_the_tokens_of_called_ones(
     graphs = executor.chunk_graphs
     assert list(measured) == list(graphs._graphs)
     assert all(ns > 0 for ns in measured.values())
-    assert list(graphs._graphs)[::4] == [Size(8, 32), Size(2, 16), Size(0, 4)]
+    assert [(size.more_decode_than, size.decode, size.rows) for size in graphs._graphs] == [
+        *((-1, 0, 32), (0, 2, 32), (2, 8, 32)),
+        *((-1, 0, 16), (0, 2, 16), (2, 8, 16)),
+        *((-1, 0, 4), (0, 2, 4), (2, 4, 4)),
+    ]
     steps = Steps(executor)
     answers = []
     for replayed in (True, False):

@@ -53,6 +53,7 @@ class PagedCache:
             chunk_block_tables=self._tables(chunks),
             chunk_context_lens=self._lengths(chunks),
             chunk_query_start=torch.tensor(starts, dtype=torch.int32, device=self.pool.device),
+            chunks_from=num_decode,
             on_progress=lambda: None,
         )
 
