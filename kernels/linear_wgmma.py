@@ -32,18 +32,14 @@ _MOST_PARTS = 6
 """Of a product by `linear_parts`; what adds them up has to read them all."""
 _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
-_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 192, "linear_gated": 256}
+_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 256, "linear_gated": 256}
 """With more the library is as fast, or `kernels.linear_tall` faster (docs/kernels/linear.md)."""
 _FULL_RATE_SHARE = 0.7
 """Of the multiprocessors; fewer do not read as fast as memory delivers."""
+_MOST_TOKENS_OF_PAIRS = 64
+"""Of `linear_parts` in clusters of two: with more, two that wait for each other lose more than they read less."""
 _LEAST_SHARE: dict[Product, float] = {"linear": 0.35, "linear_parts": 0.45, "linear_gated": 0.75}
 """Of the multiprocessors; with fewer busy the library is faster."""
-_LONG, _MOST_TOKENS_OF_LONG = 8192, 256
-"""Width from which on `linear_parts` is worth it for more tokens, and ..."""
-_SHARE_OF_LONG, _SHARE = 0.95, 0.7
-"""... the share of the multiprocessors that its parts reach; of shorter rows it is the second, ..."""
-_FEWER_PARTS_OF = range(33, 129)
-"""... or no more than it needs for so many tokens: what is added up counts, reading tokens does not yet."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +93,15 @@ def wgmma_config(
     if not limits.wgmma or not 1 <= num_tokens <= TOKENS[-1] or width % _CHUNK or rows % ROWS[0]:
         return None
     tokens = next(tokens for tokens in TOKENS if tokens >= num_tokens)
-    most_rows, fewer_rows = ROWS
-    too_few = by == "linear" and rows // most_rows < limits.processors * _FULL_RATE_SHARE
-    tile_rows = fewer_rows if too_few else most_rows
-    tiles, split = rows // tile_rows, 1
-    if by == "linear_parts":
-        share = _LEAST_SHARE[by] if num_tokens in _FEWER_PARTS_OF else _SHARE
-        busy = limits.processors * (_SHARE_OF_LONG if width >= _LONG else share)
-        split = min(_MOST_PARTS, width // _CHUNK, math.ceil(busy / tiles))
+    tile_rows, split = _tile(by, rows, width, limits.processors)
+    tiles = rows // tile_rows
     stages = (limits.shared_bytes - _FIXED_BYTES) // _stage_bytes(tile_rows, tokens)
     stages = min(_MOST_BYTES_IN_FLIGHT // (tile_rows * _CHUNK * 2), stages)
-    clusters = (1,) if by != "linear_gated" else (2, 1) if tokens == 256 else (4, 2, 1)
+    clusters: tuple[int, ...] = (1,)
+    if by == "linear_gated":
+        clusters = (2, 1) if tokens == 256 else (4, 2, 1)
+    elif by == "linear_parts" and tokens <= _MOST_TOKENS_OF_PAIRS:
+        clusters = (2, 1)
     best: WgmmaConfig | None = None
     for cluster in clusters:
         room = int(limits.processors * (_CLUSTERED_SHARE if cluster > 2 else 1)) // cluster
@@ -120,12 +114,26 @@ def wgmma_config(
     return best
 
 
+def _tile(by: Product, rows: int, width: int, processors: int) -> tuple[int, int]:
+    """Rows of a tile and parts of K. Small tiles where large ones are too few; parts as many as there is room for, of
+    small tiles if those keep enough multiprocessors busy: fewer parts are less to add up."""
+    most_rows, fewer_rows = ROWS
+    enough = processors * _FULL_RATE_SHARE
+    if by == "linear_gated" or rows // most_rows >= enough:
+        return most_rows, 1
+    if by == "linear":
+        return fewer_rows, 1
+    most = min(_MOST_PARTS, width // _CHUNK)
+    ways = [(rows // tile, min(most, max(1, processors // (rows // tile))), tile) for tile in (fewer_rows, most_rows)]
+    _, split, tile = max(ways, key=lambda way: min(way[0] * way[1], enough))
+    return tile, split
+
+
 def takes_tokens(num_tokens: int, weight: torch.Tensor, *, by: Product) -> bool:
     """Whether the function of this name is the better way to multiply num_tokens rows by this [N, K] matrix."""
     if by == "linear_gated" and linear_tall.takes_tokens(num_tokens, weight):
         return True
-    most = _MOST_TOKENS_OF_LONG if by == "linear_parts" and weight.shape[1] >= _LONG else _MOST_TOKENS[by]
-    if num_tokens > most:
+    if num_tokens > _MOST_TOKENS[by]:
         return False
     config = _config(by, num_tokens, weight)
     return config is not None and config.ctas >= _LEAST_SHARE[by] * kernel_compile.limits(weight.device).processors

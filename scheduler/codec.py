@@ -104,7 +104,7 @@ def rates_of(hello: worker_pb2.WorkerHello) -> TransferRates:
         swap_out_bytes_per_second=hello.swap_out_bytes_per_second,
         swap_in_bytes_per_second=hello.swap_in_bytes_per_second,
         prefill_tokens_per_second=hello.prefill_tokens_per_second,
-        chunk_steps=tuple(ChunkStep(step.decode_rows, step.rows, step.nanoseconds) for step in hello.chunk_steps),
+        chunk_steps=tuple(ChunkStep(step.rows, step.nanoseconds) for step in hello.chunk_steps),
     )
 
 

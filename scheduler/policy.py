@@ -58,6 +58,5 @@ class TransferRates:
 class ChunkStep:
     """A size of steps with chunks, and its time without what contexts and sampling add."""
 
-    decode_rows: int
     rows: int
     ns: int

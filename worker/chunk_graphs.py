@@ -8,7 +8,7 @@ be. Sampling stays outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from worker.device import DeviceRuntime
 from worker.models.base import PagedModel
 from worker.upload import Upload
 
-ROWS = (*range(32, 256, 32), *range(256, 1024 + 1, 64))
+ROWS = range(32, 1024 + 1, 32)
 """Sizes that a step's rows are padded to, all of them together. Longer steps last longer than launching them does."""
 MOST_CHUNKS = 16
 """Chunks of a step that a graph takes."""
@@ -136,15 +136,18 @@ class ChunkGraphs:
     def __init__(self, step: ChunkStep) -> None:
         self.step = step
         self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._ns: dict[int, int] = {}
+        """What so many rows take, once measured."""
 
     def size(self, layout: StepLayout) -> Size | None:
-        """The captured size that a step fits; None: it runs kernel by kernel."""
+        """The captured size that a step fits: the fastest, or the smallest as long as none has been measured. None: it
+        runs kernel by kernel."""
         if not self._graphs or not layout.chunks or len(layout.chunks) > MOST_CHUNKS:
             return None
         if self.step.batch.shared is not None:  # reading a prefix once gains more than launching costs
             return None
         fitting = (size for size in self._graphs if size.holds(layout.num_decode, layout.num_tokens))
-        return min(fitting, key=lambda size: size.rows, default=None)
+        return min(fitting, key=lambda size: self._ns.get(size.rows, size.rows), default=None)
 
     def run(self, size: Size) -> torch.Tensor:
         """As ChunkStep.run; the tensor is written over by the next run."""
@@ -171,10 +174,11 @@ class ChunkGraphs:
             yield done + 1, len(sizes)
 
     @torch.inference_mode()
-    def measure(self, runtime: DeviceRuntime) -> Iterator[tuple[Size, int]]:
-        """Each size and what its forward pass takes, in nanoseconds: the best of a few. All rows are padding."""
+    def measure(self, runtime: DeviceRuntime) -> Mapping[int, int]:
+        """What the forward pass over each number of rows takes, in nanoseconds: the best of a few. All are padding, so
+        that it makes no difference how many may decode."""
         self.step.rows[2].fill_(-1)
-        for size, (graph, _) in self._graphs.items():
+        for rows, graph in {size.rows: graph for size, (graph, _) in self._graphs.items()}.items():
             times = []
             for _ in range(5):
                 start = runtime.mark()
@@ -182,7 +186,8 @@ class ChunkGraphs:
                 end = runtime.mark()
                 runtime.wait(end)
                 times.append(runtime.elapsed_ns(start, end))
-            yield size, min(times)
+            self._ns[rows] = min(times)
+        return self._ns
 
     def _sizes(self, most_decode: int) -> Sequence[Size]:
         most_rows = self.step.rows.shape[1]

@@ -86,8 +86,8 @@ def make_hello(settings: WorkerSettings, spec: ModelSpec, executor: Executor) ->
     """Introduces the worker; measures its rates first, which overwrites KV blocks."""
     swap_out, swap_in = executor.measure_swaps()
     chunk_steps = [
-        worker_pb2.ChunkStep(decode_rows=size.decode, rows=size.rows, nanoseconds=ns)
-        for size, ns in executor.chunk_graphs.measure(executor.runtime)
+        worker_pb2.ChunkStep(rows=rows, nanoseconds=ns)
+        for rows, ns in executor.chunk_graphs.measure(executor.runtime).items()
     ]
     pool = executor.pool
     log.info("swap rates", swap_out_bytes_per_second=swap_out, swap_in_bytes_per_second=swap_in)

@@ -72,6 +72,8 @@ def test_a_gated_product_by_boxes_equals_its_twin(
         (20, 128, 320, WgmmaConfig(64, 1, 2, 2, 2)),  # two and three chunks
         (65, 384, 448, WgmmaConfig(96, 1, 4, 2, 3)),  # shares of one tile by several CTAs, shares of several by one
         (128, 256, 192, WgmmaConfig(128, 2, 3, 4, 3)),  # a chunk each
+        (40, 256, 320, WgmmaConfig(64, 2, 3, 4, 2, 64)),  # tiles of 64 rows, in pairs
+        (200, 128, 192, WgmmaConfig(256, 1, 2, 4, 2, 64)),
     ],
 )
 def test_the_parts_of_a_product_add_up_to_its_twin(
@@ -127,15 +129,13 @@ def test_a_box_has_as_many_tokens_as_there_are_for_each_of_a_cluster_rounded_up_
         ("linear_gated", 193, 28672, 4096, WgmmaConfig(256, 2, 4, 112)),
         ("linear_gated", 128, 128256, 4096, WgmmaConfig(128, 2, 7, 126)),
         ("linear", 64, 6144, 4096, WgmmaConfig(64, 1, 14, 96, rows=64)),
-        ("linear_parts", 32, 4096, 4096, WgmmaConfig(64, 1, 8, 96, 3)),
-        ("linear_parts", 33, 4096, 4096, WgmmaConfig(64, 1, 8, 64, 2)),
-        ("linear_parts", 64, 4096, 8192 - 64, WgmmaConfig(64, 1, 8, 64, 2)),
-        ("linear_parts", 64, 4096, 8192, WgmmaConfig(64, 1, 8, 128, 4)),
-        ("linear_parts", 64, 4096, 14336, WgmmaConfig(64, 1, 8, 128, 4)),
-        ("linear_parts", 128, 4096, 4096, WgmmaConfig(128, 1, 7, 64, 2)),
-        ("linear_parts", 129, 4096, 4096, WgmmaConfig(192, 1, 5, 96, 3)),
-        ("linear_parts", 256, 4096, 14336, WgmmaConfig(256, 1, 4, 128, 4)),
-        ("linear_parts", 16, 640, 128, WgmmaConfig(64, 1, 8, 10, 2)),  # no more parts than chunks
+        ("linear_parts", 32, 4096, 4096, WgmmaConfig(64, 2, 14, 128, 2, 64)),
+        ("linear_parts", 64, 4096, 14336, WgmmaConfig(64, 2, 14, 128, 2, 64)),
+        ("linear_parts", 65, 4096, 4096, WgmmaConfig(96, 1, 11, 128, 2, 64)),
+        ("linear_parts", 256, 4096, 14336, WgmmaConfig(256, 1, 5, 128, 2, 64)),
+        ("linear_parts", 128, 5120, 4096, WgmmaConfig(128, 1, 7, 120, 3)),  # 80 small tiles would be too few
+        ("linear_parts", 128, 16384, 4096, WgmmaConfig(128, 1, 7, 128)),
+        ("linear_parts", 16, 640, 128, WgmmaConfig(64, 2, 14, 20, 2, 64)),  # no more parts than chunks
     ],
 )
 def test_the_products_of_a_large_model_are_shared_evenly_on_an_h100(
@@ -196,20 +196,15 @@ def test_other_products_are_left_to_the_library(device: torch.device) -> None:
     enough = weight(processors * 128)
     assert taken(256, enough)
     assert taken(1, enough)
-    assert taken(192, enough, "linear_parts")
+    assert taken(256, enough, "linear_parts")
     assert taken(1, enough, "linear_parts")
     assert taken(64, enough.half(), "linear")
     assert taken(1, enough.half(), "linear")
-    assert not taken(193, enough, "linear_parts")
+    assert not taken(257, enough, "linear_parts")
     assert not taken(65, enough, "linear")
     assert not taken(8, enough.float())
     assert not taken(8, weight(processors * 128, 256)[:, :128])
     assert not taken(8, weight(processors * 128, 136))
     assert not taken(8, weight(128))  # most of the device would be idle
-    long, shorter = (weight(processors * 128, width) for width in (8192, 8192 - 64))
-    assert taken(256, long, "linear_parts")
-    assert not taken(257, long, "linear_parts")
-    assert taken(192, shorter, "linear_parts")
-    assert not taken(193, shorter, "linear_parts")
     with pytest.raises(ValueError, match="not for this kernel"):
         linear_wgmma.linear_parts(torch.zeros(257, 128, dtype=BF16, device=device), weight(128))
