@@ -35,8 +35,8 @@ from worker.start import check_kernels, choose_device, make_executor
 from worker.step import BlockMoves, NewSequence, Sampling, StepPlan, StepResult
 
 ROOT = Path(__file__).resolve().parent
-BYTES_PER_SECOND = 4.2e12
-"""What the H200 reads."""
+BYTES_PER_SECOND = 4.68e12
+"""What the H200 reads (benchmarks/results/h200/reading.json)."""
 FLOPS_PER_SECOND = 742e12
 """Its matrix products."""
 IN_FLIGHT = 2

@@ -61,7 +61,7 @@ WEIGHT_BYTES = 15.0e9
 """Of Llama-3.1-8B in bfloat16, the embedding left out: a step reads a few of its rows."""
 KV_BYTES = 131_072
 """Per token: 32 layers, key and value, 8 heads of 128, 2 bytes."""
-RATES = {"limit-h200": (4.2e3, 742e3), "limit-h100": (2.95e3, 773e3)}
+RATES = {"limit-h200": (4.68e3, 742e3), "limit-h100": (2.95e3, 773e3)}
 """Devices that take the limit's time, and what was measured on each card: bytes and operations a nanosecond."""
 
 

@@ -29,8 +29,8 @@ from pagewire.bench.results import Row
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCABULARY = 32, 8, 128, 16, 4096, 14336, 128256
 """Llama-3.1-8B."""
-BYTES_PER_US = 4.2e6
-"""What the H200 reads: 4.2 TB/s."""
+BYTES_PER_US = 4.68e6
+"""What the H200 reads: 4.68 TB/s of long pieces (benchmarks/results/h200/reading.json)."""
 FLOPS_PER_US = 742e6
 """Its matrix products: 742 TFLOP/s."""
 LEAST_LAUNCHES = 16

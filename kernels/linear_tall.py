@@ -1,4 +1,4 @@
-"""Gate and up projection of 193 and more tokens on compute capability 9.0: `csrc/linear_tall.cu`.
+"""Gate and up projection of 129 and more tokens on compute capability 9.0: `csrc/linear_tall.cu`.
 
 Twin: `kernels.reference.linear.linear_gated`.
 """
@@ -26,7 +26,7 @@ _BOX = 64
 """Tokens of a box, and of one warpgroup's product."""
 _FIXED_BYTES = 1024
 """Of shared memory: to begin at a swizzle atom."""
-LEAST_TOKENS = 193
+LEAST_TOKENS = 129
 """With fewer the library or `kernels.linear_wgmma` is as fast (docs/kernels/linear.md)."""
 LEAST_USE = 0.85
 """Of what all multiprocessors can multiply in the rounds that a product takes; with less the library is faster."""
@@ -72,12 +72,12 @@ class TallConfig:
 
 
 _ONE_TILE = TallConfig(ctas=0, extra=1)
-"""For up to 256 tokens: how fast memory delivers weights is what counts."""
+"""For 193 to 256 tokens: how fast memory delivers weights is what counts."""
 _TILES = TallConfig(ctas=0)
 _OF_THREE = TallConfig(ctas=0, groups=3, blocks=1, stages=4)
 """Tiles of 192 tokens, better where they fit better, ..."""
 _MOST_OF_THREE = 576
-"""... from 257 to so many tokens."""
+"""... up to so many tokens."""
 
 
 @functools.lru_cache(maxsize=8192)
@@ -87,7 +87,7 @@ def tall_config(num_tokens: int, rows: int, width: int, limits: kernel_compile.D
     if not limits.wgmma or not pairs or num_tokens < 1 or width % _CHUNK or rows % 32:
         return None
     shape = _ONE_TILE if num_tokens <= _ONE_TILE.tokens else _TILES
-    if _ONE_TILE.tokens < num_tokens <= _MOST_OF_THREE and _padded(num_tokens, _OF_THREE) < _padded(num_tokens, shape):
+    if num_tokens <= _MOST_OF_THREE and _padded(num_tokens, _OF_THREE) < _padded(num_tokens, shape):
         shape = _OF_THREE
     configs = []
     for tile in ROWS:

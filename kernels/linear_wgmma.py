@@ -32,7 +32,7 @@ _MOST_PARTS = 6
 """Of a product by `linear_parts`; what adds them up has to read them all."""
 _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
-_MOST_TOKENS: dict[Product, int] = {"linear": 64, "linear_parts": 256, "linear_gated": 256}
+_MOST_TOKENS: dict[Product, int] = {"linear": 96, "linear_parts": 256, "linear_gated": 256}
 """With more the library is as fast, or `kernels.linear_tall` faster (docs/kernels/linear.md)."""
 _FULL_RATE_SHARE = 0.7
 """Of the multiprocessors; fewer do not read as fast as memory delivers."""

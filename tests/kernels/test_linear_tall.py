@@ -59,6 +59,8 @@ def test_a_product_by_the_configuration_chosen_is_the_same_again_and_again(devic
 @pytest.mark.parametrize(
     ("tokens", "config"),
     [
+        (192, TallConfig(128, 3, 1, 4)),
+        (193, TallConfig(128, extra=1)),
         (256, TallConfig(128, extra=1)),
         (257, TallConfig(128, 3, 1, 4)),
         (385, TallConfig(128)),
@@ -109,7 +111,11 @@ def test_a_large_model_s_products_of_enough_tokens_are_taken_on_an_h100(monkeypa
         return linear_tall.takes_tokens(tokens, weight)
 
     weight = torch.empty(28672, 4096, dtype=BF16, device="meta")
-    assert [tokens for tokens in (192, 193, 256, 257, 272, 288, 384, 513, 700, 8192) if taken(tokens, weight)] == [
+    assert [
+        tokens for tokens in (128, 129, 192, 193, 256, 257, 272, 288, 384, 513, 700, 8192) if taken(tokens, weight)
+    ] == [
+        129,
+        192,
         193,
         256,
         288,  # a box of 64 for one token or for sixteen more is too much for so few
