@@ -31,11 +31,11 @@ there has the machine, the versions, the commit and the command that made it. Th
 [paper.md](paper.md).
 
 The peer is vLLM 0.24.0 (FlashAttention-3, torch.compile, CUDA graphs, prefix caching, 512 sequences, greedy) on one
-NVIDIA H200, with random bf16 weights in the shape of Llama-3.1-8B. The limit is what weights, arithmetic and KV need
-at that card's measured rates (4.2 TB/s, 742 TFLOP/s), without launches or host time; that it reads long pieces at 4.68
-[was found later](kernels/decode.md#what-reading-costs). Pagewire's offline rows are
-taken at the scheduler's token-level session, with scheduler and worker as processes and gRPC between them; the peer's
-at its Python API.
+NVIDIA H200, with random bf16 weights in the shape of Llama-3.1-8B. The limit of the offline rows is what weights,
+arithmetic and KV need at 4.2 TB/s and 742 TFLOP/s, without launches or host time; that the card reads long pieces at
+4.68 TB/s [was found later](kernels/decode.md#what-reading-costs), and is what all other limits take. Pagewire's offline
+rows are taken at the scheduler's token-level session, with scheduler and worker as processes and gRPC between them;
+the peer's at its Python API.
 
 One script takes every row, on a machine with torch, cupy, grpcio and transformers, without an installation:
 
@@ -54,35 +54,35 @@ H200_OFFLINE = """Every row is above the peer's value. What is missing to goals 
 
 """
 H200_LOST = """What is missing to the limit, by kind of step: every step of a run is held against what weights,
-arithmetic and KV of that very step need. Kinds that take 3 % of a row's time or more; "lost" is the time beyond the
-limit, of the row's. The card's idle time is below 1 % of every row but the last, where it waits for 256 admissions.
+arithmetic and KV of that very step need, at 4.68 TB/s and 742 TFLOP/s. Kinds that take 3 % of a row's time or more;
+"lost" is the time beyond the limit, of the row's. The card's idle time is at most 1 % of every row but the last, where
+it waits for 256 admissions.
 
 """
 H200_WHY = """
-Why, from the profile of a step (`python -m benchmarks.decode_step --batch 128 --profile 128`), the kernels' own times
-and the card's clock ([below](#the-clock-while-rows-run)); what was tried is in [linear.md](kernels/linear.md) and
+Why, from the kernels' own times ([kernels.json](../benchmarks/results/h200/kernels.json)) and the card's clock
+([below](#the-clock-while-rows-run)); what was tried is in [linear.md](kernels/linear.md) and
 [decode.md](kernels/decode.md):
 
-- **The card is at its power cap in every row**, with a single sequence too: it draws 690 of 700 W and lowers its clock
-  to 1,455 to 1,845 of 1,980 MHz (medians). What multiplies is slower by as much. Two cards of one host differed by 4 %
-  in steps of 256 rows ([products.json](../benchmarks/results/h200/products.json)).
-- Since these rows were taken a step is prepared and ended by one kernel each, and query, key and value projection of
-  few rows reads with 96 multiprocessors instead of 48: a step of 1 row 4.09 -> 3.99 ms, of 64 rows 4.89 -> 4.81, of 128
-  rows 6.42 -> 6.34 on one card ([side_by_side.json](../benchmarks/results/h200/side_by_side.json)).
-- **1 row**: 0.57 ms beyond the limit. Products with the norms between them take 112 us a layer where reading weights
-  takes 104: 0.26 ms. The rest is attention, rotation, sampling and some twenty small kernels that prepare a step,
-  which have next to nothing to do and still begin and end.
-- **32 rows**: 0.76 ms beyond. Products and norms take 116 us a layer instead of 104: 0.4 ms; attention is 10 us a layer
-  from its floor: 0.3 ms.
-- **128 rows**: 1.8 ms beyond. Products and norms take 145 us a layer instead of 104: 1.3 ms, of which the library's
-  query, key and value projection has 0.3; attention is 9 us a layer from its floor: 0.3 ms.
-- **256 rows**: 2.6 ms beyond. Products take 194 us a layer instead of 150, bound by operations: 1.4 ms; norms and
-  rotation 16 us, which the limit has not: 0.5 ms; attention 77 us instead of 72.
+- **The card is at its power cap in every row**, with a single sequence too: it draws 687 to 695 of 700 W and lowers its
+  clock to 1,508 to 1,890 of 1,980 MHz (medians). What multiplies is slower by as much. Cards of one kind differ by up
+  to 4 % in steps of 256 rows.
+- **The device computes in 99 % of the time** of every row but the last: 768 steps of `decode-b1` take 3.069 of the
+  3.104 s of its three runs. What is missing to a goal is missing in the kernels.
+- **1 row**: 0.78 ms beyond the limit of 3.21. Products with the norms between them take 110 us a layer where reading
+  weights takes 93: 0.54 ms. Attention, 5 to 6 us a layer with next to nothing to read, is 0.2 ms.
+- **32 rows**: 1.0 ms beyond. Products and norms take 115 us a layer instead of 93: 0.7 ms; attention is 4 us a layer
+  from its floor: 0.14 ms.
+- **128 rows**: 1.9 ms beyond. Products and norms take 139 us a layer instead of 93: 1.5 ms; attention is 5 us a layer
+  from its floor: 0.15 ms.
+- **256 rows**: 2.4 ms beyond. Products and norms take 208 us a layer instead of 151, bound by operations: 1.8 ms.
 - **Steps with chunks of up to 1,024 tokens**, half of the Alpaca-like row and a quarter of the ShareGPT-like one:
-  5.2 ms beyond. Gate and up projection reach 653 TFLOP/s at 1,024 rows, the library's 637.
-- **Prefill**: 27 ms beyond in a step of 8,192 tokens. Gate and up reach 694 TFLOP/s, the library's products 630 where a
-  square one of 8,192 by itself reached 742: 18 ms. At the row's 1,485 MHz tensor cores can do 803. Attention runs at
-  600.
+  4.3 ms beyond, of 14.4 for 674 tokens. Products reach 623 to 722 TFLOP/s, which goes
+  [up and down](kernels/linear.md#more-tokens) with the number of tokens, instead of 742: 1.6 ms. Norms, rotation and
+  the second launch of attention, which the limit has not, are most of the rest.
+- **Prefill**: 24 ms beyond in a step of 8,192 tokens. Gate and up reach 692 TFLOP/s, the library's products 630 where a
+  square one of 8,192 by itself reached 742: 18 ms. At the row's 1,515 MHz tensor cores can do 819. Attention runs at
+  570.
 """
 H200_POWER = """Samples of nvidia-smi every quarter of a second while these very rows ran, three runs each.
 
@@ -128,12 +128,10 @@ BETTER_MODE = """
 """
 H200_KERNELS = """Replays of graphs of 16 launches and more. Decode as from a model's second layer on, where a
 launch reads lengths and older keys before the kernel in front is done
-([decision 57](decisions/0057-kernels-read-what-is-settled-before-they-wait.md)). Eight of ten rows are at
-FlashAttention-3's times or below, 8 x 16384 is 0.3 % and 64 x 4096 is 1.3 % above. Cards differ by as much: the same
-64 x 4096 took 253 to 254 us on three and 257 to 259 on five, and which the peer had is not known. The limit in the
-table is that of 4.2 TB/s; long pieces are read at up to 4.68
-([why ours are not yet](kernels/decode.md#what-reading-costs)). Prefill at 8,192 tokens without a context and at
-4 x 2048 reaches 0.97 and 0.96 of the peer's rate, the other shapes are faster.
+([decision 57](decisions/0057-kernels-read-what-is-settled-before-they-wait.md)). All ten rows are below
+FlashAttention-3's times, and prefill reaches 0.98 to 3.7 times its rate. The limit is that of 4.68 TB/s, at which the
+card reads long pieces ([what ours are read at](kernels/decode.md#what-reading-costs)). Cards differ: 64 x 4096 took 248
+to 250 us on two.
 
 """
 H100_KERNELS = "Shares of what the card copies (decode) or multiplies (prefill).\n\n"
