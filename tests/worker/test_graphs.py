@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+from scheduler.codec import rates_of
 from tests.worker.test_executor import GREEDY, PROMPT, new
 from tests.worker.toy import Steps, ToyModel, make_executor
 from worker import chunk_graphs, decode, swapper
 from worker.chunk_graphs import ChunkStep, Size
+from worker.config import WorkerSettings
 from worker.decode import DecodeStep, Mode
 from worker.executor import Executor
+from worker.main import make_hello
 from worker.start import capture_graphs
 from worker.step import BlockMoves, Fork, Sampling
+from worker.upload import Upload
 
 
 class Stream:
@@ -197,6 +201,35 @@ def test_steps_with_chunks_are_replayed_and_give_the_tokens_of_called_ones(
         steps.run(release_slots=[0, 1, 2, 4, 5])
     assert answers[0] == answers[1]
     assert [answers[0][step][0][0] for step in range(1, 7)] == model.greedy(PROMPT, 6)
+
+
+def test_a_scheduler_hears_what_each_size_of_steps_with_chunks_takes(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_graphs, "ROWS", (4, 16))
+    executor = make_executor(ToyModel(), buckets=(8,), max_step_tokens=32)
+    capture_graphs(executor, chunks=True)
+    rates = rates_of(make_hello(WorkerSettings(), executor.model.spec, executor))
+    assert {step.rows: step.ns for step in rates.chunk_steps} == executor.chunk_graphs._ns
+    assert [step.rows for step in rates.chunk_steps] == [32, 16, 4]
+
+
+def test_a_step_takes_the_fastest_size_that_holds_it(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_graphs, "ROWS", (4, 16, 32))
+    monkeypatch.setattr(chunk_graphs, "DECODE_ROWS", (2,))
+    executor = make_executor(ToyModel(), buckets=(8,), max_step_tokens=32)
+    capture_graphs(executor, chunks=True)
+    graphs, steps = executor.chunk_graphs, Steps(executor)
+    steps.run(new_sequences=[new(0, PROMPT, [0, 1, 2, 3])], chunk_slots=[0], chunk_tokens=[10])
+    executor.batch.change_decode_set([], [0])
+    executor.batch.add([new(1, [3] * 20, list(range(4, 10)))], Upload(executor.runtime))
+
+    def size_of(tokens: int) -> Size | None:
+        return graphs.size(executor.batch.lay_out([1], [tokens], 32))
+
+    assert [size_of(3), size_of(4)] == [Size(0, 2, 4), Size(0, 2, 16)], "the smallest, as long as none is measured"
+    graphs._ns.update({4: 7, 16: 9, 32: 8})
+    assert [size_of(3), size_of(4)] == [Size(0, 2, 4), Size(0, 2, 32)]
 
 
 def test_a_step_of_more_chunks_or_tokens_than_any_graph_takes_is_launched_kernel_by_kernel(
