@@ -65,9 +65,9 @@ PREFILL = {
 PREFILL_KERNELS = ("hopper", "wgmma", "mma")
 
 
-def measure(launches: list[Callable[[], object]], replays: int = 30) -> tuple[float, float]:
-    """(median microseconds of one launch, relative spread). A graph has so many that its own launch, 4 to 6 us, which a
-    step pays once and not once a layer, hardly counts."""
+def captured(launches: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of these launches in turns, and how many: so many that its own launch, 4 to 6 us, which a step pays once
+    and not once a layer, hardly counts."""
     launches = launches * -(-LEAST_LAUNCHES // len(launches))
     for launch in launches:
         launch()
@@ -76,6 +76,12 @@ def measure(launches: list[Callable[[], object]], replays: int = 30) -> tuple[fl
     with torch.cuda.graph(graph):
         for launch in launches:
             launch()
+    return graph, len(launches)
+
+
+def measure(launches: list[Callable[[], object]], replays: int = 30) -> tuple[float, float]:
+    """(median microseconds of one launch, relative spread)."""
+    graph, count = captured(launches)
     for _ in range(3):
         graph.replay()
     times = []
@@ -85,7 +91,7 @@ def measure(launches: list[Callable[[], object]], replays: int = 30) -> tuple[fl
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(launches))
+        times.append(begin.elapsed_time(end) * 1000 / count)
     deciles = statistics.quantiles(times, n=10)
     median = statistics.median(times)
     return median, (deciles[-1] - deciles[0]) / median

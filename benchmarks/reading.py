@@ -17,16 +17,15 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.kernels import captured
 from kernels import compile as kernel_compile
-from kernels.compile import TensorMap
+from kernels.attention import kv_boxes
 from pagewire.bench import results
 from pagewire.bench.results import Row
 
 HEADS, HEAD_DIM, BLOCK = 8, 128, 16
 """Of a layer."""
 PIECE_BYTES = (65536, 32768, 16384, 8192, 4096, 2048, 1024, 512)
-LAUNCHES = 16
-"""Of a graph."""
 WARPS = 8
 """Of a multiprocessor."""
 SOURCE = str(Path(__file__).with_suffix(".cu"))
@@ -77,11 +76,10 @@ def read_layer(
     found = torch.zeros(grid, dtype=torch.int32, device=device)
     shape = {"SIDE": int(reader.side), "WARPS": reader.warps, "STAGES": reader.stages}
     kernel = kernel_compile.kernel(SOURCE, "read_layer", device, BOXES=int(boxes), CHECK=int(check), **shape)
-    row = HEAD_DIM * 2
-    strides = (row, 128, HEADS * BLOCK * row, BLOCK * row)
-    sizes = (64, BLOCK, 2, 2, (blocks - 1) * 2 * HEADS + HEADS)
-    view = kernel_compile.tensor_map(device, TensorMap(kv.data_ptr(), kv.dtype, sizes, strides, (64, BLOCK, 2, 2, 1)))
-    shared = 1024 + reader.warps * reader.stages * (2 * BLOCK * (row + 16 * (not boxes)) + 8)
+    found_boxes = kv_boxes(kv, HEAD_DIM // 64, 2)
+    assert found_boxes is not None
+    view = kernel_compile.tensor_map(device, found_boxes)
+    shared = 1024 + reader.warps * reader.stages * (2 * BLOCK * (HEAD_DIM * 2 + 16 * (not boxes)) + 8)
     arguments = (found.data_ptr(), kv.data_ptr(), view, table.data_ptr(), blocks, length)
 
     def launch(_: torch.Tensor = table) -> None:
@@ -101,14 +99,7 @@ def watched() -> dict[str, float]:
 
 def sustained(launches: list[Callable[[], object]], read_bytes: int, seconds: float = 0.6) -> Row:
     """Rates of the first replays of a graph of these launches, and after so many seconds of them."""
-    launches = launches * -(-LAUNCHES // len(launches))
-    for launch in launches:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
+    graph, count = captured(launches)
     graph.replay()
 
     def replay(times: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -121,10 +112,10 @@ def sustained(launches: list[Callable[[], object]], read_bytes: int, seconds: fl
 
     def us(events: tuple[torch.cuda.Event, torch.cuda.Event], times: int) -> float:
         events[1].synchronize()
-        return events[0].elapsed_time(events[1]) * 1000 / times / len(launches)
+        return events[0].elapsed_time(events[1]) * 1000 / times / count
 
     first = us(replay(5), 5)
-    times = max(5, int(seconds * 1e6 / first / len(launches)))
+    times = max(5, int(seconds * 1e6 / first / count))
     replay(times)
     events = replay(times)
     time.sleep(seconds * 1.2)

@@ -46,6 +46,18 @@ class DecodeConfig:
     boxes: bool = False
     """Whether keys and values are copied as boxes of a tensor map."""
 
+    @property
+    def defines(self) -> dict[str, int]:
+        """What the kernel is compiled with, besides types and layout."""
+        return {
+            "QUERY_TILES": self.query_tiles,
+            "WARPS": self.warps,
+            "TEAM": self.team,
+            "STAGES": self.stages,
+            "MIN_CTAS": self.ctas,
+            "BOXES": int(self.boxes),
+        }
+
     def shared_bytes(self, head_dim: int, num_seqs: int) -> int:
         """Dynamic shared memory of a launch."""
         stages = self.warps * self.stages * _stage_bytes(head_dim, self.query_tiles, boxes=self.boxes)
@@ -221,7 +233,7 @@ def paged_attention_decode(
     device, head_dim, num_kv_heads = query.device, query.shape[-1], kv_layer.shape[2]
     limits = kernel_compile.limits(device)
     rows = query_len * group
-    boxes = _kv_boxes(kv_layer, head_dim // 64, 2) if limits.wgmma else None
+    boxes = kv_boxes(kv_layer, head_dim // 64, 2) if limits.wgmma else None
     config = decode_config(head_dim, rows, limits, num_seqs, num_kv_heads, boxes=boxes is not None)
     units = num_seqs * num_kv_heads * -(-rows // (8 * config.query_tiles))
     if units > _MAX_UNITS:
@@ -240,13 +252,8 @@ def paged_attention_decode(
         DTYPE=kernel_compile.CUDA_NAMES[query.dtype],
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        QUERY_TILES=config.query_tiles,
-        WARPS=config.warps,
-        TEAM=config.team,
-        STAGES=config.stages,
-        MIN_CTAS=config.ctas,
         SHARED_PREFIX=int(found is not None),
-        BOXES=int(config.boxes),
+        **config.defines,
     )
     kernel(
         (limits.processors * config.ctas, 1, 1),
@@ -283,7 +290,7 @@ _NO_MAP = bytes(128)
 _encoded = functools.lru_cache(maxsize=4096)(kernel_compile.tensor_map)
 
 
-def _kv_boxes(kv_layer: torch.Tensor, panels: int, kinds: int) -> TensorMap | None:
+def kv_boxes(kv_layer: torch.Tensor, panels: int, kinds: int) -> TensorMap | None:
     """Boxes of 16 tokens of a head: of so many times 64 elements, of keys or values (1 of 2 kinds) or both. None: the
     layer is not laid out for them."""
     blocks, _, num_kv_heads, block_size, head_dim = kv_layer.shape
@@ -298,6 +305,15 @@ def _kv_boxes(kv_layer: torch.Tensor, panels: int, kinds: int) -> TensorMap | No
     return TensorMap(kv_layer.data_ptr(), kv_layer.dtype, sizes, strides, (64, TILE, panels, kinds, 1))
 
 
+def _specialised(kv_layer: torch.Tensor) -> tuple[HopperConfig, TensorMap] | None:
+    """How specialised warpgroups attend to chunks, and the boxes that they copy. None: there is no kernel of them for
+    this layer."""
+    block_size, head_dim = kv_layer.shape[3:]
+    config = hopper_config(head_dim, block_size, kernel_compile.limits(kv_layer.device))
+    boxes = None if config is None else kv_boxes(kv_layer, 1, 1)
+    return None if config is None or boxes is None else (config, boxes)
+
+
 def shares_prefixes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is a kernel that attends to a prefix once for many rows. Raises KernelError."""
     limits = kernel_compile.limits(device)
@@ -309,11 +325,12 @@ def _attend_to_shared(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """All rows' attention to the shared prefix alone: float32 [B, Hq, D] and the base-2 logarithms of what its weights
     sum up to, float32 [B, Hq]. None: there is no kernel for these sizes. Raises ValueError."""
-    num_rows, num_heads, head_dim = query.shape
-    num_kv_heads, block_size = kv_layer.shape[2:4]
-    config, boxes = hopper_config(head_dim, block_size, kernel_compile.limits(query.device)), _kv_boxes(kv_layer, 1, 1)
-    if config is None or boxes is None:
+    num_rows, num_heads = query.shape[:2]
+    num_kv_heads = kv_layer.shape[2]
+    found = _specialised(kv_layer)
+    if found is None:
         return None
+    config, boxes = found
     for name, tensor, shape in (
         ("block_table", shared.block_table, (1, shared.block_table.shape[-1])),
         ("length", shared.length, (1,)),
@@ -347,7 +364,7 @@ def paged_attention_prefill(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the twin. No length is read on the host. Raises ValueError, TypeError, KernelError."""
-    group, block_size = _check(query, kv_layer, block_tables, context_lens)
+    group, _ = _check(query, kv_layer, block_tables, context_lens)
     num_seqs = block_tables.shape[0]
     if query.dim() != 3 or query_start.dtype != torch.int32 or query_start.shape != (num_seqs + 1,):
         raise ValueError(f"query must be [T, Hq, D] and query_start int32 [{num_seqs + 1}]: {tuple(query_start.shape)}")
@@ -360,14 +377,13 @@ def paged_attention_prefill(
         return out
     head_dim = query.shape[-1]
     limits = kernel_compile.limits(query.device)
-    boxes = _kv_boxes(kv_layer, 1, 1) if SPECIALISED_PREFILL and scale > 0 else None
-    hopper = None if boxes is None else hopper_config(head_dim, block_size, limits)
-    config: HopperConfig | PrefillConfig = hopper or prefill_config(head_dim, limits)
+    found = _specialised(kv_layer) if SPECIALISED_PREFILL and scale > 0 else None
+    config, boxes = found or (prefill_config(head_dim, limits), None)
     # A sequence's last tile may be part empty: one more per sequence than the rows fill.
     tiles = query.shape[0] * group // config.rows + num_seqs
     _launch_prefill(
         config, out, query, kv_layer, block_tables, context_lens, query_start, scale, sliding_window, soft_cap,
-        tiles=tiles, boxes=None if hopper is None else boxes,
+        tiles=tiles, boxes=boxes,
     )  # fmt: skip
     return out
 

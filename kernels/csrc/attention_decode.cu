@@ -333,8 +333,6 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv, const __
     }
   };
 
-  // What a segment begins with is loaded while the one before it is read, so that no load stands between them. Queries too, or, where
-  // there are no registers for that, before the merge.
   if (BOXES) {
     if (lane == 0) {
       for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + stage, 1);
@@ -342,6 +340,9 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv, const __
     }
     __syncwarp();
   }
+
+  // What a segment begins with is loaded while the one before it is read, so that no load stands between them. Queries too, or, where
+  // there are no registers for that, before the merge.
   refresh(false);
   fetch();
   Unit coming = unit;

@@ -19,10 +19,6 @@ DEVICE void barrier_init(u64* barrier, int arrivals) {
 DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives by itself when this thread's copy_async so far have landed. Of the arrivals that barrier_init counts.
-DEVICE void barrier_arrive_after_copies(u64* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
 // Until the phase of this parity is over; the phase before the first counts as over.
 DEVICE void barrier_wait(u64* barrier, u32 parity) {
   asm volatile(

@@ -72,20 +72,8 @@ def test_decode_fits_registers_and_shared_memory(
     for boxes in (False, True) if arch == "sm_90a" and head_dim % 64 == 0 else (False,):
         config = attention.decode_config(head_dim, rows, LIMITS[arch], num_seqs, 8, boxes=boxes)
         for shared_prefix in (0, 1) if arch == "sm_90a" and head_dim in (64, 128, 256) else (0,):
-            cubin = build(
-                "attention_decode.cu",
-                arch,
-                DTYPE=dtype,
-                HEAD_DIM=head_dim,
-                BLOCK_SIZE=16,
-                QUERY_TILES=config.query_tiles,
-                WARPS=config.warps,
-                TEAM=config.team,
-                STAGES=config.stages,
-                MIN_CTAS=config.ctas,
-                SHARED_PREFIX=shared_prefix,
-                BOXES=int(boxes),
-            )
+            sizes = {"HEAD_DIM": head_dim, "BLOCK_SIZE": 16, "SHARED_PREFIX": shared_prefix}
+            cubin = build("attention_decode.cu", arch, DTYPE=dtype, **sizes, **config.defines)
             assert_no_spills(cubin)
             registers = cubin.resources["paged_attention_decode"].registers
             assert config.ctas * config.warps * 32 * registers <= REGISTERS_OF_A_PROCESSOR
@@ -125,22 +113,8 @@ def test_of_many_units_as_many_warps_stand_side_by_side_as_heads_allow(
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 32, 64, 128, 256])
 def test_decode_compiles_for_every_block_size(arch: str, block_size: int) -> None:
     config = attention.decode_config(128, 4, LIMITS[arch])
-    assert_no_spills(
-        build(
-            "attention_decode.cu",
-            arch,
-            DTYPE="bfloat16",
-            HEAD_DIM=128,
-            BLOCK_SIZE=block_size,
-            QUERY_TILES=1,
-            WARPS=config.warps,
-            TEAM=config.team,
-            STAGES=config.stages,
-            MIN_CTAS=config.ctas,
-            SHARED_PREFIX=0,
-            BOXES=0,
-        )
-    )
+    sizes = {"HEAD_DIM": 128, "BLOCK_SIZE": block_size, "SHARED_PREFIX": 0}
+    assert_no_spills(build("attention_decode.cu", arch, DTYPE="bfloat16", **sizes, **config.defines))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -2,7 +2,6 @@
 //   a wgmma computes only when waited for, its accumulators are NaN until then, and its operands in shared memory must be the same then
 //   as when it was issued; a group of products needs a fence first;
 //   what cp.async wrote must have passed a proxy fence before wgmma reads it;
-//   copies that arrive at a barrier by themselves land when nothing else can go on;
 //   a box poisons its destination, in every CTA it goes to, and lands there when nothing else can go on or, with another seed, some time before;
 //   so do arrivals at another CTA's barrier, which only cluster_sync hurries; a CTA must not end while any are on their way to it;
 //   an mbarrier's phase is over when its arrivals and its bytes are; too many arrivals, and bytes that never come or nobody asked for, are
@@ -42,11 +41,6 @@ struct Thread {
   std::deque<std::vector<Issued>> groups;
   long count = 0;
 };
-struct Arrival {
-  Cta* cta;
-  std::vector<Copy> copies;
-  u64* barrier;
-};
 // What kernels/compile.py's TensorMap says, as __init__.py encodes it, and where in the matrix a box starts.
 struct EncodedMap {
   u64 magic, address;
@@ -64,7 +58,6 @@ enum Initialisation : unsigned char { NONE, HERE, FENCED, KNOWN };  // of an mba
 struct HopperCta {
   std::vector<Warpgroup> warpgroups;
   std::vector<Thread> threads;
-  std::vector<int> landed_units;  // of arrivals: any thread's fence will do
   Initialisation barriers[SHARED_LIMIT / 8];
 };
 // On its way to a CTA: a part of a box with its bytes, or an arrival from another CTA.
@@ -76,7 +69,6 @@ struct Message {
   Box box;
 };
 inline std::vector<HopperCta> hopper;  // of the cluster
-inline std::deque<Arrival> arrivals;
 inline std::vector<Message> messages;
 inline int eighths;  // the chance, drawn for a cluster, that a message arrives while threads still run
 inline int cluster_arrived;
@@ -94,7 +86,6 @@ inline const bool hopper_hooks = [] {
       member.warpgroups = std::vector<Warpgroup>(block_size.x / 128);
       member.threads = std::vector<Thread>(block_size.x);
     }
-    arrivals.clear();
     messages.clear();
     eighths = std::max(0, int(randomness() % 6) - 2);
     cluster_arrived = 0;
@@ -272,15 +263,6 @@ inline void barrier_arrive(u64* barrier) { emulator::count(emulator::initialised
 inline void barrier_arrive_expecting(u64* barrier, u32 bytes) {
   emulator::count(emulator::initialised_barrier(barrier), 1, int(bytes));
 }
-inline void barrier_arrive_after_copies(u64* barrier) {
-  emulator::shared_barrier(barrier);
-  emulator::Arrival arrival{emulator::cta, {}, barrier};
-  for (auto& group : emulator::current->groups) {
-    arrival.copies.insert(arrival.copies.end(), group.begin(), group.end());
-    group.clear();
-  }
-  emulator::arrivals.push_back(std::move(arrival));
-}
 inline void barrier_wait(u64* barrier, u32 parity) {
   emulator::initialised_barrier(barrier);
   emulator::this_thread().waits_at = barrier;
@@ -373,20 +355,8 @@ inline void land_by_chance() {
     if (int(randomness() % 8) < eighths) deliver(i);
 }
 inline bool land_something() {
-  if (!messages.empty()) {
-    for (size_t n = randomness() % messages.size() + 1; n > 0; --n) deliver(randomness() % messages.size());
-    return true;
-  }
-  if (arrivals.empty()) return false;
-  const Arrival arrival = std::move(arrivals.front());
-  arrivals.pop_front();
-  switch_to(arrival.cta);
-  for (const Copy& copy : arrival.copies) {
-    land(copy);
-    cta->unfenced[unit(copy)] = true;
-    here().landed_units.push_back(unit(copy));
-  }
-  barrier_arrive(arrival.barrier);
+  if (messages.empty()) return false;
+  for (size_t n = randomness() % messages.size() + 1; n > 0; --n) deliver(randomness() % messages.size());
   return true;
 }
 inline const char* reason_of_waiting() {
@@ -446,11 +416,8 @@ inline void copy_box_to(u32 ctas, void* to, const TensorMap* map, u64* barrier, 
 }
 
 inline void fence_async_proxy() {
-  auto& landed = emulator::here().landed_units;
   for (int unit : emulator::current->unfenced_units) emulator::cta->unfenced[unit] = false;
-  for (int unit : landed) emulator::cta->unfenced[unit] = false;
   emulator::current->unfenced_units.clear();
-  landed.clear();
   emulator::fence_barriers();
 }
 template <int REGISTERS>
