@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import cards
 from kernels.kv_layout import KvLayout
 from pagewire.bench import results
 from pagewire.bench.results import Row
@@ -35,10 +36,7 @@ from worker.start import check_kernels, choose_device, make_executor
 from worker.step import BlockMoves, NewSequence, Sampling, StepPlan, StepResult
 
 ROOT = Path(__file__).resolve().parent
-BYTES_PER_SECOND = 4.68e12
-"""What the H200 reads (benchmarks/results/h200/reading.json)."""
-FLOPS_PER_SECOND = 742e12
-"""Its matrix products."""
+BYTES_PER_SECOND, FLOPS_PER_SECOND = (rate * 1e9 for rate in cards.RATES["h200"])
 IN_FLIGHT = 2
 WARM_UP = 8
 PROFILED_STEPS = 8

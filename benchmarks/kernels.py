@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import cards
 from kernels import activation, attention, cache, linear_wgmma, norm, reference, sampling
 from kernels import compile as kernel_compile
 from kernels.reference import Settled
@@ -29,10 +30,7 @@ from pagewire.bench.results import Row
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCABULARY = 32, 8, 128, 16, 4096, 14336, 128256
 """Llama-3.1-8B."""
-BYTES_PER_US = 4.68e6
-"""What the H200 reads: 4.68 TB/s of long pieces (benchmarks/results/h200/reading.json)."""
-FLOPS_PER_US = 742e6
-"""Its matrix products: 742 TFLOP/s."""
+BYTES_PER_US, FLOPS_PER_US = (rate * 1e3 for rate in cards.RATES["h200"])
 LEAST_LAUNCHES = 16
 """Of a graph."""
 COLD_BYTES = 300e6

@@ -16,7 +16,8 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.host_path import RATES, limit
+from benchmarks import cards
+from benchmarks.host_path import limit
 from pagewire.bench import results
 from pagewire.bench.anchors import OFFLINE
 from pagewire.recording import Recording, RecordingError
@@ -55,7 +56,7 @@ def workload_of(request_id: str) -> str:
 
 def rows_of(steps: Iterable[tuple[str, Step]], card: str) -> list[results.Row]:
     """A row for every workload and kind of step: their number, tokens, and seconds of the device and of the limit."""
-    needed = limit(*RATES[f"limit-{card}"])
+    needed = limit(*cards.RATES[card])
     order = list(OFFLINE)
     rows: dict[tuple[int, bool, int], results.Row] = {}
     for workload, step in steps:
@@ -90,7 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recording", type=Path)
     parser.add_argument("out", type=Path, help="file for the results")
-    parser.add_argument("--card", choices=[name.removeprefix("limit-") for name in RATES], required=True)
+    parser.add_argument("--card", choices=cards.RATES, required=True)
     parser.add_argument("--measured", type=Path, help="the run's offline.json: where and with what it was taken")
     given = parser.parse_args()
     watch = RowSteps()

@@ -31,11 +31,11 @@ there has the machine, the versions, the commit and the command that made it. Th
 [paper.md](paper.md).
 
 The peer is vLLM 0.24.0 (FlashAttention-3, torch.compile, CUDA graphs, prefix caching, 512 sequences, greedy) on one
-NVIDIA H200, with random bf16 weights in the shape of Llama-3.1-8B. The limit of the offline rows is what weights,
-arithmetic and KV need at 4.2 TB/s and 742 TFLOP/s, without launches or host time; that the card reads long pieces at
-4.68 TB/s [was found later](kernels/decode.md#what-reading-costs), and is what all other limits take. Pagewire's offline
-rows are taken at the scheduler's token-level session, with scheduler and worker as processes and gRPC between them;
-the peer's at its Python API.
+NVIDIA H200, with random bf16 weights in the shape of Llama-3.1-8B. The limit of a row is what weights, arithmetic
+and KV need at 4.2 TB/s and 742 TFLOP/s, without launches or host time. That the card reads long pieces at 4.68 TB/s
+[was found later](kernels/decode.md#what-reading-costs); the limits of kernels, and of steps where the time of rows is
+taken apart, are those. Pagewire's offline rows are taken at the scheduler's token-level session, with scheduler and
+worker as processes and gRPC between them; the peer's at its Python API.
 
 One script takes every row, on a machine with torch, cupy, grpcio and transformers, without an installation:
 
