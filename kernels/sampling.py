@@ -7,6 +7,7 @@ give the same token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import torch
@@ -18,6 +19,8 @@ _THREADS = 1024
 _BINS = _CANDIDATES = 2048
 _SHARED_BYTES = 3 * _BINS * 4 + 2 * _CANDIDATES * 8 + 2 * 32 * 8 + 4 * 8 + 2 * 4
 """sizeof(Workspace)."""
+_MOST_PARTS = 8
+"""Of a row, for CTAs that look for its likeliest token."""
 MAX_TOP = _CANDIDATES
 """Most top log-probabilities of a row."""
 
@@ -50,10 +53,32 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     _check_logits(logits, kernel_compile.CUDA_NAMES)
     rows, size = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    parts = min(_MOST_PARTS, kernel_compile.limits(logits.device).processors // max(1, rows)) or 1
+    best, least, arrived = _shared_among_parts(logits.device)
     _kernel("argmax", logits)(
-        (rows, 1, 1), _THREADS, _SHARED_BYTES, out.data_ptr(), logits.data_ptr(), size, logits.stride(0)
+        (rows, parts, 1),
+        _THREADS,
+        _SHARED_BYTES,
+        out.data_ptr(),
+        logits.data_ptr(),
+        best.data_ptr(),
+        least.data_ptr(),
+        arrived.data_ptr(),
+        size,
+        logits.stride(0),
     )
     return out
+
+
+@functools.cache
+def _shared_among_parts(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of one launch at a time, which leaves them zero: as many rows as can have several parts."""
+    rows = kernel_compile.limits(device).processors
+    return (
+        torch.zeros(rows, dtype=torch.int64, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+    )
 
 
 def sample(

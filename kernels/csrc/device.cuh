@@ -189,6 +189,7 @@ DEVICE void store_vector(float4* to, float4 x) {
 DEVICE float load_l2(const float* p) { return __ldcg(p); }
 DEVICE float2 load_l2(const float2* p) { return __ldcg(p); }
 DEVICE float4 load_l2(const float4* p) { return __ldcg(p); }
+DEVICE u64 load_l2(const u64* p) { return __ldcg(p); }
 // What other CTAs wrote before they set this is there afterwards.
 DEVICE int load_acquire(const int* p) {
   int x;

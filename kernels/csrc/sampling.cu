@@ -105,18 +105,27 @@ struct Likeliest {
   DEVICE i64 encoded(int token) const { return finite ? (i64)token : ~(i64)token; }
 };
 DEVICE float float_of(u32 ordered) { return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered); }
-DEVICE Likeliest likeliest(const DTYPE* logits, int size, Workspace& w) {
+// The largest key of tokens from `first_id` on, and the smallest ordered bits, inverted.
+struct Extremes {
+  u64 best;
+  u32 inverted_least;
+  DEVICE Likeliest likeliest() const {
+    const float top = float_of((u32)(best >> 32)), bottom = float_of(~inverted_least);
+    return Likeliest{id_of(best), top, top - bottom < -NEGATIVE_INFINITY};
+  }
+};
+DEVICE Extremes extremes(const DTYPE* logits, int size, int first_id, Workspace& w) {
   u64 best = 0;
   u32 least = ~0u;
   each_token(Row{logits, size, 0.0f, 0.0f}, [&](float x, int id) {
-    const u64 key = composite_key(x, id);
+    const u64 key = composite_key(x, first_id + id);
     best = key > best ? key : best;
     least = (u32)(key >> 32) < least ? (u32)(key >> 32) : least;
   });
   best = block_max(best, w);
-  const float top = float_of((u32)(best >> 32)), bottom = float_of((u32)~block_max(~(u64)least, w));
-  return Likeliest{id_of(best), top, top - bottom < -NEGATIVE_INFINITY};
+  return Extremes{best, (u32)block_max(~least, w)};
 }
+DEVICE Likeliest likeliest(const DTYPE* logits, int size, Workspace& w) { return extremes(logits, size, 0, w).likeliest(); }
 
 struct Threshold {
   u64 key;   // the least likely token that is kept
@@ -231,15 +240,31 @@ DEVICE Threshold find_threshold(const Row& row, bool by_mass, u64 goal, bool exa
   return Threshold{key, mass_kept};
 }
 
-// Grid: [rows]. Block: [1024]. Shared: sizeof(Workspace).
-//   out     [rows] int64: the likeliest token; all its bits turned if not all logits of the row are finite
-//   logits  [rows, size] DTYPE, row_stride elements from row to row
+// Grid: [rows, parts of a row]. Block: [1024]. Shared: sizeof(Workspace).
+//   out      [rows] int64: the likeliest token; all its bits turned if not all logits of the row are finite
+//   logits   [rows, size] DTYPE, row_stride elements from row to row
+//   best, inverted_least, arrived  [rows] of what parts of a row have in common: zero before and after; not used if there is one part
 extern "C" __global__ void __launch_bounds__(THREADS)
-argmax(i64* __restrict__ out, const DTYPE* __restrict__ logits, int size, i64 row_stride) {
+argmax(i64* out, const DTYPE* logits, u64* best, u32* inverted_least, int* arrived, int size, i64 row_stride) {
   SHARED_MEMORY(shared);
   Workspace& w = *(Workspace*)shared;
-  const Likeliest best = likeliest(logits + blockIdx.x * row_stride, size, w);
-  if (threadIdx.x == 0) out[blockIdx.x] = best.encoded(best.id);
+  let_next_start();
+  wait_for_previous();
+  const int row = blockIdx.x, parts = gridDim.y, part = ceil_div(ceil_div(size, VECTOR), parts) * VECTOR;
+  const int first = min(size, (int)blockIdx.y * part);
+  Extremes found = extremes(logits + row * row_stride + first, min(part, size - first), first, w);
+  if (threadIdx.x > 0) return;
+  if (parts > 1) {
+    atomicMax(best + row, found.best);
+    atomicMax(inverted_least + row, found.inverted_least);
+    __threadfence();
+    if (atomicAdd(arrived + row, 1) < parts - 1) return;
+    __threadfence();
+    found = Extremes{load_l2(best + row), load_l2(inverted_least + row)};
+    best[row] = 0, inverted_least[row] = 0, arrived[row] = 0;
+  }
+  const Likeliest likeliest = found.likeliest();
+  out[row] = likeliest.encoded(likeliest.id);
 }
 
 // Philox4x32-10 (Salmon et al. 2011) of the counter (block, index, position low word, position high word) under the key (seed low

@@ -244,7 +244,8 @@ def test_tensors_without_a_backend_are_refused() -> None:
         ("norm.cu", "add_rms_norm", True),
         ("linear_wgmma.cu", "linear_wgmma", True),
         ("linear_tall.cu", "linear_tall", True),
-        ("sampling.cu", "argmax", False),
+        ("sampling.cu", "argmax", True),
+        ("sampling.cu", "sample", False),
     ],
 )
 def test_only_a_kernel_that_waits_itself_is_launched_before_those_in_front_of_it_have_ended(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from kernels import activation, attention, cache, linear_tall, linear_wgmma, norm, step
+from kernels import activation, attention, cache, linear_tall, linear_wgmma, norm, sampling, step
 from kernels import compile as kernel_compile
 from kernels.linear_tall import TallConfig
 from kernels.linear_wgmma import WgmmaConfig
@@ -121,6 +121,11 @@ def tall_tiles() -> tuple[Run, Sequence[torch.Tensor]]:
     return lambda: linear_tall.linear_gated(tokens, gate_up, config=TallConfig(2)), [tokens]
 
 
+def likeliest() -> tuple[Run, Sequence[torch.Tensor]]:
+    logits = rand(2, 3000)
+    return lambda: sampling.argmax(logits), [logits]
+
+
 def gating() -> tuple[Run, Sequence[torch.Tensor]]:
     gate_up = rand(3, 4112)
     return lambda: activation.silu_and_mul(gate_up), [gate_up]
@@ -141,6 +146,7 @@ def gating() -> tuple[Run, Sequence[torch.Tensor]]:
         norms,
         products,
         tall_tiles,
+        likeliest,
         gating,
     ],
     ids=lambda k: k.__name__,

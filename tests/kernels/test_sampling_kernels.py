@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import compile as kernel_compile
 from kernels import reference, sampling
 from kernels.reference import philox
 from tests.kernels.emulator import EmulatorBackend
@@ -71,6 +72,21 @@ def test_argmax_takes_the_lowest_id_of_equal_logits(device: torch.device, size: 
     assert sampling.argmax(logits).tolist() == reference.argmax(logits).tolist()
     zeros = torch.tensor([[-0.0, 0.0, -1.0]], device=device)
     assert sampling.argmax(zeros).tolist() == [0]
+
+
+@pytest.mark.parametrize("processors", [1, 9, 64])
+def test_several_ctas_find_the_likeliest_token_of_a_row_together(emulator: EmulatorBackend, processors: int) -> None:
+    emulator.num_processors = processors
+    kernel_compile.register_backend("cpu", emulator)  # forgets what it was asked before
+    sampling._shared_among_parts.cache_clear()
+    logits = logits_like_a_model(torch.device("cpu"), rows=3, size=3001).round()
+    logits[1, 2999] = float("nan")
+    for _ in range(3):
+        found, wanted = sampling.argmax(logits).tolist(), reference.argmax(logits).tolist()
+        assert [found[0], found[2]] == [wanted[0], wanted[2]]
+        assert found[1] < 0
+        assert not any(number.any() for number in sampling._shared_among_parts(logits.device))
+    sampling._shared_among_parts.cache_clear()
 
 
 @pytest.mark.parametrize(
