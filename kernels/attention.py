@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -263,6 +263,7 @@ def paged_attention_decode(
         query.data_ptr(),
         kv_layer.data_ptr(),
         _NO_MAP if boxes is None else _encoded(device, boxes),
+        _NO_MAP if boxes is None else _encoded(device, replace(boxes, box=(64, TILE // 2, 1, 1, 1))),
         block_tables.data_ptr(),
         context_lens.data_ptr(),
         workspace.partial_out.data_ptr(),

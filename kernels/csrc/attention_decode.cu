@@ -12,7 +12,7 @@
 //
 // Stages are filled by boxes of a tensor map where there are such (BOXES), a tile's keys and values in one: copies of long pieces are faster
 // and cost less power than those of 16 bytes a lane by cp.async (docs/kernels/decode.md). A box has a tile's slots that nobody has
-// written, too: their scores are masked, and their values must be, for they may be NaN.
+// written, too: their scores are masked, and their values must be, for they may be NaN. Where half of a tile is enough, half of it is copied.
 //
 // The query heads of one KV head (times the query tokens of the sequence) are the N side of mma.m16n8k16, tokens the M side:
 //   S^T[16 tokens][8 rows]  = K[16][D] . Q^T[D][8]          A = K by ldmatrix,         B = Q from registers
@@ -102,6 +102,7 @@ DEVICE int first_visible(const Length& len, int query_len, int window) {
 //                   block, value_offset from keys to values, the rest contiguous; slots beyond context_lens are never read
 //   boxes           with BOXES: boxes of (64, 16, HEAD_DIM / 64, 2, 1) of that layer as (64, BLOCK_SIZE, HEAD_DIM / 64, 2, heads), where heads are
 //                   those of a block, BLOCK_SIZE * HEAD_DIM elements each, and as many places further as block_stride has of them the next block's
+//   half_boxes      the same in boxes of (64, 8, 1, 1, 1)
 //   block_tables    [num_seqs, table_stride] int32
 //   context_lens    [num_seqs] int32, tokens in the cache, the query tokens (the last query_len) included
 //   partial_out     [2 * CTAs * WARPS, ROWS, HEAD_DIM] float32, scratch;  partial_stats the same without HEAD_DIM, (max, sum)
@@ -114,14 +115,14 @@ DEVICE int first_visible(const Length& len, int query_len, int window) {
 //   shared_lse      [num_seqs, heads] float32, the base-2 logarithm of the sum of their exponentials, 2^score
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
 paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv, const __grid_constant__ TensorMap boxes,
-                       const int* block_tables, const int* context_lens, float* partial_out,
+                       const __grid_constant__ TensorMap half_boxes, const int* block_tables, const int* context_lens, float* partial_out,
                        float2* partial_stats, int* arrivals, int num_seqs, int query_len, int num_kv_heads, int group,
                        int table_stride, i64 block_stride, i64 value_offset, i64 query_stride, i64 out_stride, float scale,
                        int window, float soft_cap, int settled, const int* shared_lens, const float* shared_out,
                        const float* shared_lse) {
   SHARED_MEMORY(dynamic);
   unsigned char* shared = dynamic + (BOXES ? (1024 - shared_address(dynamic) % 1024) % 1024 : 0);
-  if (BOXES && threadIdx.x == 0) prefetch_map(&boxes);
+  if (BOXES && threadIdx.x == 0) prefetch_map(&boxes), prefetch_map(&half_boxes);
   if (settled == 0) wait_for_previous();
   let_next_start();
   bool waited = settled == 0;
@@ -288,9 +289,18 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv, const __
   auto load = [&](int stage) {
     if (BOXES) {
       if (pending && lane == 0) {
-        barrier_arrive_expecting(full + stage, 2 * TILE_BYTES);
-        copy_box(stages + stage * STAGE_BYTES, &boxes, full + stage, 0, next_token % BLOCK_SIZE, 0, 0,
-                 next_block * (int)(block_stride / (BLOCK_SIZE * HEAD_DIM)) + next_kv_head, EVICT_FIRST);
+        const int head = next_block * (int)(block_stride / (BLOCK_SIZE * HEAD_DIM)) + next_kv_head;
+        unsigned char* to = stages + stage * STAGE_BYTES;
+        if (next_len - next_token > TILE / 2) {
+          barrier_arrive_expecting(full + stage, 2 * TILE_BYTES);
+          copy_box(to, &boxes, full + stage, 0, next_token % BLOCK_SIZE, 0, 0, head, EVICT_FIRST);
+        } else {
+          barrier_arrive_expecting(full + stage, TILE_BYTES);
+#pragma unroll
+          for (int i = 0; i < 2 * HEAD_DIM / 64; ++i)
+            copy_box(to + i * TILE * 128, &half_boxes, full + stage, 0, next_token % BLOCK_SIZE, i % (HEAD_DIM / 64), i / (HEAD_DIM / 64), head,
+                     EVICT_FIRST);
+        }
       }
       return;
     }
