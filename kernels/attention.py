@@ -27,6 +27,9 @@ _SWIZZLE_ATOM = 1024
 """Bytes of shared memory; stages that boxes are copied to begin at one."""
 _RESERVED_SHARED = 1024
 """Shared memory that the system takes of every resident CTA."""
+_UNCUT, _UNCUT_OF_MANY, _MANY_UNITS = 32, 16, 1024
+"""Tiles of a unit that one team reads, of up to so many units and of more. To put parts together takes 2 to 5 us; of
+very many units the shares then differ by more."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class DecodeConfig:
     """CTAs resident on a multiprocessor."""
     boxes: bool = False
     """Whether keys and values are copied as boxes of a tensor map."""
+    uncut: int = _UNCUT_OF_MANY
+    """Tiles of a unit up to which one team reads it all."""
 
     @property
     def defines(self) -> dict[str, int]:
@@ -56,6 +61,7 @@ class DecodeConfig:
             "STAGES": self.stages,
             "MIN_CTAS": self.ctas,
             "BOXES": int(self.boxes),
+            "UNCUT": self.uncut,
         }
 
     def shared_bytes(self, head_dim: int, num_seqs: int) -> int:
@@ -74,8 +80,8 @@ def _stage_bytes(head_dim: int, query_tiles: int, *, boxes: bool) -> int:
 
 
 _FEW_SEQUENCES = 256
-_MANY_UNITS = 256
 _PROCESSOR_WARPS = 8
+_WIDE_SHAPE = (_PROCESSOR_WARPS, _PROCESSOR_WARPS, 1, 3)
 _ANY_SHAPES = ((4, 4, 2, 3), (4, 4, 1, 2), (2, 2, 1, 2))
 """Warps, warps of a team, CTAs, fewest stages, best first."""
 
@@ -92,13 +98,17 @@ def decode_config(
 ) -> DecodeConfig:
     """Tuned for 16 to 64 tokens a block; `rows` is query tokens times query heads of a KV head. Raises ValueError.
 
-    Of many units (sequence, KV head) a CTA has as many warps side by side as heads allow, so that it reads long pieces
-    of memory, and teams of two for short contexts: warps of a team meet at a unit's end (docs/kernels/decode.md).
+    Of few units (sequence, KV head) each has a multiprocessor, or half of one. Of more a CTA has as many warps side by
+    side as heads allow, so that it reads long pieces of memory, and teams of two for short contexts: warps of a team
+    meet at a unit's end (docs/kernels/decode.md).
     """
     # O of 16 rows of 256 elements does not fit the registers: two passes over the keys there.
     query_tiles = 2 if rows > 8 and head_dim <= 128 else 1
     shapes: tuple[tuple[int, int, int, int], ...] = _ANY_SHAPES
-    if num_seqs * num_kv_heads >= _MANY_UNITS:
+    units = num_seqs * num_kv_heads
+    if units <= limits.processors:
+        shapes = (_WIDE_SHAPE, *shapes)
+    elif units > limits.processors * _ANY_SHAPES[0][2]:
         side = math.gcd(_PROCESSOR_WARPS, num_kv_heads * math.ceil(rows / (8 * query_tiles)))
         shapes = ((side, min(max(side // 2, 1), 2), _PROCESSOR_WARPS // side, 3), *shapes)
     # A power of two: few kernels to compile, and room for the prefix sums of no more sequences than there may be.
@@ -108,7 +118,8 @@ def decode_config(
         room -= (sequences + 128) * 4 + boxes * _SWIZZLE_ATOM
         stages = room // (warps * _stage_bytes(head_dim, query_tiles, boxes=boxes))
         if stages >= fewest_stages:
-            return DecodeConfig(query_tiles, warps, team, min(stages, 6), ctas, boxes)
+            uncut = _UNCUT if units <= _MANY_UNITS else _UNCUT_OF_MANY
+            return DecodeConfig(query_tiles, warps, team, min(stages, 6), ctas, boxes, uncut)
     raise ValueError(f"head_dim {head_dim} needs more shared memory than this GPU has; use dtype float32")
 
 

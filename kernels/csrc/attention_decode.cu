@@ -26,7 +26,7 @@
 // fills its pipelines with what earlier steps have stored, while that kernel rotates and stores this step's tokens (`settled`).
 //
 // Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, TEAM (divides WARPS),
-// STAGES, MIN_CTAS, SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window), BOXES (0 | 1; 1: compute capability 9.0, HEAD_DIM a
+// STAGES, MIN_CTAS, UNCUT (tiles of a short unit), SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window), BOXES (0 | 1; 1: compute capability 9.0, HEAD_DIM a
 // multiple of 64, BLOCK_SIZE at least 16).
 #include "hopper.cuh"
 
@@ -42,7 +42,6 @@ constexpr int MERGE_PITCH = HEAD_DIM + 4;          // floats of a row of the mer
 constexpr int MERGE_BYTES = ROWS * MERGE_PITCH * 4;
 constexpr int STAGE_BYTES = 2 * TILE_BYTES >= MERGE_BYTES ? 2 * TILE_BYTES : (MERGE_BYTES + 1023) / 1024 * 1024;  // keys, then values
 static_assert(!BOXES || (HEAD_DIM % 64 == 0 && BLOCK_SIZE >= TILE && STAGE_BYTES % 1024 == 0), "whole swizzle atoms and tiles");
-constexpr int SHORT_UNIT = 16;                     // tiles of a unit that is not cut
 constexpr int LEAST_SIDE_SHARE = 16;               // tiles from which on warps side by side are worth it,
 constexpr int MOST_PARTS = 4;                      // if no unit has many more parts
 constexpr int TEAMS = WARPS / TEAM;                // of a CTA
@@ -77,7 +76,7 @@ DEVICE void seek(Unit& unit, int flat, const int* prefix, const Heads& heads) {
 }
 
 // Whether an edge at `flat`, which lies in the unit, must move behind it.
-DEVICE bool would_cut_short(const Unit& unit, int flat) { return unit.begin < flat && unit.end - unit.begin <= SHORT_UNIT; }
+DEVICE bool would_cut_short(const Unit& unit, int flat) { return unit.begin < flat && unit.end - unit.begin <= UNCUT; }
 
 // How long a sequence is, as memory has it: to be loaded well before it is used.
 struct Length {
@@ -187,7 +186,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv, const __
   // Short units are not cut, so warps stand side by side if most CTAs have equally many; long ones if their parts are neither too short
   // nor too many.
   const int ctas = gridDim.x, tiles = prefix[num_seqs], groups = all_heads / WARPS;
-  const bool units_are_short = tiles <= num_seqs * SHORT_UNIT;
+  const bool units_are_short = tiles <= num_seqs * UNCUT;
   const int rounds = ceil_div(num_seqs * groups, ctas), in_last_round = num_seqs * groups - (rounds - 1) * ctas;
   const bool side_by_side = TEAM < WARPS && all_heads % WARPS == 0 &&
                             (units_are_short ? rounds > 6 || in_last_round * 8 >= ctas * 5
@@ -239,7 +238,7 @@ paged_attention_decode(DTYPE* out, const DTYPE* query, const DTYPE* kv, const __
   if (end < total) {
     Unit other = unit;
     seek_sequence(other, end, prefix, heads);
-    if (prefix[other.seq + 1] - prefix[other.seq] <= SHORT_UNIT) {
+    if (prefix[other.seq + 1] - prefix[other.seq] <= UNCUT) {
       seek(other, end, prefix, heads);
       if (would_cut_short(other, end)) end = other.end;
     }

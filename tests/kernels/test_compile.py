@@ -60,7 +60,7 @@ def assert_no_spills(cubin: Cubin) -> None:
 
 
 DECODES = [(dtype, head_dim, rows, 1) for dtype in HALVES for head_dim in HEAD_DIMS for rows in (4, 16)] + [
-    ("bfloat16", head_dim, 4, num_seqs) for head_dim in (64, 128) for num_seqs in (64, 256, 512)
+    ("bfloat16", head_dim, 4, num_seqs) for head_dim in (64, 128) for num_seqs in (24, 64, 256, 512)
 ]
 """Element type, head size, rows that share keys, sequences."""
 
@@ -92,22 +92,27 @@ def test_prefix_sums_of_every_number_of_sequences_fit_shared_memory(arch: str, n
 
 
 @pytest.mark.parametrize(
-    ("num_seqs", "kv_heads", "warps", "team", "ctas"),
+    ("num_seqs", "kv_heads", "warps", "team", "ctas", "uncut"),
     [
-        (480, 8, 8, 2, 1),
-        (32, 8, 8, 2, 1),
-        (31, 8, 4, 4, 2),
-        (480, 4, 4, 2, 2),
-        (480, 2, 2, 1, 4),
-        (256, 5, 1, 1, 8),
-        (480, 5, 4, 4, 2),
+        (1, 8, 8, 8, 1, 32),
+        (16, 8, 8, 8, 1, 32),
+        (17, 8, 4, 4, 2, 32),
+        (33, 8, 4, 4, 2, 32),
+        (34, 8, 8, 2, 1, 32),
+        (128, 8, 8, 2, 1, 32),
+        (129, 8, 8, 2, 1, 16),
+        (480, 4, 4, 2, 2, 16),
+        (480, 2, 2, 1, 4, 32),
+        (256, 5, 1, 1, 8, 16),
+        (480, 5, 4, 4, 2, 16),
     ],
 )
-def test_of_many_units_as_many_warps_stand_side_by_side_as_heads_allow(
-    num_seqs: int, kv_heads: int, warps: int, team: int, ctas: int
+def test_of_few_units_each_has_a_multiprocessor_or_half_of_one_and_of_many_warps_stand_side_by_side(
+    num_seqs: int, kv_heads: int, warps: int, team: int, ctas: int, uncut: int
 ) -> None:
     config = attention.decode_config(128, 4, LIMITS["sm_90a"], num_seqs, kv_heads)
     assert (config.warps, config.team, config.stages, config.ctas) == (warps, team, 3, ctas)
+    assert config.uncut == uncut
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 32, 64, 128, 256])
@@ -208,7 +213,8 @@ def test_parameters_are_read_from_the_kernel_s_source() -> None:
 
 def test_a_tensor_map_is_a_parameter_of_128_bytes_in_its_place() -> None:
     kinds = kernel_compile.parameters(kernel_compile.source("linear_wgmma.cu", {}), "linear_wgmma")
-    assert kinds == ("pointer", "TensorMap", "TensorMap", "int", "int", "int")
+    assert kinds[:6] == ("pointer", "TensorMap", "TensorMap", "int", "int", "int")
+    kinds = kinds[:6]
 
     seen: list[bytes] = []
 
@@ -263,16 +269,21 @@ def test_only_a_kernel_that_waits_itself_is_launched_before_those_in_front_of_it
         ("linear", 6144, 4096, linear_wgmma.STORING),
         ("linear_parts", 4096, 14336, linear_wgmma.PARTS),
         ("linear_gated", 28672, 4096, linear_wgmma.GATING),
+        ("linear_rotated", 6144, 4096, linear_wgmma.ROTATING),
     ],
 )
 def test_products_by_boxes_keep_their_sums_in_registers(
     dtype: str, tokens: int, by: Product, rows: int, width: int, epilogue: int
 ) -> None:
+    config = linear_wgmma.wgmma_config(by, tokens, rows, width, LIMITS["sm_90a"])
+    if by == "linear_rotated" and tokens > 128:
+        assert config is None, "not taken"
+        return
     if reason := why_no_compiler():
         pytest.skip(reason)
-    config = linear_wgmma.wgmma_config(by, tokens, rows, width, LIMITS["sm_90a"])
     assert config is not None
-    cubin = build("linear_wgmma.cu", "sm_90a", DTYPE=dtype, K=width, EPILOGUE=epilogue, **config.defines)
+    heads = {"HEAD_DIM": 128, "BLOCK_SIZE": 16} if by == "linear_rotated" else {}
+    cubin = build("linear_wgmma.cu", "sm_90a", DTYPE=dtype, K=width, EPILOGUE=epilogue, **heads, **config.defines)
     assert_no_spills(cubin)
     registers = cubin.resources["linear_wgmma"].registers
     assert config.threads * registers <= REGISTERS_OF_A_PROCESSOR

@@ -139,6 +139,10 @@ def mixed(count: int) -> list[int]:
                 (1, 2, 2, 256, 16, None, None),
             )
         ),
+        # Few units: teams of eight warps, and of four.
+        (8, [700, 5, 300], 1, 4, 2, 64, 16, None, None),
+        (8, [600], 1, 4, 1, 128, 16, None, None),
+        (8, [700, 5, 300, 0, 513, 600], 1, 4, 2, 64, 16, None, None),
         # Warps side by side take neighbouring heads of the same tokens.
         *(
             (num_processors, mixed(count), *shape)
