@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from kernels import attention, cache, reference, sampling, step, swap
+from kernels import attention, cache, linear_wgmma, reference, sampling, step, swap
 from kernels import compile as kernel_compile
 from kernels.kv_layout import KvLayout
 from kernels.reference import DecodeInputs, Settled, SharedPrefix, TokenLogprobRows
@@ -47,6 +47,24 @@ class PagedKernels(Protocol):
         settled: bool = False,
     ) -> torch.Tensor:
         """Rotates queries and keys, stores keys and values, returns the queries."""
+        ...
+
+    def takes_rotation(self, num_tokens: int, qkv: torch.Tensor, cos_sin: torch.Tensor, kv_layer: torch.Tensor) -> bool:
+        """Whether `linear_rotated` takes num_tokens rows, and is better than a product and `rope_and_cache`."""
+        ...
+
+    def linear_rotated(
+        self,
+        x: torch.Tensor,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_layer: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *,
+        settled: bool = False,
+    ) -> torch.Tensor:
+        """A product, then `rope_and_cache`."""
         ...
 
     def paged_attention_decode(
@@ -162,6 +180,8 @@ class CudaKernels:
     def __init__(self, layout: KvLayout | None = None) -> None:
         self.write_kv = cache.write_kv
         self.rope_and_cache = cache.rope_and_cache
+        self.takes_rotation = linear_wgmma.takes_rotation
+        self.linear_rotated = linear_wgmma.linear_rotated
         self.decode_inputs = step.decode_inputs
         self.move_on = step.move_on
         self.argmax = sampling.argmax

@@ -43,11 +43,18 @@ def _check_layer(kv_layer: torch.Tensor, key: torch.Tensor, slot_mapping: torch.
     num_kv_heads, head_dim = key.shape[1:]
     if kv_layer.dim() != 5 or kv_layer.shape[1:3] != (2, num_kv_heads) or kv_layer.shape[4] != head_dim:
         raise ValueError(f"kv_layer {tuple(kv_layer.shape)} does not fit key {tuple(key.shape)}")
-    if kv_layer.stride()[2:] != (kv_layer.shape[3] * head_dim, head_dim, 1):
+    check_stored(kv_layer, key, slot_mapping)
+
+
+def check_stored(kv_layer: torch.Tensor, tokens: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Raises ValueError or TypeError unless slot_mapping is of the tokens [T, ...], and kv_layer of their dtype, on
+    their device, contiguous inside a block."""
+    block_size, head_dim = kv_layer.shape[3:]
+    if kv_layer.stride()[2:] != (block_size * head_dim, head_dim, 1):
         raise ValueError(f"kv_layer must be contiguous inside a block: strides {kv_layer.stride()}")
-    if kv_layer.dtype != key.dtype or kv_layer.device != key.device:
-        raise TypeError(f"kv_layer must be {key.dtype} on {key.device}: {kv_layer.dtype} on {kv_layer.device}")
-    check_index("slot_mapping", slot_mapping, key.shape[0], key.device)
+    if kv_layer.dtype != tokens.dtype or kv_layer.device != tokens.device:
+        raise TypeError(f"kv_layer must be {tokens.dtype} on {tokens.device}: {kv_layer.dtype} on {kv_layer.device}")
+    check_index("slot_mapping", slot_mapping, tokens.shape[0], tokens.device)
 
 
 def check_index(name: str, index: torch.Tensor, count: int, device: torch.device) -> None:

@@ -13,16 +13,19 @@ import torch
 
 from kernels import compile as kernel_compile
 from kernels import linear_tall
+from kernels.cache import check_index, check_stored
 from kernels.compile import TensorMap
 from kernels.linear import check_factors, is_multiplied, token_map
 from kernels.reference.linear import Product
 
 TOKENS = (64, 96, 128, 192, 256)
 """Tokens that a tile may have."""
-STORING, PARTS, GATING = range(3)
+STORING, PARTS, GATING, ROTATING = range(4)
 """EPILOGUE of the source."""
 ROWS = (128, 64)
 """Rows of weights that a tile may have."""
+_TILE_OF_HEADS = 64
+"""Rows of a tile of `linear_rotated`."""
 _CHUNK = 64
 _FIXED_BYTES = 1024
 """Of shared memory: to begin at a swizzle atom."""
@@ -32,13 +35,23 @@ _MOST_PARTS = 6
 """Of a product by `linear_parts`; what adds them up has to read them all."""
 _CLUSTERED_SHARE = 0.9
 """Of the multiprocessors; as many are certain to lie in whole clusters of four."""
-_MOST_TOKENS: dict[Product, int] = {"linear": 96, "linear_parts": 256, "linear_gated": 256}
+_MOST_TOKENS: dict[Product, int] = {
+    "linear": 96,
+    "linear_parts": 256,
+    "linear_gated": 256,
+    "linear_rotated": 128,
+}
 """With more the library is as fast, or `kernels.linear_tall` faster (docs/kernels/linear.md)."""
 _FULL_RATE_SHARE = 0.7
 """Of the multiprocessors; fewer do not read as fast as memory delivers."""
 _MOST_TOKENS_OF_PAIRS = 64
 """Of `linear_parts` in clusters of two: with more, two that wait for each other lose more than they read less."""
-_LEAST_SHARE: dict[Product, float] = {"linear": 0.35, "linear_parts": 0.45, "linear_gated": 0.75}
+_LEAST_SHARE: dict[Product, float] = {
+    "linear": 0.35,
+    "linear_parts": 0.45,
+    "linear_gated": 0.75,
+    "linear_rotated": 0.35,
+}
 """Of the multiprocessors; with fewer busy the library is faster."""
 
 
@@ -92,6 +105,8 @@ def wgmma_config(
     tiles. None: not by this kernel."""
     if not limits.wgmma or not 1 <= num_tokens <= TOKENS[-1] or width % _CHUNK or rows % ROWS[0]:
         return None
+    if by == "linear_rotated" and num_tokens > _MOST_TOKENS[by]:
+        return None  # and from 193 on there are no registers for angles beside the sums
     tokens = next(tokens for tokens in TOKENS if tokens >= num_tokens)
     tile_rows, split = _tile(by, rows, width, limits.processors)
     tiles = rows // tile_rows
@@ -118,6 +133,8 @@ def _tile(by: Product, rows: int, width: int, processors: int) -> tuple[int, int
     """Rows of a tile and parts of K. Small tiles where large ones are too few; parts as many as there is room for, of
     small tiles if those keep enough multiprocessors busy: fewer parts are less to add up."""
     most_rows, fewer_rows = ROWS
+    if by == "linear_rotated":
+        return fewer_rows, 1
     enough = processors * _FULL_RATE_SHARE
     if by == "linear_gated" or rows // most_rows >= enough:
         return most_rows, 1
@@ -172,6 +189,43 @@ def linear_gated(x: torch.Tensor, gate_up: torch.Tensor, *, config: WgmmaConfig 
     return out
 
 
+def takes_rotation(num_tokens: int, qkv: torch.Tensor, cos_sin: torch.Tensor, kv_layer: torch.Tensor) -> bool:
+    """Whether `linear_rotated` takes num_tokens rows, and is better than a product and `rope_and_cache`."""
+    head_dim = kv_layer.shape[4]
+    fits = head_dim % _TILE_OF_HEADS == 0 and cos_sin.shape[1] == head_dim and kv_layer.dtype == qkv.dtype
+    return fits and takes_tokens(num_tokens, qkv, by="linear_rotated")
+
+
+def linear_rotated(
+    x: torch.Tensor,
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    settled: bool = False,
+    config: WgmmaConfig | None = None,
+) -> torch.Tensor:
+    """As the twin; `settled` as in `rope_and_cache`, config as in `linear`.
+
+    Raises ValueError, TypeError, KernelError.
+    """
+    num_tokens, num_kv_heads, head_dim = len(x), kv_layer.shape[2], kv_layer.shape[4]
+    query_heads = len(qkv) // head_dim - 2 * num_kv_heads
+    if len(qkv) % head_dim or query_heads < 1 or head_dim % _TILE_OF_HEADS or cos_sin.shape[1:] != (head_dim,):
+        raise ValueError(f"qkv {tuple(qkv.shape)}, cos_sin {tuple(cos_sin.shape)} do not fit heads of {head_dim}")
+    if kv_layer.shape[0] * kv_layer.shape[3] >= 1 << 31:
+        raise ValueError(f"{kv_layer.shape[0]} blocks of {kv_layer.shape[3]} tokens are more slots than 2^31")
+    check_stored(kv_layer, x, slot_mapping)
+    check_index("positions", positions, num_tokens, x.device)
+    out = torch.empty((num_tokens, query_heads, head_dim), dtype=x.dtype, device=x.device)
+    config = config or _fitting("linear_rotated", x, qkv)
+    rotation = _Rotation(positions, cos_sin, kv_layer, slot_mapping, settled)
+    _launch(out, x, qkv, ROTATING, config, rotation)
+    return out
+
+
 def _fitting(by: Product, x: torch.Tensor, weight: torch.Tensor) -> WgmmaConfig:
     """Raises ValueError where there is no way."""
     config = _config(by, x.shape[0], weight)
@@ -180,7 +234,53 @@ def _fitting(by: Product, x: torch.Tensor, weight: torch.Tensor) -> WgmmaConfig:
     return config
 
 
-def _launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: int, config: WgmmaConfig) -> None:
+@dataclass(frozen=True)
+class _Rotation:
+    """What `linear_rotated` does behind the product."""
+
+    positions: torch.Tensor
+    cos_sin: torch.Tensor
+    kv_layer: torch.Tensor
+    slot_mapping: torch.Tensor
+    settled: bool
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self.kv_layer.shape[4]
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """What the source is compiled with for it."""
+        return {"HEAD_DIM": self.head_dim, "BLOCK_SIZE": self.kv_layer.shape[3]}
+
+    def arguments(self, heads: int) -> tuple[int, ...]:
+        """Of a launch, for a matrix of so many heads."""
+        kv_heads = self.kv_layer.shape[2]
+        return (
+            self.kv_layer.data_ptr(),
+            self.positions.data_ptr(),
+            self.cos_sin.data_ptr(),
+            self.slot_mapping.data_ptr(),
+            heads - 2 * kv_heads,
+            kv_heads,
+            self.kv_layer.stride(0),
+            self.kv_layer.stride(1),
+            int(self.settled),
+        )
+
+
+_NO_ROTATION = (0,) * 9
+
+
+def _launch(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: int,
+    config: WgmmaConfig,
+    rotation: _Rotation | None = None,
+) -> None:
     check_factors(x, weight)
     device, dtype, width = x.device, x.dtype, x.shape[1]
     own_tokens = math.ceil(x.shape[0] / config.cluster / 8) * 8
@@ -192,17 +292,27 @@ def _launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epilogue: 
         K=width,
         EPILOGUE=epilogue,
         **config.defines,
+        **(rotation.defines if rotation else {}),
     )
+    rows = len(weight)
+    if rotation is None:
+        weight_map = _weight_map(device, weight.data_ptr(), dtype, rows, width, epilogue, config.rows)
+        arguments: tuple[int, ...] = _NO_ROTATION
+    else:
+        heads = rows // rotation.head_dim
+        weight_map = _head_map(device, weight.data_ptr(), dtype, heads, rotation.head_dim, width)
+        arguments = rotation.arguments(heads)
     kernel(
         (config.ctas, 1, 1),
         config.threads,
         config.shared_bytes,
         out.data_ptr(),
-        _weight_map(device, weight.data_ptr(), dtype, weight.shape[0], width, epilogue, config.rows),
+        weight_map,
         token_map(device, x.data_ptr(), dtype, x.shape[0], width, (_CHUNK, own_tokens)),
         x.shape[0],
         own_tokens,
-        out.shape[-1],
+        rows // 2 if epilogue == GATING else rows,
+        *arguments,
     )
 
 
@@ -214,4 +324,15 @@ def _weight_map(
     row = width * 2
     strides = (row, rows // 2 * row, 8 * row) if epilogue == GATING else (row, 8 * row, 16 * row)
     view = TensorMap(address, dtype, (width, 8, 2, rows // 16), strides, (_CHUNK, 8, 2, tile_rows // 16))
+    return kernel_compile.tensor_map(device, view)
+
+
+@functools.lru_cache(maxsize=4096)
+def _head_map(device: torch.device, address: int, dtype: torch.dtype, heads: int, head_dim: int, width: int) -> bytes:
+    """Of heads in sixteens of rows: eight of the first half and eight of the second, which turn with them."""
+    row = width * 2
+    strides = (row, head_dim // 2 * row, 8 * row, head_dim * row)
+    view = TensorMap(
+        address, dtype, (width, 8, 2, head_dim // 16, heads), strides, (_CHUNK, 8, 2, _TILE_OF_HEADS // 16, 1)
+    )
     return kernel_compile.tensor_map(device, view)

@@ -1,4 +1,4 @@
-"""What a decode step begins and ends with, on CUDA devices: `csrc/step.cu`. Twins: `kernels.reference.step`."""
+"""What a step begins and ends with, on CUDA devices: `csrc/step.cu`. Twins: `kernels.reference.step`."""
 
 from __future__ import annotations
 
@@ -58,3 +58,22 @@ def move_on(
             out.data_ptr(), tokens.data_ptr(), slots.data_ptr(), known.data_ptr(), encoded.data_ptr(),
             tokens.stride(0), rows,
         )  # fmt: skip
+
+
+def copy_words(source: torch.Tensor, destination: torch.Tensor) -> None:
+    """As the twin, in one launch on the device of one of them; the other may be pinned memory of the host, which the
+    kernel reads or writes across the bus. Unlike a copy engine's copy it is not queued behind swaps. Raises ValueError,
+    KernelError.
+    """
+    size = source.numel() * source.element_size()
+    if source.dtype != destination.dtype or source.shape != destination.shape:
+        raise ValueError(f"{source.dtype} {tuple(source.shape)}, {destination.dtype} {tuple(destination.shape)} differ")
+    if size % 4 or not (source.is_contiguous() and destination.is_contiguous()):
+        raise ValueError("both must be contiguous and whole words of 4 bytes")
+    if not size:
+        return
+    device = destination.device if source.device.type == "cpu" else source.device
+    if device.type == "cuda" and not all(t.device == device or t.is_pinned() for t in (source, destination)):
+        raise ValueError("host memory must be pinned")
+    kernel = kernel_compile.kernel("step.cu", "copy_words", device, BLOCK_SIZE=1)
+    kernel((-(-size // 1024), 1, 1), 256, 0, destination.data_ptr(), source.data_ptr(), size // 4)

@@ -89,6 +89,27 @@ class AttentionBatch:
         )
         return self._attend(layer, rotated, kv_layer, scale, sliding_window, soft_cap)
 
+    def project_and_attend(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor | None:
+        """`rotate_and_attend` with queries, keys and values that are still to be projected: hidden [T, K], qkv
+        [(Hq + 2 Hkv) D, K]. None: there is no kernel that does both, or it would take longer."""
+        kv_layer = self.layout.layer_view(self.pool, layer)
+        if not self.kernels.takes_rotation(len(hidden), qkv, cos_sin, kv_layer):
+            return None
+        query = self.kernels.linear_rotated(
+            hidden, qkv, positions, cos_sin, kv_layer, self.slot_mapping, settled=layer > 0
+        )
+        return self._attend(layer, query, kv_layer, scale, sliding_window, None)
+
     def _attend(
         self,
         layer: int,

@@ -14,8 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels import step
+
 Words = npt.NDArray[np.int64]
 
+_MOST_WORD_BYTES = 1 << 18
+"""Copied by a kernel, as it does not wait for swaps; with more, copy engines use the bus better."""
 _SMALLEST_STAGING = 4096
 """Words of the smallest staging buffer: a decode step never asks for a larger one."""
 
@@ -90,7 +94,7 @@ class CudaRuntime:
         event, pinned, view = self._take_staging(words.size)
         view[: words.size] = words
         on_device = torch.empty(words.size, dtype=torch.int64, device=self.device)
-        on_device.copy_(pinned[: words.size], non_blocking=True)
+        _copy(pinned[: words.size], on_device)
         event.record()
         self._staging.append((event, pinned, view))
         return on_device
@@ -98,7 +102,8 @@ class CudaRuntime:
     def read_back(self, tensor: torch.Tensor) -> torch.Tensor:
         """As in DeviceRuntime. torch's allocator keeps pinned memory and gives it out again when its copy is over."""
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
+        _copy(tensor.contiguous(), pinned)
+        return pinned
 
     def mark(self) -> torch.cuda.Event:
         """As in DeviceRuntime."""
@@ -122,6 +127,14 @@ class CudaRuntime:
         words = max(_SMALLEST_STAGING, 1 << size.bit_length())
         pinned = torch.empty(words, dtype=torch.int64, pin_memory=True)
         return torch.cuda.Event(), pinned, pinned.numpy()
+
+
+def _copy(source: torch.Tensor, destination: torch.Tensor) -> None:
+    """Between the device and pinned memory, in the current stream's order."""
+    if source.numel() * source.element_size() <= _MOST_WORD_BYTES:
+        step.copy_words(source, destination)
+    else:
+        destination.copy_(source, non_blocking=True)
 
 
 def runtime_for(device: torch.device) -> DeviceRuntime:

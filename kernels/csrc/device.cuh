@@ -189,6 +189,7 @@ DEVICE void store_vector(float4* to, float4 x) {
 DEVICE float load_l2(const float* p) { return __ldcg(p); }
 DEVICE float2 load_l2(const float2* p) { return __ldcg(p); }
 DEVICE float4 load_l2(const float4* p) { return __ldcg(p); }
+DEVICE u32 load_l2(const u32* p) { return __ldcg(p); }
 DEVICE u64 load_l2(const u64* p) { return __ldcg(p); }
 // What other CTAs wrote before they set this is there afterwards.
 DEVICE int load_acquire(const int* p) {
@@ -203,6 +204,12 @@ DEVICE int load_acquire(const int* p) {
 DEVICE float tanh_fast(float x) {
   float e = exp2_fast(fabsf(x) * (-2.0f * LOG2_E));
   return copysignf((1.0f - e) / (1.0f + e), x);
+}
+
+// The two numbers that `pack` put together.
+template <class T>
+DEVICE float2 unpack(u32 pair) {
+  return make_float2(to_float(T{(unsigned short)pair}), to_float(T{(unsigned short)(pair >> 16)}));
 }
 
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }

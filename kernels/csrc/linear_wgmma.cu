@@ -1,4 +1,5 @@
-// Matrix products with wgmma, for compute capability 9.0: out[B, N] = x[B, K] . weight[N, K]^T, with SwiGLU behind.
+// Matrix products with wgmma, for compute capability 9.0: out[B, N] = x[B, K] . weight[N, K]^T, with SwiGLU behind, or with rotation of queries
+// and keys (Su et al. 2021) and the cache write.
 //
 // A product of up to 256 tokens has to read every weight once from memory, and for every tile of weights all tokens from L2, which for some
 // hundred tokens is more than L2 delivers. So a tile has all tokens (TOKENS of them, the columns of the products) and ROWS rows of weights,
@@ -10,17 +11,21 @@
 // has ended, and waits only then for its tokens (programmatic dependent launch).
 //
 // Shared memory of a stage, CHUNK = 64 elements of K: [ROWS] of weights and [TOKENS] in the 128-byte swizzle, see wgmma.cuh. Rows of weights
-// lie in sixteens, with GATING eight gate rows and the eight up rows of the same columns, so that one thread has both.
+// lie in sixteens, with GATING eight gate rows and the eight up rows of the same columns, with ROTATING eight of a head's first half and the
+// eight that turn with them, so that one thread has both.
 //
 // Defines: DTYPE (bfloat16 | float16), K (multiple of 64), ROWS (64 | 128), TOKENS (64 | 96 | 128 | 192 | 256), CLUSTER (1 | 2 | 4), STAGES,
 //   SPLIT     CTAs that share a tile's K, 1 unless PARTS
 //   EPILOGUE  STORING: out [B, N];  PARTS: out [SPLIT, B, N] float, to be added up by who reads it;
 //             GATING: weight is [2 * N, K], gate rows, then up rows; out [B, N] = silu(gate) * up
+//             ROTATING: rows of query heads, key heads, value heads; out is the rotated queries, rotated keys and values go to the cache
+//   HEAD_DIM  (a multiple of 64), BLOCK_SIZE  with ROTATING
 #include "hopper.cuh"
 
 #define STORING 0
 #define PARTS 1
 #define GATING 2
+#define ROTATING 3
 #if EPILOGUE == PARTS
 typedef float Out;
 #else
@@ -35,16 +40,28 @@ constexpr int QUADS = TOKENS / 8;                                 // of a thread
 constexpr int COLUMNS = EPILOGUE == GATING ? ROWS / 2 : ROWS;     // of out that a tile makes
 static_assert(K % CHUNK == 0 && TOKENS % (8 * CLUSTER) == 0 && STAGES >= 2, "whole chunks and swizzle atoms");
 static_assert(ROWS % 64 == 0, "whole warpgroups");
+#if EPILOGUE == ROTATING
+static_assert(ROWS == 64 && HEAD_DIM % 64 == 0, "a tile is a head or a part of one");
+#endif
 static_assert(SPLIT == 1 || EPILOGUE == PARTS, "nobody adds up what is stored otherwise");
 
 // Grid: [a multiple of CLUSTER]. Block: [THREADS]. Shared: 1024 + STAGES * STAGE + STAGES * 16 bytes.
-//   weight  boxes of (64, 8, 2, ROWS / 16) of (K, 8, 2, rows / 16), rows in sixteens as above
+//   weight  boxes of (64, 8, 2, ROWS / 16) of (K, 8, 2, rows / 16), rows in sixteens as above; with ROTATING of (64, 8, 2, 4, 1) of
+//           (K, 8, 2, HEAD_DIM / 16, heads)
 //   x       boxes of (64, own_tokens) of (K, num_tokens); own_tokens, which every CTA of a cluster copies: a multiple of 8, at most
 //           TOKENS / CLUSTER, together all. Rows of a box that do not exist cost more than rows that do
-//   out     [num_tokens, num_columns] as EPILOGUE says; num_columns a multiple of CLUSTER * COLUMNS
+//   out     [num_tokens, num_columns] as EPILOGUE says; num_columns a multiple of CLUSTER * COLUMNS. With ROTATING [num_tokens, query_heads,
+//           HEAD_DIM], and num_columns is that of all heads
+//   With ROTATING, else unused:
+//   kv            one layer of the pool, [blocks, 2, kv_heads, BLOCK_SIZE, HEAD_DIM] DTYPE: block_stride elements from block to block,
+//                 value_offset from keys to values, the rest contiguous
+//   positions     [num_tokens] int64;  cos_sin [positions, HEAD_DIM] float32: cosines, then sines; no kernel writes it
+//   slot_mapping  [num_tokens] int64, block * BLOCK_SIZE + offset; below 2^31; negative: the token is not stored
+//   settled       whether positions and slot_mapping were written before an earlier launch with 0 (device.cuh)
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, int num_tokens, int own_tokens,
-             int num_columns) {
+             int num_columns, DTYPE* kv, const i64* positions, const float* __restrict__ cos_sin, const i64* slot_mapping, int query_heads,
+             int kv_heads, i64 block_stride, i64 value_offset, int settled) {
   SHARED_MEMORY(dynamic);
   unsigned char* ring = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // [STAGES][ROWS + TOKENS][128]
   u64* full = (u64*)(ring + STAGES * STAGE);                                        // [STAGES]
@@ -58,8 +75,10 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
   auto first_chunk = [&](int share) { return CHUNKS * (share % SPLIT) / SPLIT; };
   auto last_chunk = [&](int share) { return CHUNKS * (share % SPLIT + 1) / SPLIT; };
 
+  if (EPILOGUE == ROTATING && !settled) wait_for_previous();
   let_next_start();
   if (tid == 0) {
+    prefetch_map(&x);
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + i, 1);
       barrier_init(empty + i, CLUSTER * (ROWS / 16));
@@ -75,7 +94,11 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
       const int boxes = min(CLUSTER, ceil_div(num_tokens, own_tokens));
       auto load_weights = [&](int tile, int slot, int chunk) {
         barrier_arrive_expecting(full + slot, WEIGHT_BYTES + boxes * own_tokens * CHUNK * 2);
+#if EPILOGUE == ROTATING
+        copy_box(ring + slot * STAGE, &weight, full + slot, chunk * CHUNK, 0, 0, tile % (HEAD_DIM / 64) * 4, tile / (HEAD_DIM / 64), EVICT_FIRST);
+#else
         copy_box_once(ring + slot * STAGE, &weight, full + slot, chunk * CHUNK, 0, 0, tile * (ROWS / 16));
+#endif
       };
       auto load_tokens = [&](int slot, int chunk) {
         if (rank >= boxes) return;
@@ -118,6 +141,24 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
     u32 parity = 0;
     for (int share = blockIdx.x / CLUSTER; share < shares; share += step) {
       const int tile = tile_of(share), first = first_chunk(share), last = last_chunk(share);
+#if EPILOGUE == ROTATING
+      // Of token g of eight, two pairs that turn: columns `column` and the next, and half a head further. Loaded before there are sums.
+      const int head = tile / (HEAD_DIM / 64), column = (tile % (HEAD_DIM / 64) * 4 + sixteen) * 8 + 2 * t;
+      const bool turns = head < query_heads + kv_heads, stored = head >= query_heads;
+      float2 cosine[QUADS], sine[QUADS];
+      int slots[QUADS];
+#pragma unroll
+      for (int n = 0; n < QUADS; ++n) {
+        const int token = n * 8 + g;
+        const bool exists = token < num_tokens;
+        cosine[n] = sine[n] = make_float2(0.0f, 0.0f);
+        if (exists && turns) {
+          const float* angles = cos_sin + positions[token] * HEAD_DIM + column;
+          cosine[n] = *(const float2*)angles, sine[n] = *(const float2*)(angles + HEAD_DIM / 2);
+        }
+        slots[n] = exists && stored ? (int)slot_mapping[token] : -1;
+      }
+#endif
       for (int chunk = first, before = -1; chunk < last; ++chunk) {
         barrier_wait(full + slot, parity);
         keep_order(sums);
@@ -147,6 +188,24 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
         }
         continue;
       }
+#if EPILOGUE == ROTATING
+#pragma unroll
+      for (int n = 0; n < QUADS; ++n) {
+        const float(&q)[4] = sums[n];
+        u32 y = transpose_8x8(pack<DTYPE>(q[0], q[1])), z = transpose_8x8(pack<DTYPE>(q[2], q[3]));
+        if (turns) {
+          const float2 a = unpack<DTYPE>(y), b = unpack<DTYPE>(z), c = cosine[n], s = sine[n];
+          y = pack<DTYPE>(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y);
+          z = pack<DTYPE>(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y);
+        }
+        const int token = n * 8 + g;
+        const int place = slots[n];
+        const int kv_head = turns ? head - query_heads : head - query_heads - kv_heads;
+        DTYPE* to = (DTYPE*)out + ((i64)token * query_heads + head) * HEAD_DIM;
+        if (stored) to = kv + (i64)(place / BLOCK_SIZE) * block_stride + (turns ? 0 : value_offset) + (kv_head * BLOCK_SIZE + place % BLOCK_SIZE) * HEAD_DIM;
+        if (stored ? place >= 0 : token < num_tokens) *(u32*)(to + column) = y, *(u32*)(to + HEAD_DIM / 2 + column) = z;
+      }
+#else
       // Transposed, of token g and of columns 2 t and 2 t + 1 of eight.
       DTYPE* to = (DTYPE*)out + (i64)g * num_columns + tile * COLUMNS + sixteen * (COLUMNS * 16 / ROWS) + 2 * t;
 #pragma unroll
@@ -162,6 +221,7 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
           if (exists) *(u32*)to = y, *(u32*)(to + 8) = z;
         }
       }
+#endif
     }
   }
   if (CLUSTER > 1) cluster_sync();  // nobody reaches for shared memory that is gone

@@ -1,6 +1,6 @@
-// What a decode step begins and ends with: its rows' inputs from the batch, and the batch moved on.
+// What a step begins and ends with: its rows' inputs from the batch, the batch moved on, and few words between host and device.
 //
-// Defines: BLOCK_SIZE (a power of two; move_on needs no more than a value).
+// Defines: BLOCK_SIZE (a power of two; only decode_inputs needs more than a value).
 #include "device.cuh"
 
 // Grid: [rows]. Block: [128]. Shared: none.
@@ -42,4 +42,14 @@ move_on(i64* out, i64* tokens, const i64* slots, const i64* known, const i64* en
   if (count == 0) return;
   tokens[slot] = sampled < 0 ? ~sampled : sampled;
   tokens[tokens_stride + slot] = count + 1;
+}
+
+// Grid: [ceil(words / 256)]. Block: [256]. Shared: none.
+//   to, from  [words] u32; one of them may be pinned memory of the host
+extern "C" __global__ void __launch_bounds__(256)
+copy_words(u32* to, const u32* from, int words) {
+  let_next_start();
+  wait_for_previous();
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  if (i < words) to[i] = from[i];
 }

@@ -7,7 +7,15 @@ All twins accumulate in float32 or wider and never let the content of an unused 
 from kernels.reference.attention import Settled, SharedPrefix, paged_attention_decode, paged_attention_prefill
 from kernels.reference.cache import copy_blocks, rope_and_cache, swap_blocks, write_kv
 from kernels.reference.layers import add_rms_norm, rms_norm, rope, silu_and_mul
-from kernels.reference.linear import Product, linear, linear_gated, linear_parts, takes_tokens
+from kernels.reference.linear import (
+    Product,
+    linear,
+    linear_gated,
+    linear_parts,
+    linear_rotated,
+    takes_rotation,
+    takes_tokens,
+)
 from kernels.reference.philox import philox4x32
 from kernels.reference.sampling import (
     TokenLogprobRows,
@@ -18,7 +26,7 @@ from kernels.reference.sampling import (
     sample,
     token_logprobs,
 )
-from kernels.reference.step import DecodeInputs, decode_inputs, move_on
+from kernels.reference.step import DecodeInputs, copy_words, decode_inputs, move_on
 
 __all__ = [
     "DecodeInputs",
@@ -31,10 +39,12 @@ __all__ = [
     "apply_penalties",
     "argmax",
     "copy_blocks",
+    "copy_words",
     "decode_inputs",
     "linear",
     "linear_gated",
     "linear_parts",
+    "linear_rotated",
     "mask_tokens",
     "move_on",
     "paged_attention_decode",
@@ -46,6 +56,7 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "swap_blocks",
+    "takes_rotation",
     "takes_tokens",
     "token_logprobs",
     "write_kv",

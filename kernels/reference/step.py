@@ -66,3 +66,8 @@ def move_on(
     tokens[LAST, of] = decode_ids(encoded[held])
     tokens[KNOWN, of] = known[held] + 1
     out.copy_(encoded)
+
+
+def copy_words(source: torch.Tensor, destination: torch.Tensor) -> None:
+    """Copies source to destination, of one shape and dtype, both contiguous and whole words of 4 bytes."""
+    destination.copy_(source)

@@ -79,6 +79,25 @@ def rotation_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
     return rotation(settled=True)
 
 
+def rotated_product(settled: bool = False) -> tuple[Run, Sequence[torch.Tensor]]:
+    tokens, qkv = rand(4, 192), rand(384, 192, seed=1)
+    positions, slots = torch.tensor([0, 7, 31, 2]), torch.tensor([5, 0, -1, 30])
+    cos_sin, pool = torch.rand(32, 64), torch.zeros(4, 2, 1, 8, 64, dtype=torch.bfloat16)
+    config = WgmmaConfig(64, 1, 3, 4, rows=64)
+
+    def run() -> torch.Tensor:
+        query = linear_wgmma.linear_rotated(
+            tokens, qkv, positions, cos_sin, pool, slots, settled=settled, config=config
+        )
+        return torch.cat((query.flatten(), pool.flatten()))
+
+    return run, [tokens] if settled else [tokens, positions, slots]
+
+
+def rotated_product_after_the_first_layer() -> tuple[Run, Sequence[torch.Tensor]]:
+    return rotated_product(settled=True)
+
+
 def step_inputs() -> tuple[Run, Sequence[torch.Tensor]]:
     tokens, tables = torch.arange(1, 16).view(3, 5), torch.arange(20, dtype=torch.int32).view(5, 4)
     slots = torch.tensor([2, 0, 4])
@@ -98,6 +117,17 @@ def step_end() -> tuple[Run, Sequence[torch.Tensor]]:
         return torch.cat((tokens.flatten(), out))
 
     return run, [slots, known, encoded]
+
+
+def words() -> tuple[Run, Sequence[torch.Tensor]]:
+    source = torch.arange(300)
+
+    def run() -> torch.Tensor:
+        destination = torch.zeros_like(source)
+        step.copy_words(source, destination)
+        return destination
+
+    return run, [source]
 
 
 def norms() -> tuple[Run, Sequence[torch.Tensor]]:
@@ -143,8 +173,11 @@ def gating() -> tuple[Run, Sequence[torch.Tensor]]:
         rotation_after_the_first_layer,
         step_inputs,
         step_end,
+        words,
         norms,
         products,
+        rotated_product,
+        rotated_product_after_the_first_layer,
         tall_tiles,
         likeliest,
         gating,

@@ -88,6 +88,80 @@ def test_the_parts_of_a_product_add_up_to_its_twin(
         torch.testing.assert_close(part, x[:, begin:end].float() @ weight[:, begin:end].float().T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "block_size", "width", "config"),
+    [
+        (1, 128, 16, 320, WgmmaConfig(64, 1, 2, 8, rows=64)),
+        (20, 64, 8, 192, WgmmaConfig(64, 1, 4, 3, rows=64)),  # several heads a CTA
+        (90, 128, 16, 192, WgmmaConfig(96, 1, 3, 5, rows=64)),
+        (100, 256, 32, 192, WgmmaConfig(128, 1, 3, 7, rows=64)),
+        (150, 64, 16, 128, WgmmaConfig(192, 1, 2, 3, rows=64)),
+    ],
+)
+def test_a_rotated_product_leaves_queries_keys_and_values_where_its_twin_does(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    head_dim: int,
+    block_size: int,
+    width: int,
+    config: WgmmaConfig,
+) -> None:
+    query_heads, kv_heads, blocks = 4, 2, 160 // block_size + 1
+    x = rand(tokens, width, dtype=dtype, device=device, seed=1)
+    qkv = rand((query_heads + 2 * kv_heads) * head_dim, width, dtype=dtype, device=device, seed=2) * width**-0.5
+    angles = torch.rand(300, head_dim // 2, generator=torch.Generator().manual_seed(3)) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+    positions = torch.randint(0, 300, (tokens,), generator=torch.Generator().manual_seed(4)).to(device)
+    slots = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(5))[:tokens].to(device)
+    slots[tokens // 2] = -1 if tokens > 1 else slots[0]
+    # A layer of a pool of several: blocks are not next to each other, and what is not written stays as it is.
+    pools = [torch.full((blocks, 3, 2, kv_heads, block_size, head_dim), 7.0, dtype=dtype, device=device) for _ in "ab"]
+    inputs = (x, qkv, positions, cos_sin)
+    out = linear_wgmma.linear_rotated(*inputs, pools[0][:, 1], slots, config=config)
+    wanted = reference.linear_rotated(*inputs, pools[1][:, 1], slots)
+    assert_close(out, wanted, roundings=2)
+    assert_close(pools[0], pools[1], roundings=2)
+    untouched = pools[1] == 7.0
+    assert torch.equal(pools[0][untouched], pools[1][untouched])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "rotary_dim", "dtype", "taken"),
+    [
+        (1, 128, 128, BF16, True),
+        (128, 64, 64, FP16, True),
+        (129, 128, 128, BF16, False),  # the library's product is faster
+        (8, 96, 96, BF16, False),  # a tile is a whole part of a head
+        (8, 128, 64, BF16, False),  # a part of a head stays as it is
+        (8, 128, 128, torch.float32, False),
+    ],
+)
+def test_rotated_products_are_taken_where_all_of_a_head_turns_and_tokens_are_few(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, head_dim: int, rotary_dim: int, dtype: torch.dtype, taken: bool
+) -> None:
+    monkeypatch.setattr(kernel_compile, "limits", lambda device: H100)
+    qkv = torch.empty(48 * head_dim, 4096, dtype=dtype, device="meta")
+    kv_layer = torch.empty(4, 2, 8, 16, head_dim, dtype=dtype, device="meta")
+    cos_sin = torch.empty(100, rotary_dim, device="meta")
+    assert linear_wgmma.takes_rotation(tokens, qkv, cos_sin, kv_layer) is taken
+
+
+def test_a_rotated_product_refuses_what_does_not_fit(device: torch.device) -> None:
+    x, qkv = rand(4, 64, dtype=BF16, device=device), rand(384, 64, dtype=BF16, device=device, seed=1)
+    kv_layer = torch.zeros(4, 2, 1, 8, 64, dtype=BF16, device=device)
+    index, cos_sin = torch.arange(4, device=device), torch.rand(32, 64, device=device)
+    with pytest.raises(ValueError, match="do not fit heads of 64"):
+        linear_wgmma.linear_rotated(x, qkv[:-1], index, cos_sin, kv_layer, index)
+    with pytest.raises(ValueError, match="do not fit heads of 64"):
+        linear_wgmma.linear_rotated(x, qkv, index, cos_sin[:, :32], kv_layer, index)
+    with pytest.raises(ValueError, match="positions must be"):
+        linear_wgmma.linear_rotated(x, qkv, index[:3], cos_sin, kv_layer, index)
+    with pytest.raises(TypeError, match="kv_layer must be"):
+        linear_wgmma.linear_rotated(x, qkv, index, cos_sin, kv_layer.half(), index)
+
+
 @pytest.mark.parametrize("name", ["linear", "linear_parts", "linear_gated"])
 def test_a_product_by_the_configuration_chosen_is_the_same_again_and_again(device: torch.device, name: Product) -> None:
     x = rand(50, 320, dtype=BF16, device=device, seed=1)

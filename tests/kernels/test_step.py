@@ -1,4 +1,4 @@
-"""What a decode step begins and ends with, against the twins."""
+"""What a step begins and ends with, against the twins."""
 
 from __future__ import annotations
 
@@ -52,6 +52,28 @@ def test_what_rows_have_sampled_may_stay_in_its_place(device: torch.device) -> N
     step.move_on(tokens, slots, tokens[1, slots], encoded, encoded)
     assert encoded.tolist() == [50, ~51]
     assert tokens[:2, [3, 1]].tolist() == [[50, 51], [34, 18]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+@pytest.mark.parametrize("count", [0, 1, 255, 1000])
+def test_words_go_from_the_host_to_the_device_and_back(device: torch.device, dtype: torch.dtype, count: int) -> None:
+    there = torch.arange(count).to(dtype)
+    pinned = [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in (there, torch.zeros_like(there))]
+    on_device = torch.zeros(count, dtype=dtype, device=device)
+    step.copy_words(pinned[0], on_device)
+    step.copy_words(on_device, pinned[1])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(pinned[1], there)
+
+
+def test_words_that_do_not_fit_are_refused(emulator: EmulatorBackend) -> None:
+    with pytest.raises(ValueError, match="differ"):
+        step.copy_words(torch.zeros(3), torch.zeros(4))
+    with pytest.raises(ValueError, match="contiguous and whole words"):
+        step.copy_words(torch.zeros(6)[::2], torch.zeros(3))
+    with pytest.raises(ValueError, match="contiguous and whole words"):
+        step.copy_words(torch.zeros(3, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8))
 
 
 def test_what_does_not_fit_is_refused_before_the_launch(emulator: EmulatorBackend) -> None:

@@ -87,6 +87,21 @@ class PagedAttention(Protocol):
         """
         ...
 
+    def project_and_attend(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor | None:
+        """Project hidden [T, K] by qkv [(num_heads + 2 * num_kv_heads) * head_dim, K], query rows first, then value
+        rows last, and `rotate_and_attend`. None: not in one, the model has to do the first itself."""
+        ...
+
 
 class PagedModel(Protocol):
     """A decoder whose keys and values live in blocks it does not see."""

@@ -75,6 +75,20 @@ class DenseBatch:
         query, key = reference.rope(query, key, positions, cos_sin)
         return self.attend(layer, query, key, value, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
 
+    def project_and_attend(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor | None:
+        """As in PagedAttention: not here."""
+        return None
+
 
 def causal_attention(
     query: torch.Tensor,

@@ -306,7 +306,13 @@ class LlamaModel:
     ) -> torch.Tensor:
         """Self-attention of one layer but for its output projection: normed hidden [T, hidden_size] to
         [T, query_size]."""
-        shape, ops = self._shape, self._ops
+        shape, ops, window = self._shape, self._ops, self._shape.windows[number]
+        if layer.qkv_bias is None and layer.query_norm is None:
+            attended = batch.project_and_attend(
+                number, hidden, layer.qkv, positions, self._cos_sin, scale=self._scale, sliding_window=window
+            )
+            if attended is not None:
+                return attended.reshape(len(hidden), -1)
         qkv = self._product(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, shape.head_dim)
         query, key, value = torch.split(qkv, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -320,7 +326,7 @@ class LlamaModel:
             positions,
             self._cos_sin,
             scale=self._scale,
-            sliding_window=shape.windows[number],
+            sliding_window=window,
         )
         return attended.reshape(len(qkv), -1)
 
