@@ -24,7 +24,15 @@ EXTEND, SHORTEN = 4, 128
 """A plan that needed a longer lead lengthens it, by that part at most; one that needed less shortens it by that part:
 one of 33 comes late."""
 EXPECTED_NS = 1_000_000_000
-"""For so long after a request another is expected."""
+"""For so long after a request another is expected at most;"""
+LEAST_EXPECTED_NS = 100_000_000
+"""at least, where several come at once again and again;"""
+PATIENCE = 8
+"""and else for so many of the gaps that lay between the last ones."""
+LONGEST_GAP_NS = 250_000_000
+"""Where requests come more seldom than that, hardly one is a step earlier for all the plans that are late."""
+REMEMBERED = 8
+"""Requests whose gaps are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +49,28 @@ class PlanAhead:
 
     Copies are not foreseen: then the plan is made early, and nobody waits for it."""
 
-    __slots__ = ("_done_at", "_expected_until", "_has_chunks", "_planned", "lead_ns")
+    __slots__ = ("_came", "_done_at", "_has_chunks", "_planned", "lead_ns")
 
     def __init__(self) -> None:
         self._planned: deque[_Planned] = deque()
         self._done_at = 0
         self._has_chunks = False  # the last step planned
-        self._expected_until = 0
+        self._came: deque[int] = deque(maxlen=REMEMBERED)
         self.lead_ns = {False: FIRST_LEAD_NS, True: FIRST_LEAD_NS}
         """Behind a step of decodes alone, and behind one with chunks, whose time is harder to foresee."""
 
     def came(self, now: int) -> None:
         """A request has come."""
-        self._expected_until = now + EXPECTED_NS
+        self._came.append(now)
 
     def expects(self, now: int) -> bool:
-        """Whether another is expected, so that plans should be late."""
-        return now < self._expected_until
+        """Whether another is expected, so that plans should be late: not behind a single one, or a burst."""
+        if len(self._came) < 2:
+            return False
+        last = self._came[-1]
+        gap = (last - self._came[0]) // (len(self._came) - 1)
+        expected = min(EXPECTED_NS, max(LEAST_EXPECTED_NS, PATIENCE * gap))
+        return gap <= LONGEST_GAP_NS and now - last < expected
 
     def planned(self, step_ns: int, now: int, due: int, *, has_chunks: bool = False) -> None:
         """A plan has been made, for a step that is predicted to take `step_ns`; 0: unknown. It was to be made at `due`:

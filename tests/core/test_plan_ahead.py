@@ -83,6 +83,38 @@ def test_the_end_of_what_is_in_flight_is_counted_anew_from_a_result() -> None:
     assert ahead.due == 98 * MS - FIRST_LEAD_NS
 
 
+def test_another_request_is_expected_for_some_of_the_gaps_between_the_last_ones() -> None:
+    ahead = PlanAhead()
+    ahead.came(0)
+    assert not ahead.expects(1), "one alone says nothing"
+    for number in range(1, 20):
+        ahead.came(number * 50 * MS)
+    last = 19 * 50 * MS
+    assert ahead.expects(last + 399 * MS)
+    assert not ahead.expects(last + 400 * MS)
+    for number in range(1, 20):
+        ahead.came(last + number * 200 * MS)
+    last += 19 * 200 * MS
+    assert ahead.expects(last + EXPECTED_NS - 1)
+    assert not ahead.expects(last + EXPECTED_NS), "not for ever"
+
+
+def test_behind_a_burst_nobody_is_expected_for_long() -> None:
+    ahead = PlanAhead()
+    for burst in (0, 5000 * MS):
+        for number in range(8):
+            ahead.came(burst + number)
+        assert ahead.expects(burst + 99 * MS)
+        assert not ahead.expects(burst + 101 * MS)
+
+
+def test_requests_that_come_one_at_a_time_and_seldom_do_not_make_plans_late() -> None:
+    ahead = PlanAhead()
+    for number in range(20):
+        ahead.came(number * 260 * MS)
+        assert not ahead.expects(number * 260 * MS + 4 * MS)
+
+
 def learned(**settings: int) -> OneWorker:
     """A worker whose steps of 20 ms have been learned, decoding one request; the last one came a moment ago."""
     sizes = {"num_blocks": 256, "max_slots": 4, "max_step_tokens": 64, **settings}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import attention, cache, linear_tall, reference, sampling, swap
+from kernels import attention, cache, linear_tall, reference, sampling, step, swap
 from kernels import compile as kernel_compile
 
 pytestmark = pytest.mark.gpu
@@ -175,6 +175,29 @@ def test_blocks_swapped_to_pinned_memory_and_back_are_bit_exact(cuda: torch.devi
     swap.swap_blocks(arena, pool, there, back)
     torch.cuda.synchronize()
     assert torch.equal(pool[back.to(cuda)], wanted)
+
+
+def test_a_step_s_words_do_not_wait_for_swaps(cuda: torch.device) -> None:
+    pool = torch.empty(512, 1 << 20, device=cuda, dtype=torch.bfloat16)
+    arena = torch.empty(512, 1 << 20, dtype=torch.bfloat16, pin_memory=True)
+    words = torch.arange(100)
+    there, back = words.pin_memory(), torch.zeros_like(words).pin_memory()
+    on_device = torch.zeros_like(words, device=cuda)
+    step.copy_words(there, on_device)  # compiles
+    ids = torch.arange(512)
+    torch.cuda.synchronize()
+    streams, ends = [torch.cuda.Stream(cuda) for _ in range(2)], []
+    for stream, moved in zip(streams, ((arena, pool), (pool, arena)), strict=True):
+        with torch.cuda.stream(stream):
+            for _ in range(4):  # tens of milliseconds of the bus, both ways
+                swap.swap_blocks(*moved, ids, ids)
+            ends.append(stream.record_event())
+    step.copy_words(there, on_device)
+    step.copy_words(on_device, back)
+    torch.cuda.current_stream(cuda).synchronize()
+    assert not any(end.query() for end in ends), "words are there while swaps still run"
+    assert torch.equal(back, words)
+    torch.cuda.synchronize()
 
 
 def test_mapped_host_memory_is_copied_bit_exactly_by_the_kernel(cuda: torch.device) -> None:
