@@ -55,9 +55,9 @@ H200_OFFLINE = """Every row is above the peer's value. What is missing to goals 
 """
 H200_LOST = """What is missing to the limit, by kind of step: every step of a run is held against what weights,
 arithmetic and KV of that very step need, at 4.68 TB/s and 742 TFLOP/s. Kinds that take 3 % of a row's time or more;
-"lost" is the time beyond the limit, of the row's. The card's idle time is at most 1.3 % of every row but the last, where
-it waits for 256 admissions (two of its three runs had sanitizers beside them on the host's processors; 0.92, 1.05, 1.13
-s).
+"lost" is the time beyond the limit, of the row's. The card's idle time is at most 1.3 % of every row but the last,
+where it waits for 256 admissions (0.92, 1.05 and 1.13 s; the last two runs had sanitizers beside them on the host's
+processors).
 
 """
 H200_WHY = """
@@ -70,15 +70,16 @@ Why, from the kernels' own times ([kernels.json](../benchmarks/results/h200/kern
   differ by up to 4 % in steps of 256 rows, and a cool one is 2 % ahead.
 - **The device computes in 99 % of the time** of every row but the last: 768 steps of `decode-b1` take 2.929 of the
   2.975 s of its three runs. In rows of 1 to 32 sequences 24 us of a step are plans that came too late, which
-  [a later change](decisions/0065-a-burst-is-not-requests-that-keep-coming.md) is to mend; what else is missing to a goal is missing
-  in the kernels.
-- **1 row**: 0.60 ms beyond the limit of 3.21. A profile has products at 3.32 ms of a step, 97 % of the rate that memory
-  gives at best, attention at 8 us a layer with next to nothing to read, norms at 3 us each: 0.45 ms, that nothing hides.
+  [a later change](decisions/0065-a-burst-is-not-requests-that-keep-coming.md) is to mend; what else is missing to a
+  goal is missing in the kernels.
+- **1 row**: 0.60 ms beyond the limit of 3.21. A profile of a step of 3.97 ms (attention's units still cut) has products
+  at 3.46 ms, 93 % of the best rate of memory, attention at 8.9 us a layer with next to nothing to read, since then 2 to
+  4 us less, and norms at 3 us each.
 - **8 rows**: 0.68 ms beyond, as above.
-- **128 rows**: 1.55 ms beyond. Products and norms take 131 us a layer instead of 93: 1.2 ms; attention is 5 us a layer
-  from its floor: 0.15 ms.
-- **256 rows**: 2.1 ms beyond. Of a step of 9.9 ms with 256 tokens of context tall tiles have 3.0, attention 2.4, output
-  and down 2.0, qkv 0.8, logits 0.4, norms 0.4: products 193 us a layer instead of 151, bound by operations.
+- **128 rows**: 1.55 ms beyond. In a profile products take 126 us a layer instead of 93, 1.1 ms, norms 9; attention is 8
+  us a layer from its floor: 0.26 ms.
+- **256 rows**: 2.1 ms beyond. In a profile products take 184 us a layer instead of 151, bound by operations: 1.1 ms.
+  Norms and rotation take 15 and attention 78 where its bytes need 65: 0.9 ms.
 - **Steps with chunks of up to 1,024 tokens**, half of the Alpaca-like row and a quarter of the ShareGPT-like one:
   4.3 ms beyond 14.4 for 674 tokens. Products reach 623 to 722 TFLOP/s, which goes
   [up and down](kernels/linear.md#more-tokens) with the number of tokens, instead of 742: 1.6 ms. Norms, rotation and
