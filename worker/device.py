@@ -88,6 +88,8 @@ class CudaRuntime:
         self._staging: deque[tuple[torch.cuda.Event, torch.Tensor, Words]] = deque()
         """Pinned buffers, the least recently used first, each with the event after its last copy. No more than plans
         in flight: one is used again as soon as its copy is over."""
+        self._read: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        """What is being written to, until it is: torch gives memory that nobody holds to the next who asks."""
 
     def upload(self, words: Words) -> torch.Tensor:
         """As in DeviceRuntime, by one copy that nobody waits for."""
@@ -100,9 +102,14 @@ class CudaRuntime:
         return on_device
 
     def read_back(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As in DeviceRuntime. torch's allocator keeps pinned memory and gives it out again when its copy is over."""
+        """As in DeviceRuntime."""
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         _copy(tensor.contiguous(), pinned)
+        while self._read and self._read[0][0].query():
+            self._read.popleft()
+        event = torch.cuda.Event()
+        event.record()
+        self._read.append((event, pinned))
         return pinned
 
     def mark(self) -> torch.cuda.Event:

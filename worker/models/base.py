@@ -98,8 +98,8 @@ class PagedAttention(Protocol):
         scale: float,
         sliding_window: int | None = None,
     ) -> torch.Tensor | None:
-        """Project hidden [T, K] by qkv [(num_heads + 2 * num_kv_heads) * head_dim, K], query rows first, then value
-        rows last, and `rotate_and_attend`. None: not in one, the model has to do the first itself."""
+        """Project hidden [T, K] by qkv [(num_heads + 2 * num_kv_heads) * head_dim, K], query rows, key rows,
+        value rows, and `rotate_and_attend`. None: not in one, the model has to do the first itself."""
         ...
 
 
