@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+
+from pagewire.commands.output import LOOK_S
 
 HISTORY_LINES = 1000
 BOLD, PLAIN = "\001\x1b[1m\002", "\001\x1b[0m\002"
@@ -39,6 +42,7 @@ class LineEditor:
         self._words = words
         self._arguments = arguments
         self._found: list[str] = []
+        self._unread = b""
         self._readline: ModuleType | None = None
         if sys.stdin.isatty() and sys.stdout.isatty():
             with contextlib.suppress(ImportError):  # a Python that was built without it
@@ -54,14 +58,26 @@ class LineEditor:
             if self._readline is not None:
                 line = input(f"{BOLD}{prompt}{PLAIN}")
             else:
-                # By print: a Ctrl-C that comes while input() writes its prompt is noticed with the next line only.
                 print(prompt, end="", flush=True)
-                line = input()
+                line = self._plain_line()
             self._keep()
             if not line.endswith("\\"):
                 return text + line
             text += line[:-1] + "\n"
             prompt = ". "
+
+    def _plain_line(self) -> str:
+        """The next line of what is no terminal. Looks up often: a Ctrl-C that comes just before a read, or that another
+        thread is given, would be noticed with the next line only."""
+        while b"\n" not in self._unread:
+            if not select.select([sys.stdin], [], [], LOOK_S)[0]:
+                continue
+            piece = os.read(sys.stdin.fileno(), 1 << 16)
+            if not piece and not self._unread:
+                raise EOFError
+            self._unread += piece or b"\n"
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.removesuffix(b"\r").decode(sys.stdin.encoding, sys.stdin.errors or "strict")
 
     def _set_up(self, readline: ModuleType) -> None:
         readline.set_completer(self._complete)

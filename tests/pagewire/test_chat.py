@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
+import platform
 import signal
 import sys
 import threading
@@ -64,6 +66,22 @@ async def test_ctrl_c_at_the_prompt_does_not_end_a_chat() -> None:
         process.stdin.write(b"hello\n")
         assert b"<0><1>" in await process.stdout.readuntil(b" ms\n> ")
         process.stdin.write(b"/exit\n")
+        assert await process.wait() == 0
+
+
+async def test_ctrl_c_that_another_thread_is_given_does_not_wait_for_the_next_line() -> None:
+    async with serving(FakeGateway()) as address, asyncio.timeout(LIMIT_S):
+        process = await start(address)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        await process.stdout.readuntil(b"> ")
+        others = {int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()} - {process.pid}
+        assert others, "gRPC has threads of its own"
+        tgkill = {"x86_64": 234, "aarch64": 131}[platform.machine()]
+        assert ctypes.CDLL(None).syscall(tgkill, process.pid, min(others), signal.SIGINT) == 0
+        await process.stdout.readuntil(b"> ")
+        process.stdin.write(b"hello\n/exit\n")
+        assert b"<0><1>" in await process.stdout.read()
         assert await process.wait() == 0
 
 
