@@ -65,6 +65,14 @@ def check_index(name: str, index: torch.Tensor, count: int, device: torch.device
         raise ValueError(f"{name} must be on {device}")
 
 
+def copying_device(source: torch.Tensor, destination: torch.Tensor) -> torch.device:
+    """The device of one of them, which copies. Raises ValueError if the other is host memory that is not pinned."""
+    device = destination.device if source.device.type == "cpu" else source.device
+    if device.type == "cuda" and not all(t.device == device or t.is_pinned() for t in (source, destination)):
+        raise ValueError("the host's memory must be pinned")
+    return device
+
+
 def _launch(
     query: torch.Tensor | None,
     key: torch.Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels import compile as kernel_compile
-from kernels.cache import check_index
+from kernels.cache import check_index, copying_device
 from kernels.reference.step import DecodeInputs
 
 _THREADS = 128
@@ -72,8 +72,6 @@ def copy_words(source: torch.Tensor, destination: torch.Tensor) -> None:
         raise ValueError("both must be contiguous and whole words of 4 bytes")
     if not size:
         return
-    device = destination.device if source.device.type == "cpu" else source.device
-    if device.type == "cuda" and not all(t.device == device or t.is_pinned() for t in (source, destination)):
-        raise ValueError("host memory must be pinned")
+    device = copying_device(source, destination)
     kernel = kernel_compile.kernel("step.cu", "copy_words", device, BLOCK_SIZE=1)
     kernel((-(-size // 1024), 1, 1), 256, 0, destination.data_ptr(), source.data_ptr(), size // 4)

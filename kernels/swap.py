@@ -38,9 +38,7 @@ def swap_blocks(
     """
     if source.shape[1:] != destination.shape[1:] or source.dtype != destination.dtype:
         raise ValueError(f"blocks differ: {source.shape} {source.dtype}, {destination.shape} {destination.dtype}")
-    device = destination.device if source.device.type == "cpu" else source.device
-    if device.type == "cuda" and not all(t.device == device or t.is_pinned() for t in (source, destination)):
-        raise ValueError("the host arena must be pinned memory")
+    device = cache.copying_device(source, destination)
     block_bytes = source[0].numel() * source.element_size()
     if block_bytes < SMALL_BLOCK_BYTES and block_bytes % 16 == 0 and device.type == "cuda":
         ids = (ids.to(device, non_blocking=True) for ids in (source_ids, destination_ids))

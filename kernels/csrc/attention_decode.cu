@@ -26,8 +26,8 @@
 // fills its pipelines with what earlier steps have stored, while that kernel rotates and stores this step's tokens (`settled`).
 //
 // Defines: DTYPE, HEAD_DIM (multiple of 16), BLOCK_SIZE, QUERY_TILES (1: at most 8 rows in a tile, 2: 16), WARPS, TEAM (divides WARPS),
-// STAGES, MIN_CTAS, UNCUT (tiles of a short unit), SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window), BOXES (0 | 1; 1: compute capability 9.0, HEAD_DIM a
-// multiple of 64, BLOCK_SIZE at least 16).
+// STAGES, MIN_CTAS, UNCUT (tiles of a short unit), SHARED_PREFIX (0 | 1; 1: query_len is 1 and there is no window), BOXES (0 | 1; 1: compute
+// capability 9.0, HEAD_DIM a multiple of 64, BLOCK_SIZE at least 16).
 #include "hopper.cuh"
 
 constexpr int THREADS = WARPS * 32;

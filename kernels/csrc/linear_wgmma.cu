@@ -78,7 +78,7 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
   if (EPILOGUE == ROTATING && !settled) wait_for_previous();
   let_next_start();
   if (tid == 0) {
-    prefetch_map(&x);
+    prefetch_map(&x);  // the weights' is fetched by the first copy, this one would be behind the wait
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + i, 1);
       barrier_init(empty + i, CLUSTER * (ROWS / 16));
@@ -202,7 +202,10 @@ linear_wgmma(Out* out, const __grid_constant__ TensorMap weight, const __grid_co
         const int place = slots[n];
         const int kv_head = turns ? head - query_heads : head - query_heads - kv_heads;
         DTYPE* to = (DTYPE*)out + ((i64)token * query_heads + head) * HEAD_DIM;
-        if (stored) to = kv + (i64)(place / BLOCK_SIZE) * block_stride + (turns ? 0 : value_offset) + (kv_head * BLOCK_SIZE + place % BLOCK_SIZE) * HEAD_DIM;
+        if (stored) {
+          const int row = kv_head * BLOCK_SIZE + place % BLOCK_SIZE;  // of a block's keys or values
+          to = kv + (i64)(place / BLOCK_SIZE) * block_stride + (turns ? 0 : value_offset) + row * HEAD_DIM;
+        }
         if (stored ? place >= 0 : token < num_tokens) *(u32*)(to + column) = y, *(u32*)(to + HEAD_DIM / 2 + column) = z;
       }
 #else

@@ -213,7 +213,8 @@ def test_parameters_are_read_from_the_kernel_s_source() -> None:
 
 def test_a_tensor_map_is_a_parameter_of_128_bytes_in_its_place() -> None:
     kinds = kernel_compile.parameters(kernel_compile.source("linear_wgmma.cu", {}), "linear_wgmma")
-    assert kinds[:6] == ("pointer", "TensorMap", "TensorMap", "int", "int", "int")
+    rotation = ("pointer", "pointer", "pointer", "pointer", "int", "int", "i64", "i64", "int")
+    assert kinds == ("pointer", "TensorMap", "TensorMap", "int", "int", "int", *rotation)
     kinds = kinds[:6]
 
     seen: list[bytes] = []
